@@ -1,0 +1,172 @@
+"""The named tuples that travel between the parts of the package."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Impl = Literal["auto", "eager", "triton"]
+PaddingMode = Literal["reflect", "zeros", "edge"]
+MixMode = Literal["all", "separate", "labelled", "unlabelled", "none"]
+LamMode = Literal["sample", "batch"]
+
+# Soft labels and targets may miss a sum of one by this much: float16 rows of 1000 classes do.
+SUM_TOLERANCE = 1e-2
+
+
+class AugmentPolicy(NamedTuple):
+    """What an augmentation is drawn from.
+
+    Attributes:
+        padding: Pixels of padding; offsets are uniform on 0 .. 2·padding.
+        crop_px: Least and most pixels to cut per side, inclusive.
+        flip: Probability of a mirror image.
+        blur_sigma: Least and greatest standard deviation of the blur in pixels; None is no blur.
+    """
+
+    padding: int = 0
+    crop_px: tuple[int, int] = (0, 0)
+    flip: float = 0.0
+    blur_sigma: tuple[float, float] | None = None
+
+
+class AugmentParams(NamedTuple):
+    """What was drawn for the augmentation of R rows (a row is one view of one image).
+
+    Attributes:
+        top: Row offset of the crop in the padded image, ``[R]`` int32, in pixels.
+        left: Column offset of the crop in the padded image, ``[R]`` int32, in pixels.
+        flip: 1 where the view is mirrored left to right, else 0, ``[R]`` int32.
+        crop: Pixels cut off the top, bottom, left and right before resizing back, ``[R, 4]`` int32.
+        sigma: Standard deviation of the Gaussian blur, ``[R]`` float32, in pixels; 0 is no blur.
+    """
+
+    top: Tensor
+    left: Tensor
+    flip: Tensor
+    crop: Tensor
+    sigma: Tensor
+
+
+class MixUpParams(NamedTuple):
+    """What was drawn for MixUp over N rows.
+
+    Attributes:
+        lam: Weight of the row itself, λ' = max(λ, 1 - λ), ``[N]`` float32 in [0.5, 1].
+        index: The row's partner, ``[N]`` int64.
+    """
+
+    lam: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs
+
+
+class MixMatchBatch(NamedTuple):
+    """A training batch: X' in the first ``num_labelled`` rows, U' in the rest, view-major.
+
+    Attributes:
+        inputs: Mixed images, ``[N, C, H, W]`` with N = B + K·M.
+        targets: Mixed targets, ``[N, L]`` float32.
+        num_labelled: B, the number of rows of X'.
+        step: The step that the batch was drawn for, a 0-d int64 tensor.
+        params: The λ' and the partners that mixed it.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    num_labelled: int
+    step: Tensor
+    params: MixUpParams
+
+    @property
+    def inputs_x(self) -> Tensor:
+        """X', ``[B, C, H, W]``, a view of ``inputs``."""
+        return self.inputs[: self.num_labelled]
+
+    @property
+    def targets_x(self) -> Tensor:
+        """Targets of X', ``[B, L]``, a view of ``targets``."""
+        return self.targets[: self.num_labelled]
+
+    @property
+    def inputs_u(self) -> Tensor:
+        """U', ``[K·M, C, H, W]``, a view of ``inputs``."""
+        return self.inputs[self.num_labelled :]
+
+    @property
+    def targets_u(self) -> Tensor:
+        """Targets of U', ``[K·M, L]``, a view of ``targets``."""
+        return self.targets[self.num_labelled :]
+
+    def check(self) -> None:
+        """Raise if a row of targets is not a distribution. Reads the device, so it waits for it.
+
+        Call it where a loss turns NaN, or every few hundred steps: NaN logits in the guess, integer
+        labels out of range and soft labels that do not sum to one all end in ``targets``.
+
+        Raises:
+            ValueError: If rows are not finite or do not sum to one; the message lists them.
+        """
+        sums = self.targets.sum(dim=1)
+        wrong = ~((sums - 1).abs() <= SUM_TOLERANCE)
+        if not bool(wrong.any()):
+            return
+        rows = wrong.nonzero().flatten().tolist()
+        # a row that was wrong before mixing spoils the row whose partner it is, unless λ' hides it
+        hosts = self.params.index.argsort()
+        hidden = self.params.lam[hosts] > 1 - 2 * SUM_TOLERANCE
+        origins = (wrong & (wrong[hosts] | hidden)).nonzero().flatten().tolist()
+        raise ValueError(
+            f"targets must be finite and sum to 1 in every row, got rows {_listed(rows)} with sums "
+            f"{_listed([round(v, 4) for v in sums[wrong].tolist()])}. It began in rows "
+            f"{_listed(origins)} before mixing (rows below {self.num_labelled} are labelled, the "
+            "others guessed): look for NaN logits, labels out of range, or soft labels that do not "
+            "sum to 1"
+        )
+
+
+class LossOutput(NamedTuple):
+    """The loss and its parts, all 0-d float32 tensors.
+
+    Attributes:
+        loss: loss_x + weight_u · loss_u, to call ``backward`` on.
+        loss_x: Cross-entropy on X' (eq. 3).
+        loss_u: Squared error of probabilities on U' (eq. 4).
+        weight_u: λ_U after its ramp.
+    """
+
+    loss: Tensor
+    loss_x: Tensor
+    loss_u: Tensor
+    weight_u: Tensor
+
+
+class Workspace:
+    """Named buffers that outlive a call, so that steady state allocates nothing large.
+
+    On a CPU the page faults of fresh outputs cost more than the arithmetic on them. A buffer is
+    overwritten by the next call that asks for the same name.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def empty(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Return the buffer ``name``, contiguous and unfilled, made anew if its kind differs."""
+        buffer = self._buffers.get(name)
+        if (
+            buffer is None
+            or buffer.shape != shape
+            or buffer.dtype != dtype
+            or buffer.device != device
+        ):
+            with torch.inference_mode(False):  # later calls may be outside of it
+                buffer = torch.empty(shape, dtype=dtype, device=device)
+            self._buffers[name] = buffer
+        return buffer
+
+
+def _listed(values: list[int] | list[float], most: int = 8) -> str:
+    shown = ", ".join(str(value) for value in values[:most])
+    return f"[{shown}{', ...' if len(values) > most else ''}]"
