@@ -1,0 +1,127 @@
+"""Augmentation engines: what `MixMatch` asks of one, and how a plain callable becomes one."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from gpu_mixmatch import sampling
+from gpu_mixmatch.augment.weak import WeakAugment, float_images
+from gpu_mixmatch.types import Workspace
+
+__all__ = ["Augment", "CallableAugment", "WeakAugment", "as_augment"]
+
+
+@runtime_checkable
+class Augment(Protocol):
+    """An augmentation engine: it draws for a batch, then builds all views of it in one buffer.
+
+    An engine whose draws are an `AugmentParams` may have a ``policy``, an `AugmentPolicy`: the
+    builder then draws for it, in one pass with MixUp's draws, and does not call ``draw_batch``.
+    """
+
+    def draw_batch(
+        self,
+        seed: int,
+        step: int,
+        ids_x: Tensor | int,
+        ids_u: Tensor | int,
+        num_augmentations: int,
+    ) -> Any:
+        """Draw for x once, as view 0, and for u as views 1..K, on the CPU."""
+
+    def build(
+        self,
+        x: Tensor,
+        u: Tensor,
+        draws: Any,
+        num_augmentations: int,
+        workspace: Workspace | None = None,
+    ) -> Tensor:
+        """Return W: x once, then u K times, view-major, ``[B + K·M, C, H, W]``."""
+
+
+class _Key(NamedTuple):
+    seed: int
+    step: int
+
+
+class CallableAugment:
+    """Any function or module that maps float images to float images of any one size.
+
+    It gets NCHW float32 images in [0, 1], x once and u once per view, and normalises them itself
+    if it should. Whatever it draws from torch's global generators becomes a function of
+    (seed, step); the generators are left as they were.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+
+    def draw_batch(
+        self,
+        seed: int,
+        step: int,
+        ids_x: Tensor | int,
+        ids_u: Tensor | int,
+        num_augmentations: int,
+    ) -> _Key:
+        """Return the key of the call. Ids do not enter: the function draws by position."""
+        return _Key(seed, step)
+
+    def build(
+        self,
+        x: Tensor,
+        u: Tensor,
+        draws: _Key,
+        num_augmentations: int,
+        workspace: Workspace | None = None,
+    ) -> Tensor:
+        """Call the function on x, then K times on u, under a generator keyed by (seed, step)."""
+        devices = [x.device] if x.device.type == "cuda" else []
+        # copies, for a function that writes in place
+        sources = [float_images(images).clone() for images in (x, *[u] * num_augmentations)]
+        with torch.random.fork_rng(devices=devices):
+            key = sampling.generator_seed(draws.seed, draws.step)
+            torch.default_generator.manual_seed(key)
+            if devices:  # torch.manual_seed would reach devices that were not forked
+                torch.cuda.default_generators[x.device.index or 0].manual_seed(key)
+            views = [self.function(source) for source in sources]
+        for source, view in zip(sources, views, strict=True):
+            if not isinstance(view, Tensor) or not view.is_floating_point():
+                raise TypeError(
+                    f"augment must return a floating point tensor, got {_described(view)}"
+                )
+            if view.dim() != 4 or len(view) != len(source):
+                raise ValueError(
+                    f"augment must return [{len(source)}, C, H, W] for images "
+                    f"{list(source.shape)}, got {list(view.shape)}"
+                )
+        return torch.cat(views)
+
+    def __repr__(self) -> str:
+        return f"CallableAugment({self.function!r})"
+
+
+def as_augment(augment: Any) -> Augment:
+    """Return ``augment`` if it is an engine, or a plain callable as one.
+
+    Raises:
+        TypeError: If it is neither; a name is only for the command line.
+    """
+    if isinstance(augment, Augment):
+        return augment
+    if callable(augment):
+        return CallableAugment(augment)
+    raise TypeError(
+        "augment must be an engine such as WeakAugment.cifar10(), or a callable that maps float "
+        f"images to float images, got {_described(augment)}"
+    )
+
+
+def _described(value: Any) -> str:
+    return (
+        f"{value!r} of type {type(value).__name__}"
+        if not isinstance(value, Tensor)
+        else (f"a tensor {list(value.shape)} {value.dtype}")
+    )

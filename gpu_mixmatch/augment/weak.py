@@ -1,0 +1,292 @@
+"""WeakAugment: shift-crop, zoom-crop, flip, blur and normalise, with keyed draws."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from gpu_mixmatch import functional, sampling
+from gpu_mixmatch.types import AugmentParams, AugmentPolicy, Impl, PaddingMode, Workspace
+
+
+class WeakAugment(nn.Module):
+    """The weak augmentation of semi-supervised learning, all views of a batch in one buffer.
+
+    In this order: pad and cut a window of the image's size (shift), cut ``crop_px`` per side and
+    resize back (zoom), mirror (flip), blur, normalise. Drawing and applying are separate, and a
+    sample's draws depend on (seed, step, sample id, view) alone.
+
+    Images are NCHW or NHWC, uint8 in 0..255 or floating point in [0, 1]. An NHWC batch is known by
+    its last axis of 1, 3 or 4 channels when its second axis is none of these.
+
+    Args:
+        padding: Pixels of padding; the window is shifted by -padding .. padding.
+        padding_mode: "reflect" (the reference), "zeros" (black) or "edge".
+        crop_px: Least and most pixels to cut off each side, drawn per side. At least one pixel
+            is left of small images.
+        flip: Probability of a mirror image.
+        blur_sigma: Least and greatest standard deviation of a Gaussian blur in pixels, drawn per
+            view; None is no blur. The kernel reaches ceil(3 · greatest) pixels and reflects.
+        mean: Of a channel, or of each, in [0, 1] units; subtracted.
+        std: Of a channel, or of each, in [0, 1] units; divided by.
+        dtype: Of the views: float32, float16 or bfloat16.
+        channels_last: Memory format of the views.
+        impl: Implementation of `functional.augment`.
+
+    Raises:
+        ValueError: If a field is out of its range.
+
+    References:
+        Berthelot et al. 2019, section 4: flip and shift by 4 px for CIFAR, pixels in [-1, 1].
+    """
+
+    scale: Tensor
+    byte_scale: Tensor
+    bias: Tensor
+
+    def __init__(
+        self,
+        padding: int = 4,
+        padding_mode: PaddingMode = "reflect",
+        crop_px: tuple[int, int] = (0, 0),
+        flip: float = 0.5,
+        blur_sigma: tuple[float, float] | None = None,
+        mean: float | Sequence[float] = 0.5,
+        std: float | Sequence[float] = 0.5,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__()
+        functional.check_padding(padding, padding_mode)
+        _check_range("crop_px", crop_px, integer=True)
+        if blur_sigma is not None:
+            _check_range("blur_sigma", blur_sigma, integer=False)
+        if not 0 <= flip <= 1:
+            raise ValueError(f"flip must be a probability in [0, 1], got {flip}")
+        if dtype not in functional.IMAGE_DTYPES:
+            raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+        self.padding = padding
+        self.padding_mode = padding_mode
+        self.crop_px = crop_px
+        self.flip = flip
+        self.blur_sigma = blur_sigma
+        self.mean = _per_channel("mean", mean)
+        self.std = _per_channel("std", std)
+        if not all(value > 0 for value in self.std):
+            raise ValueError(f"std must be above 0, got {std}")
+        if len({1, len(self.mean), len(self.std)}) > 2:
+            raise ValueError(
+                f"mean and std must have one value or one per channel, got {mean} and {std}"
+            )
+        self.dtype = dtype
+        self.channels_last = channels_last
+        self.impl = impl
+        std_values = torch.tensor(self.std)
+        self.register_buffer("scale", 1 / std_values, persistent=False)
+        self.register_buffer("byte_scale", 1 / (255 * std_values), persistent=False)
+        self.register_buffer("bias", -torch.tensor(self.mean) / std_values, persistent=False)
+
+    @property
+    def policy(self) -> AugmentPolicy:
+        """What is drawn."""
+        return AugmentPolicy(self.padding, self.crop_px, self.flip, self.blur_sigma)
+
+    @property
+    def blur_radius(self) -> int:
+        """Reach of the blur's kernel in pixels; 0 where there is no blur."""
+        return math.ceil(3 * self.blur_sigma[1]) if self.blur_sigma else 0
+
+    def draw(
+        self, seed: int, step: int, ids: Tensor | int, views: int | Sequence[int] = 0
+    ) -> AugmentParams:
+        """Draw for some views of some images; see `sampling.draw_augment`. Stays on the CPU."""
+        return sampling.draw_augment(
+            seed,
+            step,
+            ids,
+            views,
+            padding=self.padding,
+            crop_px=self.crop_px,
+            flip=self.flip,
+            blur_sigma=self.blur_sigma,
+        )
+
+    def apply(  # type: ignore[override]
+        self,
+        images: Tensor | tuple[Tensor, Tensor],
+        params: AugmentParams | None = None,
+        *,
+        out: Tensor | None = None,
+        workspace: Workspace | None = None,
+    ) -> Tensor:
+        """Apply drawn parameters; see `functional.augment`.
+
+        Args:
+            images: ``[M, C, H, W]`` or ``[M, H, W, C]``; a pair (x, u) draws x once and u as often
+                as rows remain.
+            params: Draws of R rows, view-major.
+            out: Where to write; None allocates.
+            workspace: Memory for the result and for scratch that outlives the call.
+
+        Returns:
+            The views, ``[R, C, H, W]``.
+        """
+        if params is None:  # nn.Module.apply(function), as a module that holds this one calls it
+            return super().apply(images)  # type: ignore[arg-type, return-value]
+        first = images[0] if isinstance(images, tuple) else images
+        _, (channels, height, width) = functional.image_layout("images", first)
+        scale, bias = self._scale_and_bias(first, channels)
+        if out is None and workspace is not None:
+            rows = params.top.shape[0]
+            shape = (channels, height, width)
+            order = (height, width, channels) if self.channels_last else shape
+            out = workspace.empty("views", (rows, *order), self.dtype, first.device)
+            out = out.permute(0, 3, 1, 2) if self.channels_last else out
+        return functional.augment(
+            images,
+            params,
+            scale=scale,
+            bias=bias,
+            padding=self.padding,
+            padding_mode=self.padding_mode,
+            zoom=self.crop_px[1] > 0,
+            blur_radius=self.blur_radius,
+            dtype=self.dtype,
+            channels_last=self.channels_last,
+            out=out,
+            workspace=workspace,
+            impl=self.impl,
+        )
+
+    def forward(self, images: Tensor, seed: int, step: int, view: int = 0) -> Tensor:
+        """Draw and apply one view of a batch, its positions being the sample ids."""
+        params = self.draw(seed, step, len(images), view)
+        return self.apply(images, sampling.augment_to_device(params, images.device))
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Convert and normalise without augmenting, as evaluation needs it.
+
+        Args:
+            images: ``[M, C, H, W]`` or ``[M, H, W, C]``, uint8 or floating point.
+
+        Returns:
+            ``[M, C, H, W]`` in the engine's dtype and memory format.
+        """
+        nhwc, (channels, _, _) = functional.image_layout("images", images)
+        images = images.permute(0, 3, 1, 2) if nhwc else images
+        scale, bias = self._scale_and_bias(images, channels)
+        values = images.float() * scale[:, None, None] + bias[:, None, None]
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return values.to(self.dtype).contiguous(memory_format=layout)
+
+    def draw_batch(
+        self,
+        seed: int,
+        step: int,
+        ids_x: Tensor | int,
+        ids_u: Tensor | int,
+        num_augmentations: int,
+    ) -> AugmentParams:
+        """Draw for x as view 0 and for u as views 1..K, on the CPU; see `Augment`."""
+        params, _ = sampling.draw_batch(
+            seed, step, ids_x, ids_u, num_augmentations=num_augmentations, policy=self.policy
+        )
+        assert params is not None
+        return params
+
+    def build(
+        self,
+        x: Tensor,
+        u: Tensor,
+        draws: AugmentParams,
+        num_augmentations: int,
+        workspace: Workspace | None = None,
+    ) -> Tensor:
+        """Write W, x once and u K times, into one buffer; see `Augment`."""
+        return self.apply((x, u), draws, workspace=workspace)
+
+    def _scale_and_bias(self, images: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+        wanted = max(self.scale.shape[0], self.bias.shape[0])
+        if wanted not in (1, channels):
+            raise ValueError(
+                f"images must have {wanted} channels like mean and std, got {channels}"
+            )
+        scale = self.byte_scale if images.dtype == torch.uint8 else self.scale
+        return scale.expand(channels), self.bias.expand(channels)
+
+    def extra_repr(self) -> str:
+        """Show every field."""
+        names = (
+            "padding",
+            "padding_mode",
+            "crop_px",
+            "flip",
+            "blur_sigma",
+            "mean",
+            "std",
+            "dtype",
+            "channels_last",
+            "impl",
+        )
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    @classmethod
+    def cifar10(cls, **fields: Any) -> Self:
+        """Shift by 4 with reflection and flip, pixels in [-1, 1]: the paper's for CIFAR-10."""
+        return cls(**{"padding": 4, "flip": 0.5, **fields})
+
+    @classmethod
+    def cifar100(cls, **fields: Any) -> Self:
+        """The paper's for CIFAR-100, the same as for CIFAR-10."""
+        return cls.cifar10(**fields)
+
+    @classmethod
+    def svhn(cls, **fields: Any) -> Self:
+        """Shift by 4 and no flip, since digits have a left and a right: the paper's for SVHN."""
+        return cls(**{"padding": 4, "flip": 0.0, **fields})
+
+    @classmethod
+    def stl10(cls, **fields: Any) -> Self:
+        """Shift by 12 and flip: the paper's for STL-10 at 96 px."""
+        return cls(**{"padding": 12, "flip": 0.5, **fields})
+
+    @classmethod
+    def fashion_mnist(cls, **fields: Any) -> Self:
+        """Shift by 3 and flip for 28 px clothes; ours, the paper has none."""
+        return cls(**{"padding": 3, "flip": 0.5, **fields})
+
+    @classmethod
+    def digits(cls, **fields: Any) -> Self:
+        """Shift by 1 with black borders and no flip for 8 px digits; ours, the paper has none."""
+        return cls(**{"padding": 1, "padding_mode": "zeros", "flip": 0.0, **fields})
+
+    @classmethod
+    def blog(cls, **fields: Any) -> Self:
+        """Zoom by 0..16 px per side, flip, blur by 0..3 px: the sketch this project grew from."""
+        return cls(
+            **{"padding": 0, "crop_px": (0, 16), "flip": 0.5, "blur_sigma": (0.0, 3.0), **fields}
+        )
+
+
+def float_images(images: Tensor) -> Tensor:
+    """Return images as NCHW floats in [0, 1]: uint8 divided by 255, floats as they are."""
+    nhwc, _ = functional.image_layout("images", images)
+    images = images.permute(0, 3, 1, 2) if nhwc else images
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def _per_channel(name: str, values: float | Sequence[float]) -> tuple[float, ...]:
+    channels = (values,) if isinstance(values, int | float) else tuple(values)
+    if not channels:
+        raise ValueError(f"{name} must be a number or one per channel, got {values}")
+    return tuple(map(float, channels))
+
+
+def _check_range(name: str, limits: tuple[float, float], *, integer: bool) -> None:
+    kind = "integers" if integer else "numbers"
+    fits = len(limits) == 2 and 0 <= limits[0] <= limits[1] and math.isfinite(limits[1])
+    if not fits or (integer and not all(isinstance(limit, int) for limit in limits)):
+        raise ValueError(f"{name} must be two {kind}, 0 <= least <= most, got {limits}")

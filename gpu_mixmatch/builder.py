@@ -1,0 +1,484 @@
+"""MixMatch: the batch builder, Algorithm 1 of the paper from top to bottom."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gpu_mixmatch import functional, sampling
+from gpu_mixmatch.augment import as_augment
+from gpu_mixmatch.types import (
+    AugmentParams,
+    AugmentPolicy,
+    Impl,
+    LamMode,
+    MixMatchBatch,
+    MixMode,
+    MixUpParams,
+    Workspace,
+)
+
+Model = nn.Module | Callable[[Tensor], Any]
+GuessBatchNorm = Literal["batch", "update", "eval"]
+GuessForward = Literal["joint", "separate"]
+
+
+class MixMatch(nn.Module):
+    """Build MixMatch batches: augment, guess, sharpen, shuffle, MixUp.
+
+    Defaults are the paper's Algorithm 1 with the reference code's λ per row and its guess from
+    batch statistics. Every random choice is a function of (seed, step, sample id, view): the same
+    seed gives the same batches on any device, and ``state_dict`` is two integers.
+
+    Args:
+        augment: An engine such as `WeakAugment`, or any callable from float images to float images.
+        num_classes: L.
+        num_augmentations: K, views per unlabelled image.
+        temperature: T of the sharpening.
+        alpha: α of Beta(α, α).
+        lam: "sample" draws λ per row (the paper and its code), "batch" one per step (YU1ut, USB).
+        mix: "all" mixes every row with any other; the paper's ablation mixes X with X and U with
+            U ("separate"), only one part within itself ("labelled", "unlabelled"), or "none".
+        guess_bn: BatchNorm while guessing. "batch" uses batch statistics and leaves the running
+            ones alone (the reference), "update" lets them move (YU1ut), "eval" uses running ones.
+        guess_forward: "joint" guesses all K·M views in one pass, "separate" in K passes, as the
+            reference does, so that BatchNorm sees one view at a time.
+        teacher: The model that guesses, for instance an EMA copy; None is the model of the call.
+            It is not registered: it is neither moved nor saved with this module.
+        label_smoothing: Share of the uniform distribution in labelled targets, in [0, 1).
+        logits_getter: Takes the logits out of what the model returns; None if it returns them.
+        reuse_buffers: Write inputs into two alternating buffers: a batch is overwritten two calls
+            later. On a CPU this saves the page faults of fresh memory.
+        seed: The key of all draws, 0 ≤ seed < 2^63.
+        impl: Implementation of the operations on tensors.
+
+    Attributes:
+        step: Number of batches built, a 0-d int64 tensor on the CPU; the draws of the next batch
+            depend on it.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    References:
+        Berthelot et al., "MixMatch: A Holistic Approach to Semi-Supervised Learning", NeurIPS 2019,
+        Algorithm 1; google-research/mixmatch.
+    """
+
+    def __init__(
+        self,
+        augment: Any,
+        num_classes: int,
+        *,
+        num_augmentations: int = 2,
+        temperature: float = 0.5,
+        alpha: float = 0.75,
+        lam: LamMode = "sample",
+        mix: MixMode = "all",
+        guess_bn: GuessBatchNorm = "batch",
+        guess_forward: GuessForward = "joint",
+        teacher: nn.Module | None = None,
+        label_smoothing: float = 0.0,
+        logits_getter: Callable[[Any], Tensor] | None = None,
+        reuse_buffers: bool = False,
+        seed: int = 0,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__()
+        _check_least("num_classes", num_classes, 1)
+        _check_least("num_augmentations", num_augmentations, 1)
+        for name, value in (("temperature", temperature), ("alpha", alpha)):
+            if not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        for name, choice, kind in (
+            ("lam", lam, LamMode),
+            ("mix", mix, MixMode),
+            ("guess_bn", guess_bn, GuessBatchNorm),
+            ("guess_forward", guess_forward, GuessForward),
+        ):
+            if choice not in get_args(kind):
+                raise ValueError(f"{name} must be one of {list(get_args(kind))}, got {choice!r}")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be an integer in [0, 2**63), got {seed}")
+        sampling.folded_beta_quantile(alpha)  # raises now if α is out of range
+        self.augment = as_augment(augment)
+        self.num_classes = num_classes
+        self.num_augmentations = num_augmentations
+        self.temperature = temperature
+        self.alpha = alpha
+        self.lam = lam
+        self.mix = mix
+        self.guess_bn = guess_bn
+        self.guess_forward = guess_forward
+        self.label_smoothing = label_smoothing
+        self.logits_getter = logits_getter
+        self.seed = seed
+        self.impl = impl
+        self.step = torch.zeros((), dtype=torch.int64)
+        self._teacher = (teacher,)  # a tuple hides the module from registration
+        self._workspaces = (Workspace(), Workspace()) if reuse_buffers else None
+        # follows .to(device); holds nothing
+        self.register_buffer("_anchor", torch.empty(0), persistent=False)
+        functional.implementation(impl, self.device)  # raises now if it cannot be met
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are built."""
+        anchor: Tensor = self._anchor  # type: ignore[assignment]
+        return anchor.device
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The model that guesses, or None where the model of the call does."""
+        return self._teacher[0]
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        u: Tensor,
+        model: Model,
+        *,
+        ids_x: Tensor | None = None,
+        ids_u: Tensor | None = None,
+    ) -> MixMatchBatch:
+        """Build the batch of the next step.
+
+        Args:
+            x: Labelled images, ``[B, C, H, W]`` or ``[B, H, W, C]``, uint8 or float in [0, 1], on
+                the CPU or on this module's device.
+            y: Labels, ``[B]`` integers or ``[B, L]`` distributions.
+            u: Unlabelled images, like x; M of them, which may differ from B.
+            model: Maps ``[n, C, H, W]`` to logits ``[n, L]``. Its mode and its BatchNorm are left
+                as they came, and no gradient flows through the guess.
+            ids_x: Sample ids of x, ``[B]`` int64; None takes positions in the global batch. With a
+                data set's own indices the draws do not depend on batch size, order or world size.
+            ids_u: Sample ids of u, ``[M]`` int64.
+
+        Returns:
+            The mixed batch of N = B + K·M rows.
+
+        Raises:
+            ValueError: If images, labels, ids or the model's logits do not fit each other.
+        """
+        _check_not_empty(x, u)
+        if x.shape[1:] != u.shape[1:] or x.dtype != u.dtype:
+            raise ValueError(
+                "x and u must have the same channels, height, width and dtype, got "
+                f"{list(x.shape)} {x.dtype} and {list(u.shape)} {u.dtype}"
+            )
+        step = int(self.step)
+        x, u = self._moved("x", x), self._moved("u", u)
+        targets_x = self._targets(y, len(x))
+        positions = _ids("ids_x", ids_x, len(x)), _ids("ids_u", ids_u, len(u))
+        policy = getattr(self.augment, "policy", None)
+        draws, mixup_params = self._draw(step, positions, policy)
+        if policy is None:
+            draws = self.augment.draw_batch(self.seed, step, *positions, self.num_augmentations)
+        scratch = self._workspaces[0] if self._workspaces else None
+        images = self.augment.build(x, u, draws, self.num_augmentations, scratch)
+        return self._mix(images, targets_x, model, mixup_params)
+
+    def from_views(
+        self,
+        x: Tensor,
+        y: Tensor,
+        views: Tensor | Sequence[Tensor],
+        model: Model,
+        *,
+        ids_x: Tensor | None = None,
+        ids_u: Tensor | None = None,
+    ) -> MixMatchBatch:
+        """Build the batch of the next step from images that a pipeline has augmented already.
+
+        Args:
+            x: Augmented labelled images, ``[B, C, H, W]``, floating point.
+            y: Labels, ``[B]`` integers or ``[B, L]`` distributions.
+            views: The K views of the unlabelled images, ``[K, M, C, H, W]`` or K tensors.
+            model: As for `forward`.
+            ids_x: As for `forward`; they key λ.
+            ids_u: As for `forward`.
+
+        Returns:
+            The mixed batch of N = B + K·M rows.
+
+        Raises:
+            ValueError: If there are not K views, or shapes or dtypes differ.
+        """
+        if len(views) != self.num_augmentations:
+            raise ValueError(
+                f"views must hold num_augmentations = {self.num_augmentations} views, "
+                f"got {len(views)}"
+            )
+        _check_not_empty(x, views[0])
+        for view in views:
+            if view.shape != views[0].shape or view.shape[1:] != x.shape[1:]:
+                raise ValueError(
+                    f"views must each be [M, C, H, W] with {list(x.shape[1:])} like x, "
+                    f"got {[list(view.shape) for view in views]}"
+                )
+            if view.dtype != x.dtype or not x.is_floating_point():
+                raise ValueError(
+                    f"x and views must be of one floating point dtype, got {x.dtype} and "
+                    f"{view.dtype}"
+                )
+        images = torch.cat([self._moved("x", x), *(self._moved("views", view) for view in views)])
+        positions = _ids("ids_x", ids_x, len(x)), _ids("ids_u", ids_u, len(views[0]))
+        _, mixup_params = self._draw(int(self.step), positions, None)
+        return self._mix(images, self._targets(y, len(x)), model, mixup_params)
+
+    def _draw(
+        self,
+        step: int,
+        ids: tuple[Tensor | int, Tensor | int],
+        policy: AugmentPolicy | None,
+    ) -> tuple[AugmentParams | None, MixUpParams]:
+        draws = sampling.draw_batch(
+            self.seed,
+            step,
+            *ids,
+            num_augmentations=self.num_augmentations,
+            policy=policy,
+            alpha=self.alpha,
+            lam=self.lam,
+            mix=self.mix,
+        )
+        return sampling.to_device(*draws, self.device)
+
+    def _mix(
+        self, images: Tensor, targets_x: Tensor, model: Model, params: MixUpParams
+    ) -> MixMatchBatch:
+        num_labelled = len(targets_x)
+        with torch.no_grad():
+            guesses = functional.guess_labels(
+                self._guess_logits(images[num_labelled:], model), self.temperature, impl=self.impl
+            )
+            targets = torch.cat([targets_x, guesses.repeat(self.num_augmentations, 1)])
+            inputs, targets = functional.mixup(
+                images, targets, params, out=self._output(images), impl=self.impl
+            )
+        step = self.step.clone()
+        self.step += 1
+        return MixMatchBatch(inputs, targets, num_labelled, step, params)
+
+    def _guess_logits(self, views: Tensor, model: Model) -> Tensor:
+        """Logits of all views, ``[K, M, L]``, without gradients."""
+        guesser = model if self.teacher is None else self.teacher
+        passes = 1 if self.guess_forward == "joint" else self.num_augmentations
+        with guess_mode(guesser, self.guess_bn):
+            logits = torch.cat([self._logits(guesser(part)) for part in views.chunk(passes)], dim=0)
+        if tuple(logits.shape) != (len(views), self.num_classes):
+            raise ValueError(
+                f"model must return logits [{len(views)}, {self.num_classes}] "
+                f"(num_classes = {self.num_classes}), got {list(logits.shape)}"
+            )
+        return logits.view(self.num_augmentations, -1, self.num_classes)
+
+    def _logits(self, output: Any) -> Tensor:
+        return get_logits(output, self.logits_getter)
+
+    def _targets(self, y: Tensor, length: int) -> Tensor:
+        if y.dim() == 0 or len(y) != length:
+            came = len(y) if y.dim() else "a single number"
+            raise ValueError(f"y must have a label per image of x, {length}, got {came}")
+        targets = functional.one_hot_targets(y, self.num_classes, self.label_smoothing)
+        return self._moved("y", targets)
+
+    def _moved(self, name: str, tensor: Tensor) -> Tensor:
+        if tensor.device == self.device:
+            return tensor
+        if tensor.device.type == "cpu":
+            return tensor.to(self.device, non_blocking=True)
+        raise ValueError(
+            f"{name} must be on the CPU or on {self.device} like this module, got it on "
+            f"{tensor.device}; move the module with .to({str(tensor.device)!r})"
+        )
+
+    def _output(self, images: Tensor) -> Tensor | None:
+        if self._workspaces is None:
+            return None
+        workspace = self._workspaces[int(self.step) % 2]
+        if images.is_contiguous():
+            return workspace.empty("inputs", tuple(images.shape), images.dtype, images.device)
+        pixels = images.permute(0, 2, 3, 1)
+        buffer = workspace.empty("inputs", tuple(pixels.shape), images.dtype, images.device)
+        return buffer.permute(0, 3, 1, 2)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        destination[prefix + "seed"] = torch.tensor(self.seed, dtype=torch.int64)
+        destination[prefix + "step"] = self.step.clone()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        mine = {prefix + "seed", prefix + "step"}
+        missing_keys.extend(sorted(mine - state_dict.keys()))
+        for key in state_dict.keys() - mine:
+            first = key.removeprefix(prefix).split(".", 1)
+            if key.startswith(prefix) and (len(first) == 1 or first[0] not in self._modules):
+                unexpected_keys.append(key)
+        if prefix + "seed" in state_dict:
+            self.seed = int(state_dict[prefix + "seed"])
+        if prefix + "step" in state_dict:
+            self.step = torch.tensor(int(state_dict[prefix + "step"]), dtype=torch.int64)
+
+    def extra_repr(self) -> str:
+        """Show every switch, the step and the implementation that runs."""
+        names = (
+            "num_classes",
+            "num_augmentations",
+            "temperature",
+            "alpha",
+            "lam",
+            "mix",
+            "guess_bn",
+            "guess_forward",
+            "label_smoothing",
+            "seed",
+        )
+        shown = [f"{name}={getattr(self, name)!r}" for name in names]
+        if self.teacher is not None:
+            shown.append(f"teacher={type(self.teacher).__name__}")
+        if self._workspaces:
+            shown.append("reuse_buffers=True")
+        if not isinstance(self.augment, nn.Module):
+            shown.append(f"augment={self.augment!r}")
+        running = functional.implementation(self.impl, self.device).__name__.rsplit(".", 1)[-1]
+        shown += [f"step={int(self.step)}", f"impl={self.impl!r} -> {running} on {self.device}"]
+        return ", ".join(shown)
+
+
+def interleaved_forward(
+    model: nn.Module,
+    batch: MixMatchBatch,
+    num_groups: int | None = None,
+    *,
+    swap: bool = True,
+    running_stats: Literal["first", "all"] = "first",
+    logits_getter: Callable[[Any], Tensor] | None = None,
+) -> Tensor:
+    """Run the model on groups of rows that each hold a share of X', as the reference does.
+
+    BatchNorm then normalises groups of about B rows, and its running statistics move once a step,
+    from the first group, in which labelled and unlabelled rows meet. ``model(batch.inputs)`` in
+    one pass is faster; BatchNorm then sees all N rows together.
+
+    Args:
+        model: Maps ``[n, C, H, W]`` to logits ``[n, L]``.
+        batch: A batch of N rows.
+        num_groups: Number of forward passes; None takes N // B, which is K + 1 for M = B, as in
+            the reference.
+        swap: Interleave the rows before. False passes X', then U' group by group (USB).
+        running_stats: Which groups move BatchNorm's running statistics: the "first" (the
+            reference, USB) or "all" (YU1ut).
+        logits_getter: Takes the logits out of what the model returns; None if it returns them.
+
+    Returns:
+        Logits in batch order, ``[N, L]``.
+
+    Raises:
+        ValueError: If ``num_groups`` is not in 1 .. N, or ``running_stats`` is unknown.
+    """
+    length = len(batch.inputs)
+    if num_groups is None:
+        num_groups = max(1, length // max(batch.num_labelled, 1))
+    if not 1 <= num_groups <= length:
+        raise ValueError(f"num_groups must be in 1 .. N = {length}, got {num_groups}")
+    if running_stats not in ("first", "all"):
+        raise ValueError(f"running_stats must be 'first' or 'all', got {running_stats!r}")
+    inputs = functional.interleave(batch.inputs, num_groups) if swap else batch.inputs
+    first, *others = inputs.tensor_split(num_groups)
+    logits = [get_logits(model(first), logits_getter)]
+    tracking = None if running_stats == "all" else False
+    with batch_norm_flags(model, tracking=tracking):
+        logits += [get_logits(model(group), logits_getter) for group in others]
+    rows = torch.cat(logits)
+    return functional.interleave(rows, num_groups) if swap else rows
+
+
+def guess_mode(model: Model, guess_bn: GuessBatchNorm) -> contextlib.AbstractContextManager[None]:
+    """Set the BatchNorm layers of ``model`` for a guess, and put them back afterwards.
+
+    Args:
+        model: Any module, of which other layers are left alone, or a function.
+        guess_bn: "batch" normalises with batch statistics and leaves the running ones alone,
+            "update" lets them move, "eval" normalises with the running ones.
+    """
+    if guess_bn == "batch":
+        return batch_norm_flags(model, training=True, tracking=False)
+    return batch_norm_flags(model, training=guess_bn == "update")
+
+
+@contextlib.contextmanager
+def batch_norm_flags(
+    model: Model, *, training: bool | None = None, tracking: bool | None = None
+) -> Iterator[None]:
+    """Set flags of all BatchNorm layers for a while; None leaves a flag as it is.
+
+    A layer in training mode that does not track normalises with batch statistics, and neither
+    reads nor writes its running ones.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()  # a function has none
+    layers = [module for module in modules if isinstance(module, _BatchNorm)]
+    flags = [(layer.training, layer.track_running_stats) for layer in layers]
+    try:
+        for layer, (_, tracked) in zip(layers, flags, strict=True):
+            layer.training = layer.training if training is None else training
+            layer.track_running_stats = tracked and tracking is not False
+        yield
+    finally:
+        for layer, (trained, tracked) in zip(layers, flags, strict=True):
+            layer.training, layer.track_running_stats = trained, tracked
+
+
+def get_logits(output: Any, logits_getter: Callable[[Any], Tensor] | None) -> Tensor:
+    """Take the logits out of a model's output.
+
+    Raises:
+        TypeError: If what is found is not a floating point tensor.
+    """
+    logits = logits_getter(output) if logits_getter else output
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise TypeError(
+            f"model must return a tensor of logits, got {type(logits).__name__}; pass "
+            "logits_getter=lambda output: output.logits, or the like, to take them out"
+        )
+    return logits
+
+
+def _ids(name: str, ids: Tensor | None, length: int) -> Tensor | int:
+    """The ids given, or positions in the global batch: an integer stands for them on rank 0."""
+    if ids is not None:
+        if tuple(ids.shape) != (length,) or ids.dtype != torch.int64:
+            raise ValueError(
+                f"{name} must be [{length}] int64, one per image, got {list(ids.shape)} {ids.dtype}"
+            )
+        return ids
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        first = torch.distributed.get_rank() * length
+        return torch.arange(first, first + length)
+    return length
+
+
+def _check_not_empty(x: Tensor, u: Tensor) -> None:
+    for name, images in (("x", x), ("u", u)):
+        if len(images) == 0:
+            raise ValueError(f"{name} must hold at least one image, got {list(images.shape)}")
+
+
+def _check_least(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

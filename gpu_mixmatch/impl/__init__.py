@@ -1,0 +1,1 @@
+"""Implementations of the operations; `gpu_mixmatch.functional` chooses among them."""

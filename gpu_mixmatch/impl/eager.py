@@ -1,0 +1,408 @@
+"""The operations in plain torch: the readable specification, and fast enough for a CPU.
+
+Nothing here reads a value back from the device or branches on one, so that all of it runs on CUDA
+without a synchronisation. Arguments arrive validated from `gpu_mixmatch.functional`.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import ParamSpec, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpu_mixmatch.types import AugmentParams, LossOutput, MixUpParams, PaddingMode, Workspace
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Values per chunk of a pass that runs several times over its output: 2 MB of float32 stay in cache.
+_CHUNK = 2**19
+# Up to this length an axis is blurred by one square matrix, beyond it in tiles of half of it.
+_WHOLE_AXIS = 64
+
+
+def _constant(function: Callable[P, T]) -> Callable[P, T]:
+    """Keep what ``function`` returns for the same arguments, as ordinary tensors."""
+    made_outside: Callable[P, T] = torch.inference_mode(False)(function)
+    return lru_cache(maxsize=32)(made_outside)  # type: ignore[return-value]
+
+
+def sharpen(probs: Tensor, temperature: float) -> Tensor:
+    # p^(1/T) / Σ p^(1/T) = softmax(log p / T): no power to underflow
+    return F.softmax(_wide(probs).log() / temperature, dim=-1).to(probs.dtype)
+
+
+def guess_labels(logits: Tensor, temperature: float) -> Tensor:
+    # Σ_k softmax, not its mean: the factor 1/K cancels in the sharpening
+    log_sum = F.log_softmax(_wide(logits), dim=-1).logsumexp(dim=0)
+    return F.softmax(log_sum / temperature, dim=-1).float()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def mixup(
+    inputs: Tensor, targets: Tensor, params: MixUpParams, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    # lerp: partner + λ'·(row - partner)
+    mixed_targets = targets[params.index].lerp_(targets, params.lam[:, None])
+    mixed = torch.empty_like(inputs) if out is None else out
+    rows, mixed_rows, lam = _dense_rows(inputs), _dense_rows(mixed), params.lam[:, None]
+    if inputs.dtype == torch.float32:
+        torch.index_select(rows, 0, params.index, out=mixed_rows).lerp_(rows, lam)
+        return mixed, mixed_targets
+    for chunk in _chunks(rows):
+        partners = rows[params.index[chunk]].float()
+        mixed_rows[chunk] = partners.lerp_(rows[chunk].float(), lam[chunk])
+    return mixed, mixed_targets
+
+
+def _dense_rows(tensor: Tensor) -> Tensor:
+    """View contiguous or channels_last ``[N, ...]`` as ``[N, values]``, in memory order."""
+    if not tensor.is_contiguous():
+        tensor = tensor.permute(0, 2, 3, 1)
+    return tensor.view(len(tensor), tensor[:1].numel() if len(tensor) else 0)
+
+
+def interleave(rows: Tensor, num_groups: int) -> Tensor:
+    return rows[_interleave_index(len(rows), num_groups, rows.device)]
+
+
+@_constant
+def _interleave_index(length: int, num_groups: int, device: torch.device) -> Tensor:
+    index = torch.arange(length)
+    groups = index.tensor_split(num_groups)  # views: writing to them writes the index
+    smallest = len(groups[-1])
+    width, extra = divmod(smallest, num_groups)
+    start = width
+    for number, group in enumerate(groups[1:], 1):
+        stop = start + width + (1 if number >= num_groups - extra else 0)
+        mine, theirs = groups[0][start:stop], group[start:stop]
+        mine[:], theirs[:] = theirs.clone(), mine.clone()
+        start = stop
+    return index.to(device)
+
+
+def linear_rampup(step: Tensor, rampup_steps: int) -> Tensor:
+    if rampup_steps == 0:
+        return torch.ones_like(step, dtype=torch.float32)
+    return (step / rampup_steps).clamp(0.0, 1.0)
+
+
+def mixmatch_loss(
+    logits: Tensor, targets: Tensor, num_labelled: int, weight_u: Tensor
+) -> LossOutput:
+    log_probs = F.log_softmax(_wide(logits[:num_labelled]), dim=-1)
+    probs = F.softmax(_wide(logits[num_labelled:]), dim=-1)
+    targets_x, targets_u = targets[:num_labelled], targets[num_labelled:]
+    loss_x = -(targets_x * log_probs).sum() / max(len(targets_x), 1)
+    loss_u = (probs - targets_u).square().sum() / max(targets_u.numel(), 1)
+    return LossOutput(loss_x + weight_u * loss_u, loss_x, loss_u, weight_u)
+
+
+def augment(
+    sources: tuple[Tensor, ...],
+    params: AugmentParams,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    padding: int,
+    padding_mode: PaddingMode,
+    zoom: bool,
+    blur_radius: int,
+    channels_last_in: bool,
+    out: Tensor,
+    workspace: Workspace | None,
+) -> Tensor:
+    """Write every view of every source image into ``out``.
+
+    Shift, flip and every channel's bytes are settled by where a row of pixels starts: images are
+    widened once into rows that hold the image and its mirror with their padding, and each output
+    row is one window of such a row. What remains is to convert, zoom, blur and scale in chunks.
+
+    Args:
+        sources: Images, ``[M_i, C, H, W]`` or ``[M_i, H, W, C]``; the first is drawn once, the
+            second as often as rows remain; a single one fills all rows.
+        params: Draws of R rows.
+        scale, bias: Per channel, ``[C]`` float32: value·scale + bias.
+        padding: Pixels that the image is padded by before the crop.
+        padding_mode: What the padding repeats.
+        zoom: Whether ``params.crop`` is to be used.
+        blur_radius: Radius of the sampled Gaussian in pixels; 0 leaves ``params.sigma`` unused.
+        channels_last_in: Whether sources are NHWC.
+        out: ``[R, C, H, W]``, contiguous or channels_last.
+        workspace: Where scratch memory comes from.
+    """
+    num_rows, channels, height, width = out.shape
+    channels_last = not out.is_contiguous()
+    pixels = out.permute(0, 2, 3, 1) if channels_last else out
+    # planes of rows of pixels: C planes of 1-value pixels, or 1 plane of C-value pixels
+    planes, values = (1, channels) if channels_last else (channels, 1)
+    workspace = workspace or Workspace()
+
+    wide, mirrored_at = _widen_rows(
+        sources, height, width, planes, values, padding, padding_mode, channels_last_in, workspace
+    )
+    starts = _row_starts(
+        params, sources, planes, height, padding, padding_mode, wide, mirrored_at, values
+    )
+    windows = wide.view(-1).as_strided((wide.numel() - width * values + 1, width * values), (1, 1))
+    if channels_last:  # one factor per value of a row of pixels
+        scale, bias = scale.repeat(width), bias.repeat(width)
+    else:  # one per plane
+        scale, bias = scale[:, None], bias[:, None]
+    flat = pixels.view(num_rows, planes, height, width * values) if channels_last else pixels
+    # on a long axis a full matrix is mostly zeros: blur it tile by tile
+    tiled = blur_radius > 0 and min(height, width) > max(_WHOLE_AXIS, blur_radius)
+    matrices = _axis_matrices(params, height, width, zoom, 0 if tiled else blur_radius)
+    in_place = out.dtype == torch.float32
+    chunks = _chunks(out)
+    size = min(chunks[0].stop, num_rows) if chunks else 0
+    lines = (size, *flat.shape[1:])
+    gathered = workspace.empty("gathered", lines, wide.dtype, wide.device)
+    scratch = gathered if in_place else workspace.empty("scratch", lines, scale.dtype, out.device)
+    for rows in chunks:
+        target = flat[rows]
+        count = target.shape[0]
+        found = gathered[:count]
+        torch.index_select(windows, 0, starts[rows].view(-1), out=found.view(-1, width * values))
+        block = target if in_place else scratch[:count]
+        block.copy_(found)
+        if matrices is not None:
+            _apply_matrices(block, matrices, rows, values)
+        if tiled:
+            _blur_tiled(block, params.sigma[rows], blur_radius, values)
+        # [count, planes, H·W] or [count, H, W·C]
+        channelwise = block.squeeze(1) if channels_last else block.flatten(2)
+        channelwise.mul_(scale).add_(bias)
+        if not in_place:
+            target.copy_(block)
+    return out
+
+
+def _chunks(rows: Tensor) -> list[slice]:
+    length = rows.shape[0]
+    size = max(1, _CHUNK * length // max(1, rows.numel()))
+    return [slice(start, start + size) for start in range(0, length, size)]
+
+
+def _widen_rows(
+    sources: tuple[Tensor, ...],
+    height: int,
+    width: int,
+    planes: int,
+    values: int,
+    padding: int,
+    padding_mode: PaddingMode,
+    channels_last_in: bool,
+    workspace: Workspace,
+) -> tuple[Tensor, int]:
+    """Write each row of pixels as [padding, mirror, (padding), image, padding].
+
+    With reflection the mirror runs into the image without repeating the edge. A row of zeros
+    follows the last image, for what zeros padding puts above and below.
+
+    Returns:
+        The rows, ``[M·planes·H + 1, pitch]``, and the pixel at which the padded image begins.
+    """
+    reflect = padding_mode == "reflect"
+    image_at = width - 1 if reflect else width + padding
+    pitch = image_at + width + 2 * padding
+    stacked = torch.cat(sources) if len(sources) > 1 else sources[0]
+    count = stacked.shape[0]
+    wide = workspace.empty(
+        "wide", (count * planes * height + 1, pitch * values), stacked.dtype, stacked.device
+    )
+    if padding_mode == "zeros":
+        wide.zero_()
+    # [M, planes, H, W, values], whatever the layouts
+    image = stacked if channels_last_in else stacked.permute(0, 2, 3, 1)  # [M, H, W, C]
+    image = image[:, None] if planes == 1 else image.permute(0, 3, 1, 2)[..., None]
+    mirror = image.flip(3)
+    rows = wide[:-1].view(count, planes, height, pitch, values)
+    rows[..., padding : padding + width, :] = mirror
+    if reflect:
+        rows[..., padding + width : padding + 2 * width - 1, :] = image[..., 1:, :]
+        if padding:
+            rows[..., :padding, :] = image[..., width - 1 - padding : width - 1, :]
+            rows[..., pitch - padding :, :] = mirror[..., 1 : padding + 1, :]
+    else:
+        rows[..., image_at + padding : image_at + padding + width, :] = image
+        if padding_mode == "edge" and padding:
+            first, last = image[..., :1, :], image[..., -1:, :]
+            rows[..., :padding, :] = last
+            rows[..., padding + width : image_at + padding, :] = first
+            rows[..., pitch - padding :, :] = last
+    return wide, image_at
+
+
+def _row_starts(
+    params: AugmentParams,
+    sources: tuple[Tensor, ...],
+    planes: int,
+    height: int,
+    padding: int,
+    padding_mode: PaddingMode,
+    wide: Tensor,
+    mirrored_at: int,
+    values: int,
+) -> Tensor:
+    """Where each output row begins in ``wide``, ``[R, planes, H]`` int64."""
+    pitch = wide.shape[1]
+    device = wide.device
+    num_rows = params.top.shape[0]
+    line_starts = _line_starts(height, padding, padding_mode, pitch, device)
+    plane_starts, image_starts = _image_starts(
+        tuple(source.shape[0] for source in sources), num_rows, planes, height, pitch, device
+    )
+    column = torch.where(params.flip > 0, 2 * padding - params.left, mirrored_at + params.left)
+    offset = image_starts + column.long() * values
+    lines = line_starts.unfold(0, height, 1)[params.top.long()]  # [R, H]
+    starts = (lines + offset[:, None])[:, None, :] + plane_starts[:, None]
+    if padding_mode != "zeros":
+        return starts
+    # rows above and below the image: the row of zeros at the end, whatever the column
+    return torch.where((lines < 0)[:, None, :], wide.numel() - pitch, starts)
+
+
+@_constant
+def _line_starts(
+    height: int, padding: int, padding_mode: PaddingMode, pitch: int, device: torch.device
+) -> Tensor:
+    """Start of each row of a padded plane, ``[H + 2·padding]`` int64; negative: a row of zeros."""
+    line = torch.arange(-padding, height + padding)
+    if padding_mode == "reflect":
+        line = (height - 1) - ((height - 1) - line.abs()).abs()
+    elif padding_mode == "edge":
+        line = line.clamp(0, height - 1)
+    else:
+        line = line.where((line >= 0) & (line < height), -(2**40))
+    return (line * pitch).to(device)
+
+
+@_constant
+def _image_starts(
+    counts: tuple[int, ...],
+    num_rows: int,
+    planes: int,
+    height: int,
+    pitch: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Start of each plane in its image, ``[planes]``, and of each row's image, ``[R]``."""
+    *once, last = counts
+    first = sum(once)
+    views = (num_rows - first) // max(last, 1)
+    image = torch.cat([torch.arange(first), torch.arange(first, first + last).repeat(views)])
+    plane = torch.arange(planes)
+    return (plane * (height * pitch)).to(device), (image * (planes * height * pitch)).to(device)
+
+
+def _axis_matrices(
+    params: AugmentParams, height: int, width: int, zoom: bool, blur_radius: int
+) -> tuple[Tensor, Tensor] | None:
+    """Zoom and blur as one linear map per axis: ``[R, H, H]`` and ``[R, W, W]``, or None."""
+    if not zoom and not blur_radius:
+        return None
+    if zoom:
+        top, bottom, left, right = params.crop.unbind(1)
+        # the image is mirrored already, and so is what is cut off it
+        flipped = params.flip > 0
+        left, right = torch.where(flipped, right, left), torch.where(flipped, left, right)
+        down, across = _zoom_matrix(top, bottom, height), _zoom_matrix(left, right, width)
+    if blur_radius:
+        blur_down = _blur_matrix(params.sigma, height, blur_radius)
+        blur_across = _blur_matrix(params.sigma, width, blur_radius)
+        down = blur_down @ down if zoom else blur_down
+        across = blur_across @ across if zoom else blur_across
+    return down, across
+
+
+def _apply_matrices(
+    block: Tensor, matrices: tuple[Tensor, Tensor], rows: slice, values: int
+) -> None:
+    """Replace each image X of ``block`` by down · X · acrossᵀ."""
+    down, across = matrices[0][rows], matrices[1][rows]
+    count, planes, height, row_values = block.shape
+    if values > 1:  # [count, 1, H, W·C]: down first, its columns are W·C values
+        lines = torch.bmm(down, block.view(count, height, row_values))
+        lines = lines.view(count, height, row_values // values, values)
+        torch.matmul(across[:, None], lines, out=block.view(lines.shape))
+        return
+    columns = torch.bmm(block.view(count, planes * height, row_values), across.mT)
+    torch.matmul(down[:, None], columns.view(block.shape), out=block)
+
+
+def _zoom_matrix(before: Tensor, after: Tensor, size: int) -> Tensor:
+    """Cut ``before`` and ``after`` pixels off an axis and resize back, bilinear, ``[R, n, n]``.
+
+    Half-pixel centres without antialiasing, as ``F.interpolate(align_corners=False)``: the weight
+    of a source pixel falls linearly with its distance from the position read.
+    """
+    grid = torch.arange(size, dtype=torch.float32, device=before.device)
+    before = before.clamp_max(size - 1)  # at least one pixel is left
+    after = torch.minimum(after, size - 1 - before)
+    kept = (size - before - after).float()[:, None]
+    read = ((grid + 0.5) * (kept / size) - 0.5).clamp_min(0).minimum(kept - 1)
+    read = read + before.float()[:, None]
+    return (1 - (read[:, :, None] - grid).abs()).clamp_min_(0)
+
+
+def _blur_matrix(sigma: Tensor, size: int, radius: int) -> Tensor:
+    """Convolve an axis with the sampled Gaussian, reflecting at the ends, ``[R, n, n]``."""
+    taps = _gaussian(sigma, radius)
+    return (taps @ _reflected_taps(size, radius, sigma.device)).view(-1, size, size)
+
+
+def _blur_tiled(block: Tensor, sigma: Tensor, radius: int, values: int) -> None:
+    """Blur ``[n, planes, H, W·values]`` in place, each axis as products with narrow bands."""
+    count, planes, height, row_values = block.shape
+    width = row_values // values
+    images = block.view(count, planes, height, width, values).permute(0, 1, 4, 2, 3)
+    tile, reach = _WHOLE_AXIS // 2, 2 * radius
+    band = F.pad(_gaussian(sigma, radius), (0, 1))[:, _band_taps(tile, radius, sigma.device)]
+
+    wide = F.pad(images.flatten(1, 2), (radius, radius, 0, 0), mode="reflect").flatten(1, 2)
+    across = [
+        torch.bmm(wide[:, :, start : stop + reach], band[:, : stop - start + reach, : stop - start])
+        for start, stop in _tiles(width, tile)
+    ]  # of [n, C·H, tile]
+    lines = torch.cat(across, dim=2).view(count, planes * values, height, width)
+    tall = F.pad(lines, (0, 0, radius, radius), mode="reflect")
+    down = [
+        band.mT[:, None, : stop - start, : stop - start + reach] @ tall[:, :, start : stop + reach]
+        for start, stop in _tiles(height, tile)
+    ]  # of [n, C, tile, W]
+    images.copy_(torch.cat(down, dim=2).view(images.shape))
+
+
+def _tiles(size: int, tile: int) -> list[tuple[int, int]]:
+    return [(start, min(start + tile, size)) for start in range(0, size, tile)]
+
+
+@_constant
+def _band_taps(tile: int, radius: int, device: torch.device) -> Tensor:
+    """The tap by which output j reads input i, or the tap after the last, ``[i, j]``."""
+    tap = torch.arange(tile + 2 * radius)[:, None] - torch.arange(tile)
+    return tap.where((tap >= 0) & (tap <= 2 * radius), 2 * radius + 1).to(device)
+
+
+def _gaussian(sigma: Tensor, radius: int) -> Tensor:
+    """exp(-d² / 2σ²) at d = -radius .. radius, normalised, ``[R, 2·radius + 1]``."""
+    distance = torch.arange(-radius, radius + 1, dtype=torch.float32, device=sigma.device)
+    # below 0.01 px the taps beside the centre are zero in float32
+    weights = torch.exp(-0.5 * (distance / sigma.clamp_min(0.01)[:, None]).square())
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+@_constant
+def _reflected_taps(size: int, radius: int, device: torch.device) -> Tensor:
+    """1 where tap d of output i reads input j, ``[2·radius + 1, n·n]``."""
+    position = torch.arange(size) + torch.arange(-radius, radius + 1)[:, None]  # [taps, n]
+    period = max(2 * (size - 1), 1)
+    position = position.remainder(period)
+    position = torch.minimum(position, period - position).clamp_max(size - 1)
+    return F.one_hot(position, size).float().flatten(1).to(device)

@@ -1,0 +1,59 @@
+"""MixMatchLoss: the loss with its weight ramp."""
+
+from torch import Tensor, nn
+
+from gpu_mixmatch import functional
+from gpu_mixmatch.types import Impl, LossOutput, MixMatchBatch
+
+
+class MixMatchLoss(nn.Module):
+    """Cross-entropy on X' plus λ_U times the squared error of probabilities on U'.
+
+    The weight ramps linearly from 0 with ``batch.step``, so that the loss itself has no state.
+
+    Args:
+        lambda_u: λ_U at the end of its ramp.
+        rampup_steps: Length of the ramp in steps; 0 gives the full weight from the start. The
+            reference ramps over 1024 · 1024 images, 16 384 steps of 64.
+        impl: Implementation of `functional.mixmatch_loss`.
+
+    Raises:
+        ValueError: If ``lambda_u`` or ``rampup_steps`` is negative.
+
+    References:
+        Berthelot et al. 2019, eq. 2-5 and section 4.
+    """
+
+    def __init__(
+        self, lambda_u: float = 75.0, rampup_steps: int = 16_384, *, impl: Impl = "auto"
+    ) -> None:
+        super().__init__()
+        if not lambda_u >= 0:
+            raise ValueError(f"lambda_u must be at least 0, got {lambda_u}")
+        if rampup_steps < 0:
+            raise ValueError(f"rampup_steps must be at least 0, got {rampup_steps}")
+        self.lambda_u = lambda_u
+        self.rampup_steps = rampup_steps
+        self.impl = impl
+
+    def forward(self, logits: Tensor, batch: MixMatchBatch) -> LossOutput:
+        """Compare the model's logits with the batch's targets.
+
+        Args:
+            logits: ``model(batch.inputs)``, ``[N, L]``, in batch order.
+            batch: The batch that they were computed for.
+
+        Returns:
+            The loss and its parts, 0-d float32.
+
+        Raises:
+            ValueError: If ``logits`` are not ``[N, L]``.
+        """
+        weight_u = self.lambda_u * functional.linear_rampup(batch.step, self.rampup_steps)
+        return functional.mixmatch_loss(
+            logits, batch.targets, batch.num_labelled, weight_u, impl=self.impl
+        )
+
+    def extra_repr(self) -> str:
+        """Show the fields."""
+        return f"lambda_u={self.lambda_u}, rampup_steps={self.rampup_steps}"

@@ -1,0 +1,402 @@
+"""Nothing on the hot path reads a value back from the device, which would wait for it."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpu_mixmatch import (
+    MixMatch,
+    MixMatchBatch,
+    MixMatchLoss,
+    MixUpParams,
+    WeakAugment,
+    functional,
+    interleaved_forward,
+    sampling,
+)
+
+NUM_CLASSES = 5
+aten = torch.ops.aten
+# Operations whose result or size depends on values: on a device they wait for it.
+WAITING = {
+    aten._local_scalar_dense,
+    aten.nonzero,
+    aten.is_nonzero,
+    aten.equal,
+    aten.masked_select,
+    aten._unique2,
+    aten.unique_dim,
+    aten.bincount,
+}
+# With a mask for an index these are nonzero in disguise.
+INDEXING = {
+    aten.index,
+    aten.index_put,
+    aten.index_put_,
+    aten._unsafe_index,
+    aten._index_put_impl_,
+}
+
+
+class NoSync(TorchDispatchMode):
+    """Raise where a tensor's values would be read, but for tensors that live on the host."""
+
+    def __init__(self, *host):
+        super().__init__()
+        self.host = {tensor.data_ptr() for tensor in host}
+        self.calls = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += 1
+        packet = function.overloadpacket
+        on_host = (
+            isinstance(args[0], torch.Tensor) and args[0].data_ptr() in self.host if args else False
+        )
+        masked = packet in INDEXING and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        counted = (
+            packet is aten.repeat_interleave and function is not aten.repeat_interleave.self_int
+        )
+        if not on_host and (packet in WAITING or masked or counted):
+            shapes = [list(a.shape) for a in args if isinstance(a, torch.Tensor)]
+            raise AssertionError(f"{function} on {shapes} waits for the device")
+        return function(*args, **(kwargs or {}))
+
+
+class NoExport(TorchFunctionMode):
+    """Raise where a tensor leaves torch, which the dispatcher does not see on a CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu):
+            raise AssertionError(f"Tensor.{function.__name__} waits for the device")
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def no_reads():
+    """For operations, to which everything comes from the device."""
+    with NoExport(), NoSync() as mode:
+        yield
+    assert mode.calls > 0
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.dense = nn.Linear(4, NUM_CLASSES)
+
+    def forward(self, images):
+        return self.dense(self.norm(self.conv(images)).mean(dim=(2, 3)))
+
+
+def data(device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    x, u = (
+        torch.randint(0, 256, (n, 3, 12, 12), generator=generator, dtype=torch.uint8)
+        for n in (4, 6)
+    )
+    y = torch.randint(0, NUM_CLASSES, (4,), generator=generator)
+    return x.to(device), y.to(device), u.to(device)
+
+
+POLICIES = {
+    "weak": {"padding": 2},
+    "zeros": {"padding": 2, "padding_mode": "zeros"},
+    "edge, bfloat16, channels_last": {
+        "padding": 2,
+        "padding_mode": "edge",
+        "dtype": torch.bfloat16,
+        "channels_last": True,
+    },
+    "zoom": {"padding": 0, "crop_px": (0, 3)},
+    "blog": {"padding": 0, "crop_px": (0, 3), "blur_sigma": (0.0, 1.0)},
+}
+
+
+# The modes themselves
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda t: t.sum().item(),
+        lambda t: t.abs().tolist(),
+        lambda t: t.abs().cpu(),
+        lambda t: t.abs().numpy(),
+        lambda t: bool(t.any()),
+        lambda t: int(t.argmax()),
+        lambda t: t.nonzero(),
+        lambda t: torch.where(t > 0),
+        lambda t: t[t > 0],
+        lambda t: t.masked_select(t > 0),
+        lambda t: torch.equal(t, t),
+        lambda t: t.unique(),
+        lambda t: t.index_put((t > 0,), torch.tensor(1.0)),
+        lambda t: t.repeat_interleave(torch.ones(3, dtype=torch.int64)),
+    ],
+)
+def test_a_read_is_noticed(read):
+    tensor = torch.tensor([1.0, -1.0, 2.0])
+    with no_reads(), pytest.raises(AssertionError, match="waits for the device"):
+        read(tensor)
+
+
+def test_the_host_may_read_its_own():
+    step = torch.tensor(3)
+    with NoSync(step):
+        assert int(step) == 3
+
+
+# The operations
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_augment_reads_nothing_back(policy):
+    engine = WeakAugment(**POLICIES[policy])
+    x, _, u = data()
+    draws = engine.draw_batch(0, 0, 4, 6, 2)
+    engine.build(x, u, draws, 2)  # makes the constants of the policy, once and on the host
+    with no_reads():
+        views = engine.build(x, u, draws, 2)
+        engine.normalize(x)
+    assert views.shape == (16, 3, 12, 12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_guessing_reads_nothing_back(dtype):
+    logits = torch.randn(2, 6, NUM_CLASSES).to(dtype)
+    with no_reads():
+        functional.guess_labels(logits, 0.5)
+        functional.sharpen(logits.softmax(dim=-1), 0.5)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_mixup_reads_nothing_back(dtype, channels_last):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    inputs = torch.randn(16, 3, 12, 12).to(dtype).contiguous(memory_format=layout)
+    targets = torch.full((16, NUM_CLASSES), 1 / NUM_CLASSES)
+    params = sampling.draw_mixup(0, 0, 4, 6)
+    with no_reads():
+        functional.mixup(inputs, targets, params)
+        functional.mixup(inputs, targets, params, out=torch.empty_like(inputs))
+
+
+def test_interleaving_reads_nothing_back():
+    with no_reads():
+        functional.interleave(torch.randn(16, 3), 3)
+
+
+def batch_like():
+    params = MixUpParams(torch.ones(16), torch.arange(16))
+    targets = torch.full((16, NUM_CLASSES), 1 / NUM_CLASSES)
+    return MixMatchBatch(torch.randn(16, 3, 12, 12), targets, 4, torch.tensor(5), params)
+
+
+@pytest.mark.parametrize("rampup_steps", [0, 10])
+def test_loss_reads_nothing_back(rampup_steps):
+    batch = batch_like()
+    logits = torch.randn(16, NUM_CLASSES, requires_grad=True)
+    with no_reads():
+        MixMatchLoss(75.0, rampup_steps)(logits, batch).loss.backward()
+        functional.mixmatch_loss(logits, batch.targets, 4, torch.tensor(3.0)).loss.backward()
+
+
+@pytest.mark.parametrize("running_stats", ["first", "all"])
+@pytest.mark.parametrize("swap", [True, False])
+def test_interleaved_forward_reads_nothing_back(swap, running_stats):
+    batch = batch_like()
+    with no_reads():
+        interleaved_forward(Net(), batch, swap=swap, running_stats=running_stats).sum().backward()
+
+
+# Copies from the host: on a GPU, one of pageable memory waits. "meta" stands for the device.
+
+
+class HostCopies(TorchDispatchMode):
+    """List the shapes of what is sent from the host to the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        packet = function.overloadpacket
+        if packet in (aten._to_copy, aten.copy_, aten.copy):
+            target, source = (
+                (args[0], args[1]) if packet is not aten._to_copy else (result, args[0])
+            )
+            if source.device.type == "cpu" and target.device.type != "cpu":
+                self.sent.append(list(source.shape))
+        return result
+
+
+def on_device(params):
+    return type(params)(*(tensor.to("meta") for tensor in params))
+
+
+def device_operations():
+    rows = torch.empty(16, 3, 12, 12, device="meta")
+    targets = torch.empty(16, NUM_CLASSES, device="meta")
+    params = on_device(sampling.draw_mixup(0, 0, 4, 6))
+    calls = {
+        "guess_labels": lambda: functional.guess_labels(targets.view(2, 8, NUM_CLASSES), 0.5),
+        "mixup": lambda: functional.mixup(rows, targets, params),
+        "interleave": lambda: functional.interleave(rows, 3),
+        "mixmatch_loss": lambda: functional.mixmatch_loss(targets, targets, 4, 75.0),
+        "one_hot_targets": lambda: functional.one_hot_targets(
+            torch.empty(4, dtype=torch.int64, device="meta"), NUM_CLASSES, 0.1
+        ),
+    }
+    for name, policy in POLICIES.items():
+        engine = WeakAugment(**policy).to("meta")
+        draws = on_device(engine.draw_batch(0, 0, 4, 6, 2))
+        x, _, u = data("meta")
+        calls[f"augment, {name}"] = lambda e=engine, d=draws, x=x, u=u: e.build(x, u, d, 2)
+    return calls
+
+
+@pytest.mark.parametrize("operation", device_operations())
+def test_operation_sends_its_constants_once(operation, monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # knows no "meta"
+    call = device_operations()[operation]
+    call()
+    with HostCopies() as copies:
+        call()
+    assert copies.sent == []
+
+
+# The whole step
+
+
+@pytest.fixture
+def unchecked_labels(monkeypatch):
+    """Labels on a device are not checked: skip the checks that the CPU makes."""
+    monkeypatch.setattr(functional, "_check_labels", lambda *_: None)
+    monkeypatch.setattr(functional, "_check_distributions", lambda *_: None)
+
+
+def train_step(builder, criterion, model, x, y, u, **ids):
+    batch = builder(x, y, u, model, **ids)
+    output = criterion(model(batch.inputs.float()), batch)
+    output.loss.backward()
+    return batch, output
+
+
+@pytest.mark.parametrize("guess_forward", ["joint", "separate"])
+@pytest.mark.parametrize("guess_bn", ["batch", "update", "eval"])
+@pytest.mark.parametrize("reuse_buffers", [False, True])
+@pytest.mark.usefixtures("unchecked_labels")
+def test_step_reads_nothing_back_for_any_guess(reuse_buffers, guess_bn, guess_forward):
+    builder = MixMatch(
+        WeakAugment(padding=2),
+        NUM_CLASSES,
+        guess_bn=guess_bn,
+        guess_forward=guess_forward,
+        reuse_buffers=reuse_buffers,
+    )
+    with NoSync(builder.step) as mode:
+        train_step(builder, MixMatchLoss(), Net(), *data())
+    assert mode.calls > 0
+
+
+@pytest.mark.parametrize("mix", ["all", "separate", "labelled", "unlabelled", "none"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.usefixtures("unchecked_labels")
+def test_step_reads_nothing_back_for_any_labels_and_mix(soft, label_smoothing, mix):
+    x, y, u = data()
+    y = nn.functional.one_hot(y, NUM_CLASSES).float() if soft else y
+    builder = MixMatch(WeakAugment(), NUM_CLASSES, mix=mix, label_smoothing=label_smoothing)
+    with NoSync(builder.step):
+        train_step(builder, MixMatchLoss(), Net(), x, y, u)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.usefixtures("unchecked_labels")
+def test_step_reads_nothing_back_for_any_policy(policy):
+    builder = MixMatch(WeakAugment(**POLICIES[policy]), NUM_CLASSES)
+    model = Net()
+    for guard in (contextlib.nullcontext(), NoSync(builder.step)):  # first the constants
+        with guard:
+            train_step(builder, MixMatchLoss(), lambda images: model(images.float()), *data())
+
+
+@pytest.mark.usefixtures("unchecked_labels")
+def test_from_views_reads_nothing_back():
+    builder = MixMatch(WeakAugment(), NUM_CLASSES)
+    x, y, u = data()
+    with NoSync(builder.step):
+        builder.from_views(x / 255, y, [u / 255, u / 255], Net())
+
+
+def test_check_is_where_the_device_is_read():
+    with NoSync(), pytest.raises(AssertionError, match="waits for the device"):
+        batch_like().check()
+
+
+# On a GPU
+
+
+@contextlib.contextmanager
+def synchronising_is_an_error():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_step_does_not_synchronise_on_a_gpu(policy, soft):
+    builder = MixMatch(WeakAugment(**POLICIES[policy]), NUM_CLASSES).to("cuda")
+    criterion, model = MixMatchLoss(), Net().to("cuda")
+    x, y, u = data("cuda")
+    y = nn.functional.one_hot(y, NUM_CLASSES).float() if soft else y
+
+    def guesser(images):
+        return model(images.float())
+
+    # constants are made once: the first call may wait
+    batch, _ = train_step(builder, criterion, guesser, x, y, u)
+    interleaved_forward(model, batch._replace(inputs=batch.inputs.float()))
+    with synchronising_is_an_error():
+        batch, output = train_step(builder, criterion, guesser, x, y, u)
+        interleaved_forward(model, batch._replace(inputs=batch.inputs.float())).sum().backward()
+    assert output.loss.isfinite()
+    batch.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_batch_of_host_images_does_not_synchronise_on_a_gpu():
+    builder, model = MixMatch(WeakAugment(), NUM_CLASSES).to("cuda"), Net().to("cuda")
+    x, y, u = (tensor.pin_memory() for tensor in data())
+    builder(x, y, u, model)
+    with synchronising_is_an_error():
+        batch = builder(x, y, u, model)
+    batch.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_label_out_of_range_on_a_gpu_raises_nothing_until_check():
+    builder, model = MixMatch(WeakAugment(), NUM_CLASSES, mix="none").to("cuda"), Net().to("cuda")
+    x, y, u = data("cuda")
+    y[1] = NUM_CLASSES
+    builder(x, y, u, model)
+    with synchronising_is_an_error():
+        batch = builder(x, y, u, model)
+    with pytest.raises(ValueError, match=r"got rows \[1\] with sums \[0\.0\]"):
+        batch.check()
