@@ -1,0 +1,301 @@
+"""The command line: ``gpu-mixmatch train | preview | ablate | demo | doctor``."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.table import Table
+    from rich.text import Text
+except ImportError as error:
+    raise SystemExit(
+        f'the command line needs {error.name}: pip install "gpu-mixmatch[cli]"'
+    ) from error
+
+import torch
+
+from gpu_mixmatch.data.datasets import load_dataset
+from gpu_mixmatch.doctor import examine
+from gpu_mixmatch.recipes import ablate as recipe
+from gpu_mixmatch.recipes.preview import preview as draw
+from gpu_mixmatch.recipes.train import TrainConfig
+from gpu_mixmatch.recipes.train import train as run
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="MixMatch batches for PyTorch: train, look at the batches, repeat the paper's ablation.",
+)
+console = Console()
+
+DatasetOption = Annotated[
+    str, typer.Option(help="digits, mnist, fashion-mnist, cifar10 or cifar100.")
+]
+RootOption = Annotated[
+    str | None, typer.Option(help="Folder of the data set's files; digits need none.")
+]
+LabelsOption = Annotated[int, typer.Option(help="Labelled images, balanced over the classes.")]
+StepsOption = Annotated[int, typer.Option(help="Length of a run in batches.")]
+BatchOption = Annotated[int, typer.Option(help="Labelled, and as many unlabelled, images a step.")]
+ModelOption = Annotated[str, typer.Option(help="cnn (small and quick) or wrn-28-2 (the paper's).")]
+PresetOption = Annotated[
+    str,
+    typer.Option(
+        help="fast (one forward pass), paper (its separate guesses and interleaved forward), "
+        "yu1ut or usb."
+    ),
+]
+DeviceOption = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1; auto takes cuda if it is there.")
+]
+SeedsOption = Annotated[str, typer.Option(help="Seeds, comma-separated.")]
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoint, metrics and curves.")],
+    dataset: DatasetOption = "digits",
+    root: RootOption = None,
+    labels: LabelsOption = 40,
+    steps: StepsOption = 800,
+    batch_size: BatchOption = 64,
+    model: ModelOption = "cnn",
+    preset: PresetOption = "fast",
+    seed: Annotated[int, typer.Option(help="Of weights, labels, order and draws.")] = 0,
+    device: DeviceOption = "auto",
+    supervised: Annotated[
+        bool, typer.Option("--supervised", help="Train on the labelled images alone.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the checkpoint in the folder.")
+    ] = False,
+    lambda_u: Annotated[float | None, typer.Option(help="Loss weight; default: preset's.")] = None,
+    rampup_steps: Annotated[
+        int | None, typer.Option(help="Ramp of the weight; default: preset's, at most half a run.")
+    ] = None,
+    eval_every: Annotated[int, typer.Option(help="Steps between evaluations; 0: a 20th.")] = 0,
+) -> None:
+    """Train a classifier with MixMatch, or supervised only, and draw its curves."""
+    config = TrainConfig(
+        dataset=dataset,
+        root=root,
+        labels=labels,
+        steps=steps,
+        batch_size=batch_size,
+        model=model,
+        preset=preset,
+        seed=seed,
+        device=_device(device),
+        supervised=supervised,
+        lambda_u=lambda_u,
+        rampup_steps=rampup_steps,
+        eval_every=eval_every,
+    )
+    with _progress() as progress:
+        task = progress.add_task("training", total=steps, note="")
+
+        def on_step(step: int, metrics: dict[str, float]) -> None:
+            note = f"error {metrics['error']:.2f} %" if metrics else ""
+            progress.update(task, completed=step, note=note)
+
+        summary = run(config, out, resume=resume, on_step=on_step)
+    console.print(
+        f"test error {summary.error:.2f} %, median of the last 20 evaluations "
+        f"{summary.median_error:.2f} %, {steps / max(summary.seconds, 1e-9):.1f} steps/s"
+    )
+    typer.echo(f"wrote {out}/curves.png, metrics.jsonl and checkpoint.pt")
+
+
+@app.command()
+def preview(
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("preview.png"),
+    dataset: DatasetOption = "digits",
+    root: RootOption = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    k: Annotated[int, typer.Option(help="Views per unlabelled image, K.")] = 2,
+    labels: LabelsOption = 40,
+) -> None:
+    """Draw one batch: originals, views, guesses, and the mixed pairs with their weights."""
+    data = load_dataset(dataset, root)
+    path = draw(data, out, seed=seed, num_augmentations=k, labels=labels)
+    typer.echo(f"wrote {path}")
+
+
+@app.command()
+def ablate(
+    out: Annotated[Path, typer.Option(help="Folder for ablation.json and ablation.png.")],
+    dataset: DatasetOption = "digits",
+    root: RootOption = None,
+    labels: LabelsOption = 40,
+    steps: StepsOption = 800,
+    batch_size: BatchOption = 64,
+    model: ModelOption = "cnn",
+    preset: PresetOption = "fast",
+    seeds: SeedsOption = "0,1,2",
+    device: DeviceOption = "auto",
+    rows: Annotated[
+        str | None,
+        typer.Option(help=f"Of {', '.join(r.key for r in recipe.ABLATION)}; default: all."),
+    ] = None,
+) -> None:
+    """Repeat the paper's ablation on a data set, next to the paper's own column."""
+    config = TrainConfig(
+        dataset=dataset,
+        root=root,
+        labels=labels,
+        steps=steps,
+        batch_size=batch_size,
+        model=model,
+        preset=preset,
+        device=_device(device),
+    )
+    chosen = recipe.choose_rows(rows)
+    results = _compare(config, chosen, seeds)
+    recipe.save_results(results, config, _seeds(seeds), _command(), out / "ablation.json")
+    title = f"{dataset}, {labels} labels, {model}, {len(_seeds(seeds))} seeds"
+    picture = recipe.draw_bars(results, title, out / "ablation.png", with_paper=True)
+    typer.echo(f"wrote {picture} and ablation.json")
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for demo.json and demo.png; default: none.")
+    ] = None,
+    dataset: DatasetOption = "digits",
+    root: RootOption = None,
+    labels: LabelsOption = 40,
+    steps: StepsOption = 800,
+    model: ModelOption = "cnn",
+    seeds: SeedsOption = "0,1,2",
+    device: DeviceOption = "auto",
+) -> None:
+    """Train with few labels, supervised only and with MixMatch, and print the difference."""
+    config = TrainConfig(
+        dataset=dataset,
+        root=root,
+        labels=labels,
+        steps=steps,
+        model=model,
+        device=_device(device),
+    )
+    results = _compare(config, [recipe.SUPERVISED, recipe.FULL], seeds)
+    supervised, mixmatch = (result.mean for result in results)
+    console.print(
+        f"With {labels} labels MixMatch makes {mixmatch / max(supervised, 1e-9):.2f} times the "
+        "errors of supervised training."
+    )
+    if out:
+        recipe.save_results(results, config, _seeds(seeds), _command(), out / "demo.json")
+        recipe.draw_bars(results, f"{dataset}, {labels} labels, {model}", out / "demo.png")
+        typer.echo(f"wrote {out}/demo.json and demo.png")
+
+
+@app.command()
+def doctor() -> None:
+    """Show which engines and devices are usable here and, for each that is not, why."""
+    table = Table(title="gpu-mixmatch doctor")
+    for heading in ("", "what", "state", "remedy"):
+        table.add_column(heading, overflow="fold")
+    for finding in examine():
+        mark = "[green]ok[/]" if finding.usable else "[yellow]no[/]"
+        # Text: an extra's brackets are not markup
+        table.add_row(mark, finding.name, Text(finding.detail), Text(finding.remedy or ""))
+    console.print(table)
+
+
+def main() -> None:
+    """Run the command line; wrong input ends in one line and exit code 2."""
+    try:
+        app()
+    except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+def _compare(config: TrainConfig, rows: list[recipe.Row], seeds: str) -> list[recipe.Result]:
+    numbers = _seeds(seeds)
+    with _progress() as progress:
+        total = progress.add_task(
+            "all runs", total=len(rows) * len(numbers) * config.steps, note=""
+        )
+        task = progress.add_task("", total=config.steps, note="")
+
+        def on_run(row: recipe.Row, seed: int) -> None:
+            progress.update(task, completed=0, description=f"{row.label}, seed {seed}", note="")
+
+        def on_step(step: int, metrics: dict[str, float]) -> None:
+            note = f"error {metrics['error']:.2f} %" if metrics else ""
+            progress.update(task, completed=step, note=note)
+            progress.advance(total)
+
+        results = recipe.compare(config, rows, numbers, on_run=on_run, on_step=on_step)
+    table = Table(
+        title=f"Test error in %, {config.dataset}, {config.labels} labels, {config.steps} steps"
+    )
+    table.add_column("")
+    for seed in numbers:
+        table.add_column(f"seed {seed}", justify="right")
+    table.add_column("mean ± sd", justify="right")
+    with_paper = len(rows) > 2
+    if with_paper:
+        table.add_column("paper, CIFAR-10, 250 / 4000", justify="right")
+    for result in results:
+        cells = [f"{error:.2f}" for error in result.errors]
+        cells.append(f"{result.mean:.2f} ± {result.deviation:.2f}")
+        if with_paper:
+            paper = result.row.paper
+            cells.append(f"{paper[0]:.2f} / {paper[1]:.2f}" if paper else "")
+        table.add_row(result.row.label, *cells)
+    console.print(table)
+    return results
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise ValueError(f"seeds must be integers, comma-separated, got {text!r}") from None
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.device(name).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be usable here, got {name!r}; see gpu-mixmatch doctor")
+    return name
+
+
+def _command() -> str:
+    return " ".join(["gpu-mixmatch", *sys.argv[1:]])
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    columns: list[Any] = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    ]
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield progress
+
+
+if __name__ == "__main__":
+    main()
