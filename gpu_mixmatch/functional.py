@@ -287,6 +287,7 @@ def augment(
         )
     if dtype not in IMAGE_DTYPES:
         raise ValueError(f"dtype must be one of {_names(IMAGE_DTYPES)}, got {_name(dtype)}")
+    _check_device("params.top", params.top, "images", sources[0])
     rows = params.top.shape[0]
     *once, last = (source.shape[0] for source in sources)
     if rows < sum(once) or (rows - sum(once)) % max(last, 1):

@@ -8,6 +8,7 @@ from torch import nn
 
 from gpu_mixmatch import MixMatch, MixMatchBatch, MixMatchLoss, MixUpParams, WeakAugment
 from gpu_mixmatch import functional as F
+from gpu_mixmatch.sampling import draw_augment
 from gpu_mixmatch.types import AugmentParams
 
 NUM_CLASSES = 5
@@ -173,6 +174,15 @@ def test_labels_of_the_wrong_shape_or_dtype_are_an_error(y, shown):
     text = f"y must be integer labels [B] or soft labels [B, L] with L = 5, got {shown}"
     with raises(ValueError, text):
         builder_of()(images_of(B), y, images_of(M), Net())
+
+
+def test_draws_on_another_device_than_the_images_are_an_error():
+    params = draw_augment(0, 0, 2, 1, padding=1)
+    elsewhere = type(params)(*(tensor.to("meta") for tensor in params))
+    with raises(ValueError, "params.top must be on cpu like images, got it on meta"):
+        F.augment(
+            torch.zeros(2, 3, 8, 8), elsewhere, scale=torch.ones(3), bias=torch.zeros(3), padding=1
+        )
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 4])

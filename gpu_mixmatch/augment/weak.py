@@ -127,7 +127,7 @@ class WeakAugment(nn.Module):
         Args:
             images: ``[M, C, H, W]`` or ``[M, H, W, C]``; a pair (x, u) draws x once and u as often
                 as rows remain.
-            params: Draws of R rows, view-major.
+            params: Draws of R rows, view-major; sent to the images' device if they are not there.
             out: Where to write; None allocates.
             workspace: Memory for the result and for scratch that outlives the call.
 
@@ -139,6 +139,8 @@ class WeakAugment(nn.Module):
         first = images[0] if isinstance(images, tuple) else images
         _, (channels, height, width) = functional.image_layout("images", first)
         scale, bias = self._scale_and_bias(first, channels)
+        if params.top.device != first.device:
+            params = sampling.augment_to_device(params, first.device)
         if out is None and workspace is not None:
             rows = params.top.shape[0]
             shape = (channels, height, width)
@@ -163,8 +165,7 @@ class WeakAugment(nn.Module):
 
     def forward(self, images: Tensor, seed: int, step: int, view: int = 0) -> Tensor:
         """Draw and apply one view of a batch, its positions being the sample ids."""
-        params = self.draw(seed, step, len(images), view)
-        return self.apply(images, sampling.augment_to_device(params, images.device))
+        return self.apply(images, self.draw(seed, step, len(images), view))
 
     def normalize(self, images: Tensor) -> Tensor:
         """Convert and normalise without augmenting, as evaluation needs it.
