@@ -1,0 +1,1 @@
+"""Measurements of the package, and what README shows of them."""

@@ -1,0 +1,58 @@
+"""README's code runs, and its tables equal the committed results."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.report import ROOT, rendered
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def _stand_ins() -> dict[str, object]:
+    generator = torch.Generator().manual_seed(0)
+
+    def images(count: int) -> torch.Tensor:
+        return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 10),
+    )
+    return {
+        "device": "cpu",
+        "model": model,
+        "optimizer": torch.optim.Adam(model.parameters()),
+        "labelled": [(images(4), torch.tensor([1, 2, 3, 4])) for _ in range(2)],
+        "unlabelled": [images(6) for _ in range(2)],
+    }
+
+
+def test_readme_has_code_to_run():
+    assert len(BLOCKS) >= 6
+
+
+def test_readme_code_runs_from_top_to_bottom():
+    names = _stand_ins()
+    for number, block in enumerate(BLOCKS):
+        try:
+            exec(compile(block, f"README block {number}", "exec"), names)
+        except Exception as error:
+            pytest.fail(f"README's block {number} raised {error!r}:\n{block}")
+    batch = names["batch"]
+    assert batch.inputs.shape == (4 + 2 * 6, 3, 32, 32)
+    torch.testing.assert_close(batch.targets.sum(dim=1), torch.ones(16))
+
+
+def test_readme_tables_equal_the_committed_results():
+    assert rendered(README) == README
+
+
+def test_readme_names_the_test_command_that_ci_runs():
+    assert "<!-- test command -->\n    make test\n" in README
