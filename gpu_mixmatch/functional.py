@@ -230,8 +230,8 @@ def augment(
     images: Tensor | tuple[Tensor, Tensor],
     params: AugmentParams,
     *,
-    scale: Tensor,
-    bias: Tensor,
+    scale: Tensor | float,
+    bias: Tensor | float,
     padding: int = 0,
     padding_mode: PaddingMode = "reflect",
     zoom: bool = False,
@@ -249,8 +249,8 @@ def augment(
             known by its last axis of 1, 3 or 4 channels when the second is none of them. A pair
             (x, u) draws x once and u as often as rows remain.
         params: Draws of R rows, view-major, as `sampling.draw_augment` gives them.
-        scale: Factor per channel, ``[C]`` float32.
-        bias: Addend per channel, ``[C]`` float32.
+        scale: Factor, a number or one per channel, ``[C]`` float32.
+        bias: Addend, likewise.
         padding: Pixels that images are padded by before the crop.
         padding_mode: "reflect" (without the edge), "zeros" (black) or "edge".
         zoom: Whether to cut ``params.crop`` and resize back, bilinear.
@@ -294,12 +294,14 @@ def augment(
         raise ValueError(f"params must have a row per view of {[*once, last]} images, got {rows}")
     if last == 0 and rows > sum(once):
         raise ValueError(f"images must not be empty where params have rows, got {rows} rows")
-    for name, tensor in (("scale", scale), ("bias", bias)):
-        if tuple(tensor.shape) != (channels,):
+    for name, factor in (("scale", scale), ("bias", bias)):
+        if not isinstance(factor, Tensor):
+            continue
+        if tuple(factor.shape) != (channels,):
             raise ValueError(
-                f"{name} must be [C] with C = {channels} like images, got {list(tensor.shape)}"
+                f"{name} must be [C] with C = {channels} like images, got {list(factor.shape)}"
             )
-        _check_device(name, tensor, "images", sources[0])
+        _check_device(name, factor, "images", sources[0])
     shape = (rows, channels, height, width)
     if out is None:
         layout = torch.channels_last if channels_last else torch.contiguous_format

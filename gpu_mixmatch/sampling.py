@@ -100,8 +100,8 @@ def draw_augment(
     """
     rows = _rows([(ids, views)])
     policy = AugmentPolicy(padding, crop_px, flip, blur_sigma)
-    words = _draw_words(seed, step, _augment_requests(rows, policy))
-    return _augment_params(words, policy)
+    words = _draw_words(seed, step, 1, _augment_requests(rows, policy))
+    return AugmentParams(*map(torch.from_numpy, _of_step(_augment_arrays(words, policy), 0)))
 
 
 def draw_mixup(
@@ -179,24 +179,19 @@ def draw_batch(
         if choice not in get_args(kind):
             raise ValueError(f"{name} must be one of {list(get_args(kind))}, got {choice!r}")
     rows = _rows([(ids_x, 0), (ids_u, range(1, num_augmentations + 1))])
-    num_rows, num_labelled = len(rows.low), _length(ids_x)
-    lam_rows = _position_rows(((1, (0,)),)) if lam == "batch" else rows
-    shuffled = _shuffled_parts(num_rows, num_labelled, mix)
-    requests = _augment_requests(rows, policy) if policy else []
-    requests += [(lam_rows, Purpose.LAM)] if shuffled else []
-    requests += [
-        (_shuffle_rows(stop - start, view), Purpose.SHUFFLE) for view, start, stop in shuffled
-    ]
-    words = _draw_words(seed, step, requests)
-
-    augment = _augment_params(words, policy) if policy else None
-    weight, index = np.ones(num_rows, dtype=np.float32), np.arange(num_rows)
-    if shuffled:
-        lams = _folded_beta(next(words)[0], alpha)
-        for _, start, stop in shuffled:
-            weight[start:stop] = lams if lam == "batch" else lams[start:stop]
-            index[start:stop] = start + _bijection(next(words), stop - start)
-    return augment, MixUpParams(torch.from_numpy(weight), torch.from_numpy(index))
+    switches = (_length(ids_x), policy, alpha, lam, mix)
+    if isinstance(ids_x, int) and isinstance(ids_u, int):
+        _check_key(seed, step)
+        ahead = max(1, min(16, 1536 // max(len(rows.low), 1)))  # arrays of at most 128 KiB
+        block, number = divmod(step, ahead)
+        arrays = _drawn_ahead(seed, block * ahead, ahead, rows, *switches)
+    else:
+        number, arrays = 0, _batch_arrays(seed, step, 1, rows, *switches)
+    augment, mixup = arrays
+    return (
+        AugmentParams(*map(torch.from_numpy, _of_step(augment, number))) if augment else None,
+        MixUpParams(*map(torch.from_numpy, _of_step(mixup, number))),
+    )
 
 
 def epoch_order(seed: int, epoch: int, length: int, *, view: int = 0) -> Tensor:
@@ -215,8 +210,8 @@ def epoch_order(seed: int, epoch: int, length: int, *, view: int = 0) -> Tensor:
         raise ValueError(f"length must be at least 0, got {length}")
     if not 0 <= epoch < 2**32:
         raise ValueError(f"epoch must be an integer in [0, 2**32), got {epoch}")
-    words = _draw_words(seed, epoch, [(_shuffle_rows(length, view), Purpose.EPOCH)])
-    return torch.from_numpy(_bijection(next(words), length))
+    words = _draw_words(seed, epoch, 1, [(_shuffle_rows(length, view), Purpose.EPOCH)])
+    return torch.from_numpy(_bijection(next(words), length)[0])
 
 
 def to_device(
@@ -247,16 +242,17 @@ def augment_to_device(params: AugmentParams, device: torch.device) -> AugmentPar
 
 def generator_seed(seed: int, step: int) -> int:
     """Return a 64-bit seed for a foreign generator, a function of (seed, step)."""
-    (words,) = _draw_words(seed, step, [(_position_rows(((1, (0,)),)), Purpose.FOREIGN)])
-    return int(words[0, 0]) | int(words[1, 0]) << 32
+    (words,) = _draw_words(seed, step, 1, [(_position_rows(((1, (0,)),)), Purpose.FOREIGN)])
+    return int(words[0, 0, 0]) | int(words[1, 0, 0]) << 32
 
 
-class _Rows(NamedTuple):
+class _Rows:
     """Counter words of some rows, each ``[R]`` uint64: ids, low and high, and view · 256."""
 
-    low: Words
-    high: Words
-    view: Words
+    def __init__(self, low: Words, high: Words, view: Words) -> None:
+        self.low = low
+        self.high = high
+        self.view = view
 
 
 def _length(ids: Tensor | int) -> int:
@@ -295,26 +291,76 @@ def _id_rows(parts: Sequence[tuple[Tensor, Sequence[int]]]) -> _Rows:
     return _Rows(words & _MASK, words >> _SHIFT32, view)
 
 
-def _draw_words(seed: int, step: int, requests: Sequence[tuple[_Rows, Purpose]]) -> Iterator[Words]:
-    """Encrypt the counters of all requests in one pass; words ``[4, R]`` of each in turn."""
+Arrays = tuple[NDArray[Any], ...]  # of the fields of AugmentParams or MixUpParams, ``[S, R, ...]``
+
+
+@lru_cache(maxsize=4)
+def _drawn_ahead(
+    seed: int, step: int, num_steps: int, rows: _Rows, *switches: Any
+) -> tuple[Arrays | None, Arrays]:
+    """Draw some steps at once: numpy's time goes into calls, not into a few hundred integers."""
+    return _batch_arrays(seed, step, num_steps, rows, *switches)
+
+
+def _batch_arrays(
+    seed: int,
+    step: int,
+    num_steps: int,
+    rows: _Rows,
+    num_labelled: int,
+    policy: AugmentPolicy | None,
+    alpha: float,
+    lam: LamMode,
+    mix: MixMode,
+) -> tuple[Arrays | None, Arrays]:
+    num_rows = len(rows.low)
+    lam_rows = _position_rows(((1, (0,)),)) if lam == "batch" else rows
+    shuffled = _shuffled_parts(num_rows, num_labelled, mix)
+    requests = _augment_requests(rows, policy) if policy else []
+    requests += [(lam_rows, Purpose.LAM)] if shuffled else []
+    for view, start, stop in shuffled:
+        requests.append((_shuffle_rows(stop - start, view), Purpose.SHUFFLE))
+    words = _draw_words(seed, step, num_steps, requests)
+
+    augment = _augment_arrays(words, policy) if policy else None
+    weight = np.ones((num_steps, num_rows), dtype=np.float32)
+    index = np.tile(np.arange(num_rows), (num_steps, 1))
+    if shuffled:
+        lams = _folded_beta(next(words)[0], alpha)
+        for _, start, stop in shuffled:
+            weight[:, start:stop] = lams if lam == "batch" else lams[:, start:stop]
+            index[:, start:stop] = start + _bijection(next(words), stop - start)
+    return augment, (weight, index)
+
+
+def _of_step(arrays: Arrays, number: int) -> Arrays:
+    """One step's part, copied: what is kept for later must not change."""
+    return tuple(array[number].copy() for array in arrays)
+
+
+def _check_key(seed: int, step: int) -> None:
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be an integer in [0, 2**63), got {seed}")
     if not 0 <= step < 2**32:
         raise ValueError(f"step must be an integer in [0, 2**32), got {step}")
-    counter = np.empty((4, sum(len(rows.low) for rows, _ in requests)), dtype=np.uint64)
-    counter[2] = step
-    parts = []
-    start = 0
-    for rows, purpose in requests:
-        stop = start + len(rows.low)
-        counter[0, start:stop] = rows.low
-        counter[1, start:stop] = rows.high
-        counter[3, start:stop] = rows.view
-        counter[3, start:stop] += np.uint64(purpose)
-        parts.append(slice(start, stop))
-        start = stop
-    words = philox(counter, seed)
-    return iter([words[:, part] for part in parts])
+
+
+def _draw_words(
+    seed: int, step: int, num_steps: int, requests: Sequence[tuple[_Rows, Purpose]]
+) -> Iterator[Words]:
+    """Encrypt the counters of all requests in one pass; words ``[4, S, R]`` of each in turn."""
+    _check_key(seed, step)
+    lengths = [len(rows.low) for rows, _ in requests]
+    counter = np.empty((4, num_steps, sum(lengths)), dtype=np.uint64)
+    counter[2] = np.arange(step, step + num_steps, dtype=np.uint64)[:, None]
+    stops = np.cumsum(lengths).tolist()
+    parts = [slice(stop - length, stop) for length, stop in zip(lengths, stops, strict=True)]
+    for part, (rows, purpose) in zip(parts, requests, strict=True):
+        counter[0, :, part] = rows.low
+        counter[1, :, part] = rows.high
+        counter[3, :, part] = rows.view + np.uint64(purpose)
+    words = philox(counter.reshape(4, -1), seed).reshape(counter.shape)
+    return iter([words[:, :, part] for part in parts])
 
 
 def _below(words: Words, bound: int) -> NDArray[Any]:
@@ -333,18 +379,20 @@ def _augment_requests(rows: _Rows, policy: AugmentPolicy) -> list[tuple[_Rows, P
     return [(rows, Purpose.SHIFT), *zoom]
 
 
-def _augment_params(words: Iterator[Words], policy: AugmentPolicy) -> AugmentParams:
-    top_left, (flip, sigma) = np.split(next(words), 2)
-    offsets = _below(top_left, 2 * policy.padding + 1).astype(np.int32)
-    flipped = ((flip >> np.uint64(8)) < np.uint64(round(policy.flip * 2**24))).astype(np.int32)
+def _augment_arrays(words: Iterator[Words], policy: AugmentPolicy) -> Arrays:
+    top, left, flip, sigma = next(words)
+    offsets = 2 * policy.padding + 1
+    flipped = (flip >> np.uint64(8)) < np.uint64(round(policy.flip * 2**24))
     least, most = policy.crop_px
     if most > 0:
-        crop = (_below(next(words), most - least + 1).T + np.uint64(least)).astype(np.int32)
+        sides = _below(next(words), most - least + 1) + np.uint64(least)
+        crop = np.moveaxis(sides, 0, -1).astype(np.int32)
     else:
-        crop = np.zeros((len(flip), 4), dtype=np.int32)
+        crop = np.zeros((*flip.shape, 4), dtype=np.int32)
     low, high = policy.blur_sigma or (0.0, 0.0)
     blur = np.float32(low) + np.float32(high - low) * _uniform(sigma)
-    return AugmentParams(*map(torch.from_numpy, (*offsets, flipped, crop, blur)))
+    integers = (_below(top, offsets), _below(left, offsets), flipped)
+    return *(array.astype(np.int32) for array in integers), crop, blur
 
 
 def _shuffled_parts(num_rows: int, num_labelled: int, mix: MixMode) -> list[tuple[int, int, int]]:
@@ -464,28 +512,36 @@ def _bijection(words: Words, length: int) -> NDArray[np.int64]:
     half a round, so that short ones take 24 rounds to be uniform.
 
     Args:
-        words: Of `_shuffle_rows`, ``[4, blocks · values]``: round 4·block + i at ``[i, block]``.
+        words: Of `_shuffle_rows`, ``[4, S, blocks · values]``; round 4·block + i is word i.
         length: Number of positions.
+
+    Returns:
+        A permutation per step, ``[S, length]``.
     """
+    num_steps = words.shape[1]
+    start = np.tile(np.arange(length), (num_steps, 1))
     if length < 2:
-        return np.arange(length)
+        return start
     num_rows, num_columns = _sides(length)
     num_rounds = _num_rounds(length)
-    rounds = words.reshape(4, num_rounds // 4, -1).transpose(1, 0, 2).reshape(num_rounds, -1)
-    # [rounds, values]: the round functions as tables
+    by_block = words.reshape(4, num_steps, num_rounds // 4, -1).transpose(2, 0, 1, 3)
+    rounds = by_block.reshape(num_rounds, -1)
+    # [rounds, S·values]: the round functions of each step as tables, one after the other
     bounds = np.tile(np.array([num_rows, num_columns], dtype=np.uint64), num_rounds // 2)
     tables = ((rounds * bounds[:, None]) >> _SHIFT32).astype(np.int64)
+    table_at = np.arange(num_steps)[:, None] * (tables.shape[1] // num_steps)
 
-    def encrypt(position: NDArray[np.int64]) -> NDArray[np.int64]:
+    def encrypt(position: NDArray[np.int64], at: NDArray[np.int64]) -> NDArray[np.int64]:
         row, column = np.divmod(position, num_columns)
         for to_row, to_column in zip(tables[0::2], tables[1::2], strict=True):
-            row = (row + to_row[column]) % num_rows
-            column = (column + to_column[row]) % num_columns
+            row = (row + to_row[column + at]) % num_rows
+            column = (column + to_column[row + at]) % num_columns
         return row * num_columns + column
 
-    position = encrypt(np.arange(length))
+    position = encrypt(start, table_at)
     while (outside := position >= length).any():
-        position[outside] = encrypt(position[outside])
+        at = np.broadcast_to(table_at, position.shape)[outside]
+        position[outside] = encrypt(position[outside], at)
     return position
 
 

@@ -109,9 +109,9 @@ def as_augment(augment: Any) -> Augment:
     Raises:
         TypeError: If it is neither; a name is only for the command line.
     """
-    if isinstance(augment, Augment):
+    if isinstance(augment, Augment) and not isinstance(augment, type):
         return augment
-    if callable(augment):
+    if callable(augment) and not isinstance(augment, type):
         return CallableAugment(augment)
     raise TypeError(
         "augment must be an engine such as WeakAugment.cifar10(), or a callable that maps float "

@@ -70,9 +70,9 @@ class WeakAugment(nn.Module):
             raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
         self.padding = padding
         self.padding_mode = padding_mode
-        self.crop_px = crop_px
+        self.crop_px = (crop_px[0], crop_px[1])
         self.flip = flip
-        self.blur_sigma = blur_sigma
+        self.blur_sigma = (blur_sigma[0], blur_sigma[1]) if blur_sigma else None
         self.mean = _per_channel("mean", mean)
         self.std = _per_channel("std", std)
         if not all(value > 0 for value in self.std):
@@ -179,7 +179,9 @@ class WeakAugment(nn.Module):
         nhwc, (channels, _, _) = functional.image_layout("images", images)
         images = images.permute(0, 3, 1, 2) if nhwc else images
         scale, bias = self._scale_and_bias(images, channels)
-        values = images.float() * scale[:, None, None] + bias[:, None, None]
+        if isinstance(scale, Tensor) and isinstance(bias, Tensor):
+            scale, bias = scale[:, None, None], bias[:, None, None]
+        values = images.float() * scale + bias
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return values.to(self.dtype).contiguous(memory_format=layout)
 
@@ -209,14 +211,19 @@ class WeakAugment(nn.Module):
         """Write W, x once and u K times, into one buffer; see `Augment`."""
         return self.apply((x, u), draws, workspace=workspace)
 
-    def _scale_and_bias(self, images: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    def _scale_and_bias(
+        self, images: Tensor, channels: int
+    ) -> tuple[Tensor, Tensor] | tuple[float, float]:
+        if len(self.mean) == len(self.std) == 1:  # numbers: nothing to broadcast
+            (mean,), (std,) = self.mean, self.std
+            return 1 / (255 * std if images.dtype == torch.uint8 else std), -mean / std
         wanted = max(self.scale.shape[0], self.bias.shape[0])
         if wanted not in (1, channels):
             raise ValueError(
                 f"images must have {wanted} channels like mean and std, got {channels}"
             )
         scale = self.byte_scale if images.dtype == torch.uint8 else self.scale
-        return scale.expand(channels), self.bias.expand(channels)
+        return scale.float().expand(channels), self.bias.float().expand(channels)
 
     def extra_repr(self) -> str:
         """Show every field."""

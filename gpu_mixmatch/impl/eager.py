@@ -106,8 +106,8 @@ def mixmatch_loss(
 def augment(
     sources: tuple[Tensor, ...],
     params: AugmentParams,
-    scale: Tensor,
-    bias: Tensor,
+    scale: Tensor | float,
+    bias: Tensor | float,
     *,
     padding: int,
     padding_mode: PaddingMode,
@@ -127,7 +127,7 @@ def augment(
         sources: Images, ``[M_i, C, H, W]`` or ``[M_i, H, W, C]``; the first is drawn once, the
             second as often as rows remain; a single one fills all rows.
         params: Draws of R rows.
-        scale, bias: Per channel, ``[C]`` float32: value·scale + bias.
+        scale, bias: A number or one per channel, ``[C]`` float32: value·scale + bias.
         padding: Pixels that the image is padded by before the crop.
         padding_mode: What the padding repeats.
         zoom: Whether ``params.crop`` is to be used.
@@ -143,27 +143,30 @@ def augment(
     planes, values = (1, channels) if channels_last else (channels, 1)
     workspace = workspace or Workspace()
 
-    wide, mirrored_at = _widen_rows(
+    wide, image_at = _widen_rows(
         sources, height, width, planes, values, padding, padding_mode, channels_last_in, workspace
     )
     starts = _row_starts(
-        params, sources, planes, height, padding, padding_mode, wide, mirrored_at, values
+        params, sources, planes, height, padding, padding_mode, wide, image_at, values, workspace
     )
     windows = wide.view(-1).as_strided((wide.numel() - width * values + 1, width * values), (1, 1))
-    if channels_last:  # one factor per value of a row of pixels
-        scale, bias = scale.repeat(width), bias.repeat(width)
-    else:  # one per plane
-        scale, bias = scale[:, None], bias[:, None]
+    scale, bias = (
+        # one factor per value of a row of pixels, or one per plane
+        (factor.repeat(width) if channels_last else factor[:, None])
+        if isinstance(factor, Tensor)
+        else factor
+        for factor in (scale, bias)
+    )
     flat = pixels.view(num_rows, planes, height, width * values) if channels_last else pixels
     # on a long axis a full matrix is mostly zeros: blur it tile by tile
     tiled = blur_radius > 0 and min(height, width) > max(_WHOLE_AXIS, blur_radius)
-    matrices = _axis_matrices(params, height, width, zoom, 0 if tiled else blur_radius)
+    matrices = _axis_matrices(params, height, width, zoom, 0 if tiled else blur_radius, workspace)
     in_place = out.dtype == torch.float32
     chunks = _chunks(out)
     size = min(chunks[0].stop, num_rows) if chunks else 0
     lines = (size, *flat.shape[1:])
     gathered = workspace.empty("gathered", lines, wide.dtype, wide.device)
-    scratch = gathered if in_place else workspace.empty("scratch", lines, scale.dtype, out.device)
+    scratch = gathered if in_place else workspace.empty("scratch", lines, torch.float32, out.device)
     for rows in chunks:
         target = flat[rows]
         count = target.shape[0]
@@ -172,7 +175,7 @@ def augment(
         block = target if in_place else scratch[:count]
         block.copy_(found)
         if matrices is not None:
-            _apply_matrices(block, matrices, rows, values)
+            _apply_matrices(block, matrices, rows, values, workspace)
         if tiled:
             _blur_tiled(block, params.sigma[rows], blur_radius, values)
         # [count, planes, H·W] or [count, H, W·C]
@@ -211,7 +214,11 @@ def _widen_rows(
     reflect = padding_mode == "reflect"
     image_at = width - 1 if reflect else width + padding
     pitch = image_at + width + 2 * padding
-    stacked = torch.cat(sources) if len(sources) > 1 else sources[0]
+    stacked = sources[0]
+    if len(sources) > 1:
+        shape = (sum(source.shape[0] for source in sources), *stacked.shape[1:])
+        stacked = workspace.empty("stacked", shape, stacked.dtype, stacked.device)
+        torch.cat(sources, out=stacked)
     count = stacked.shape[0]
     wide = workspace.empty(
         "wide", (count * planes * height + 1, pitch * values), stacked.dtype, stacked.device
@@ -221,8 +228,8 @@ def _widen_rows(
     # [M, planes, H, W, values], whatever the layouts
     image = stacked if channels_last_in else stacked.permute(0, 2, 3, 1)  # [M, H, W, C]
     image = image[:, None] if planes == 1 else image.permute(0, 3, 1, 2)[..., None]
-    mirror = image.flip(3)
     rows = wide[:-1].view(count, planes, height, pitch, values)
+    mirror = image.flip(3)
     rows[..., padding : padding + width, :] = mirror
     if reflect:
         rows[..., padding + width : padding + 2 * width - 1, :] = image[..., 1:, :]
@@ -247,21 +254,29 @@ def _row_starts(
     padding: int,
     padding_mode: PaddingMode,
     wide: Tensor,
-    mirrored_at: int,
+    image_at: int,
     values: int,
+    workspace: Workspace,
 ) -> Tensor:
     """Where each output row begins in ``wide``, ``[R, planes, H]`` int64."""
     pitch = wide.shape[1]
-    device = wide.device
-    num_rows = params.top.shape[0]
-    line_starts = _line_starts(height, padding, padding_mode, pitch, device)
-    plane_starts, image_starts = _image_starts(
-        tuple(source.shape[0] for source in sources), num_rows, planes, height, pitch, device
+    line_starts, column_starts = _window_starts(
+        height, padding, padding_mode, pitch, image_at, values, wide.device
     )
-    column = torch.where(params.flip > 0, 2 * padding - params.left, mirrored_at + params.left)
-    offset = image_starts + column.long() * values
-    lines = line_starts.unfold(0, height, 1)[params.top.long()]  # [R, H]
-    starts = (lines + offset[:, None])[:, None, :] + plane_starts[:, None]
+    plane_starts, image_starts = _image_starts(
+        tuple(source.shape[0] for source in sources),
+        params.top.shape[0],
+        planes,
+        height,
+        pitch,
+        wide.device,
+    )
+    column = torch.add(params.left, params.flip, alpha=2 * padding + 1)  # [R], of column_starts
+    offset = column_starts.index_select(0, column) + image_starts
+    lines = line_starts.index_select(0, params.top)  # [R, H]
+    shape = (len(lines), planes, height)
+    starts = workspace.empty("starts", shape, torch.int64, wide.device)
+    torch.add((lines + offset[:, None])[:, None, :], plane_starts[:, None], out=starts)
     if padding_mode != "zeros":
         return starts
     # rows above and below the image: the row of zeros at the end, whatever the column
@@ -269,10 +284,21 @@ def _row_starts(
 
 
 @_constant
-def _line_starts(
-    height: int, padding: int, padding_mode: PaddingMode, pitch: int, device: torch.device
-) -> Tensor:
-    """Start of each row of a padded plane, ``[H + 2·padding]`` int64; negative: a row of zeros."""
+def _window_starts(
+    height: int,
+    padding: int,
+    padding_mode: PaddingMode,
+    pitch: int,
+    image_at: int,
+    values: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Where a window's lines and columns begin in a plane of wide rows.
+
+    Returns:
+        For each top, the start of the lines, ``[2·padding + 1, H]`` int64, negative for a line of
+        zeros; for each left, then again for each left of a mirror image, the start of the columns.
+    """
     line = torch.arange(-padding, height + padding)
     if padding_mode == "reflect":
         line = (height - 1) - ((height - 1) - line.abs()).abs()
@@ -280,7 +306,10 @@ def _line_starts(
         line = line.clamp(0, height - 1)
     else:
         line = line.where((line >= 0) & (line < height), -(2**40))
-    return (line * pitch).to(device)
+    lines = (line * pitch).unfold(0, height, 1).contiguous()
+    left = torch.arange(2 * padding + 1)
+    columns = torch.cat([image_at + left, 2 * padding - left]) * values
+    return lines.to(device), columns.to(device)
 
 
 @_constant
@@ -302,59 +331,80 @@ def _image_starts(
 
 
 def _axis_matrices(
-    params: AugmentParams, height: int, width: int, zoom: bool, blur_radius: int
+    params: AugmentParams,
+    height: int,
+    width: int,
+    zoom: bool,
+    blur_radius: int,
+    workspace: Workspace,
 ) -> tuple[Tensor, Tensor] | None:
     """Zoom and blur as one linear map per axis: ``[R, H, H]`` and ``[R, W, W]``, or None."""
     if not zoom and not blur_radius:
         return None
-    if zoom:
-        top, bottom, left, right = params.crop.unbind(1)
-        # the image is mirrored already, and so is what is cut off it
-        flipped = params.flip > 0
-        left, right = torch.where(flipped, right, left), torch.where(flipped, left, right)
-        down, across = _zoom_matrix(top, bottom, height), _zoom_matrix(left, right, width)
-    if blur_radius:
-        blur_down = _blur_matrix(params.sigma, height, blur_radius)
-        blur_across = _blur_matrix(params.sigma, width, blur_radius)
-        down = blur_down @ down if zoom else blur_down
-        across = blur_across @ across if zoom else blur_across
-    return down, across
+    top, bottom, left, right = params.crop.unbind(1)
+    # the image is mirrored already, and so is what is cut off it
+    flipped = params.flip > 0
+    left, right = torch.where(flipped, right, left), torch.where(flipped, left, right)
+
+    def matrix(name: str, before: Tensor, after: Tensor, size: int) -> Tensor:
+        buffers = [
+            workspace.empty(
+                f"{kind} {name}", (len(before), size, size), torch.float32, before.device
+            )
+            for kind in ("zoom", "blur", "zoom and blur")[: 3 if zoom and blur_radius else 2]
+        ]
+        if zoom:
+            zoomed = _zoom_matrix(before, after, out=buffers[0])
+        if blur_radius:
+            blurred = _blur_matrix(params.sigma, blur_radius, out=buffers[1])
+        if zoom and blur_radius:
+            return torch.bmm(blurred, zoomed, out=buffers[2])
+        return zoomed if zoom else blurred
+
+    return matrix("down", top, bottom, height), matrix("across", left, right, width)
 
 
 def _apply_matrices(
-    block: Tensor, matrices: tuple[Tensor, Tensor], rows: slice, values: int
+    block: Tensor, matrices: tuple[Tensor, Tensor], rows: slice, values: int, workspace: Workspace
 ) -> None:
     """Replace each image X of ``block`` by down · X · acrossᵀ."""
     down, across = matrices[0][rows], matrices[1][rows]
-    count, planes, height, row_values = block.shape
+    count, _, height, row_values = block.shape
+    between = workspace.empty("between", tuple(block.shape), block.dtype, block.device)
     if values > 1:  # [count, 1, H, W·C]: down first, its columns are W·C values
-        lines = torch.bmm(down, block.view(count, height, row_values))
-        lines = lines.view(count, height, row_values // values, values)
-        torch.matmul(across[:, None], lines, out=block.view(lines.shape))
+        torch.bmm(down, block.squeeze(1), out=between.squeeze(1))
+        pixels = (count, height, row_values // values, values)
+        # channels apart: a product with 3 columns is slow
+        lines = between.view(pixels).permute(0, 3, 1, 2).flatten(1, 2)
+        lines = torch.bmm(lines, across.mT).view(count, values, height, -1)
+        block.view(pixels).copy_(lines.permute(0, 2, 3, 1))
         return
-    columns = torch.bmm(block.view(count, planes * height, row_values), across.mT)
-    torch.matmul(down[:, None], columns.view(block.shape), out=block)
+    torch.bmm(block.flatten(1, 2), across.mT, out=between.flatten(1, 2))
+    torch.matmul(down[:, None], between, out=block)
 
 
-def _zoom_matrix(before: Tensor, after: Tensor, size: int) -> Tensor:
+def _zoom_matrix(before: Tensor, after: Tensor, out: Tensor) -> Tensor:
     """Cut ``before`` and ``after`` pixels off an axis and resize back, bilinear, ``[R, n, n]``.
 
     Half-pixel centres without antialiasing, as ``F.interpolate(align_corners=False)``: the weight
     of a source pixel falls linearly with its distance from the position read.
     """
+    size = out.shape[1]
     grid = torch.arange(size, dtype=torch.float32, device=before.device)
     before = before.clamp_max(size - 1)  # at least one pixel is left
     after = torch.minimum(after, size - 1 - before)
     kept = (size - before - after).float()[:, None]
     read = ((grid + 0.5) * (kept / size) - 0.5).clamp_min(0).minimum(kept - 1)
     read = read + before.float()[:, None]
-    return (1 - (read[:, :, None] - grid).abs()).clamp_min_(0)
+    distance = torch.sub(read[:, :, None], grid, out=out).abs_()
+    return distance.neg_().add_(1).clamp_min_(0)
 
 
-def _blur_matrix(sigma: Tensor, size: int, radius: int) -> Tensor:
+def _blur_matrix(sigma: Tensor, radius: int, out: Tensor) -> Tensor:
     """Convolve an axis with the sampled Gaussian, reflecting at the ends, ``[R, n, n]``."""
     taps = _gaussian(sigma, radius)
-    return (taps @ _reflected_taps(size, radius, sigma.device)).view(-1, size, size)
+    torch.mm(taps, _reflected_taps(out.shape[1], radius, sigma.device), out=out.flatten(1))
+    return out
 
 
 def _blur_tiled(block: Tensor, sigma: Tensor, radius: int, values: int) -> None:
