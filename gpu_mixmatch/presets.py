@@ -16,11 +16,12 @@ optimiser's settings, so that nothing of it is hidden::
 groups of B rows in order, with the first |
 | α, λ_U | 0.75, per data set | 0.75, 75 | 0.5, 100 |
 | ramp of λ_U | 16 384 steps | 1 048 576 steps, the whole run | 419 430 steps, 0.4 of the run |
-| optimiser | Adam 0.002, decay 4e-5 on kernels | Adam 0.002, decay 4e-5 on all | \
-SGD 0.03, momentum 0.9, decay 5e-4 |
+| optimiser | Adam 0.002, decay 4e-5 on kernels | Adam 0.002, decay 4e-5 | \
+SGD 0.03, Nesterov momentum 0.9, L2 decay 5e-4 |
 
 Not carried over, because they are mistakes or outside the batch: YU1ut's crop that never draws the
-last offset, and its decay of BatchNorm's weights and of the EMA's; USB's PIL augmentation.
+last offset, and its decay of BatchNorm's weights (ours spares all but kernels); USB's PIL
+augmentation, and its cosine schedule of the learning rate.
 """
 
 from typing import Any, NamedTuple
@@ -54,7 +55,9 @@ class Preset(NamedTuple):
         builder: Keyword arguments of `MixMatch`, beside ``augment`` and ``num_classes``.
         loss: Keyword arguments of `MixMatchLoss`.
         interleaving: Keyword arguments of `interleaved_forward`.
-        optimizer: "adam" or "sgd", with learning rate, decoupled decay per step and momentum.
+        optimizer: "adam" or "sgd" with its learning rate and momentum, and, for kernels only,
+            "decay", the share that a step takes off them (decoupled), or "weight_decay", which
+            adds to their gradient.
         ema_decay: Decay of the averaged weights that are evaluated.
         filters: Width of the first stage of WRN-28.
     """
@@ -148,7 +151,13 @@ def usb(dataset: str = "cifar10") -> Preset:
         builder={**base.builder, "alpha": 0.5, "lam": "batch"},
         loss={"lambda_u": 100.0, "rampup_steps": round(0.4 * 1024 * 1024)},
         interleaving={"swap": False, "running_stats": "first"},
-        optimizer={"name": "sgd", "lr": 0.03, "momentum": 0.9, "decay": 5e-4},
+        optimizer={
+            "name": "sgd",
+            "lr": 0.03,
+            "momentum": 0.9,
+            "nesterov": True,
+            "weight_decay": 5e-4,
+        },
         filters=32,
     )
 

@@ -247,7 +247,10 @@ def generator_seed(seed: int, step: int) -> int:
 
 
 class _Rows:
-    """Counter words of some rows, each ``[R]`` uint64: ids, low and high, and view · 256."""
+    """Counter words of some rows, each ``[R]`` uint64: ids, low and high, and view · 256.
+
+    Hashed by identity, so that what was drawn ahead is found by the rows that it was drawn for.
+    """
 
     def __init__(self, low: Words, high: Words, view: Words) -> None:
         self.low = low

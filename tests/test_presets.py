@@ -99,7 +99,13 @@ def test_usb_differs_from_the_paper_in_lambda_interleaving_and_optimiser():
     assert changed == {"lam": "batch", "alpha": 0.5}
     assert preset.loss == {"lambda_u": 100.0, "rampup_steps": 419_430}
     assert preset.interleaving == {"swap": False, "running_stats": "first"}
-    assert preset.optimizer == {"name": "sgd", "lr": 0.03, "momentum": 0.9, "decay": 5e-4}
+    assert preset.optimizer == {
+        "name": "sgd",
+        "lr": 0.03,
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 5e-4,
+    }
 
 
 @pytest.mark.parametrize("name", ["yu1ut", "usb"])

@@ -201,6 +201,18 @@ def test_decay_shrinks_kernels_only():
         torch.testing.assert_close(value.detach(), before[name] * factor, rtol=1e-7, atol=0)
 
 
+def test_usb_decays_kernels_through_the_gradient():
+    job = Job(TrainConfig(steps=1, batch_size=8, preset="usb"))
+    decays = {
+        id(parameter): group["weight_decay"]
+        for group in job.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    kernels = {id(kernel) for kernel in job.kernels}
+    assert len(decays) == len(list(job.model.parameters()))
+    assert all(decay == (5e-4 if key in kernels else 0.0) for key, decay in decays.items())
+
+
 def test_stream_is_cut_from_whole_epochs():
     batches = torch.cat([stream(0, step, 10, 4, view=1) for step in range(5)])
     assert sorted(batches[:10].tolist()) == list(range(10))

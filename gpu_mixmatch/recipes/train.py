@@ -141,8 +141,8 @@ class Job:
             rampup_steps = min(preset.loss["rampup_steps"], config.steps // 2)
         lambda_u = preset.loss["lambda_u"] if config.lambda_u is None else config.lambda_u
         self.criterion = MixMatchLoss(lambda_u, rampup_steps)
-        self.optimizer = self._optimizer()
         self.kernels = kernel_parameters(self.model)
+        self.optimizer = self._optimizer()
         self.step = 0
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -150,7 +150,15 @@ class Job:
         lr = settings["lr"] if self.config.lr is None else self.config.lr
         if settings["name"] == "adam":
             return torch.optim.Adam(self.model.parameters(), lr=lr)
-        return torch.optim.SGD(self.model.parameters(), lr=lr, momentum=settings["momentum"])
+        kernels = {id(kernel) for kernel in self.kernels}
+        others = [p for p in self.model.parameters() if id(p) not in kernels]
+        groups = [
+            {"params": self.kernels, "weight_decay": settings["weight_decay"]},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        return torch.optim.SGD(
+            groups, lr=lr, momentum=settings["momentum"], nesterov=settings["nesterov"]
+        )
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Images and labels at ``indices``."""
@@ -182,7 +190,7 @@ class Job:
         self.optimizer.step()
         with torch.no_grad():
             for kernel in self.kernels:
-                kernel.mul_(1 - self.preset.optimizer["decay"])
+                kernel.mul_(1 - self.preset.optimizer.get("decay", 0.0))
         self.ema.update_parameters(self.model)
         self.step += 1
         return {name: value.detach() for name, value in losses.items()}
