@@ -270,16 +270,16 @@ class MixMatch(nn.Module):
         guesser = model if self.teacher is None else self.teacher
         passes = 1 if self.guess_forward == "joint" else self.num_augmentations
         with guess_mode(guesser, self.guess_bn):
-            logits = torch.cat([self._logits(guesser(part)) for part in views.chunk(passes)], dim=0)
+            logits = torch.cat(
+                [get_logits(guesser(part), self.logits_getter) for part in views.chunk(passes)],
+                dim=0,
+            )
         if tuple(logits.shape) != (len(views), self.num_classes):
             raise ValueError(
                 f"model must return logits [{len(views)}, {self.num_classes}] "
                 f"(num_classes = {self.num_classes}), got {list(logits.shape)}"
             )
         return logits.view(self.num_augmentations, -1, self.num_classes)
-
-    def _logits(self, output: Any) -> Tensor:
-        return get_logits(output, self.logits_getter)
 
     def _targets(self, y: Tensor, length: int) -> Tensor:
         if y.dim() == 0 or len(y) != length:

@@ -268,7 +268,9 @@ def augment(
             reflection.
     """
     sources = images if isinstance(images, tuple) else (images,)
-    layouts = [_layout(name, image) for name, image in zip(("images", "u"), sources, strict=False)]
+    layouts = [
+        image_layout(name, image) for name, image in zip(("images", "u"), sources, strict=False)
+    ]
     first, *others = layouts
     for image, other in zip(sources[1:], others, strict=True):
         if other != first or image.dtype != sources[0].dtype:
@@ -335,7 +337,15 @@ def image_layout(name: str, images: Tensor) -> tuple[bool, tuple[int, int, int]]
     Raises:
         ValueError: If they are not a batch of images of a supported dtype.
     """
-    return _layout(name, images)
+    if images.dim() != 4:
+        raise ValueError(f"{name} must be [M, C, H, W] or [M, H, W, C], got {list(images.shape)}")
+    if images.dtype != torch.uint8 and images.dtype not in IMAGE_DTYPES:
+        raise ValueError(
+            f"{name} must be uint8 or one of {_names(IMAGE_DTYPES)}, got {_name(images.dtype)}"
+        )
+    _, second, third, fourth = images.shape
+    nhwc = second not in (1, 3, 4) and fourth in (1, 3, 4)
+    return nhwc, ((fourth, second, third) if nhwc else (second, third, fourth))
 
 
 def check_padding(padding: int, padding_mode: PaddingMode) -> None:
@@ -409,18 +419,6 @@ def _check_distributions(targets: Tensor) -> None:
             f"{row} with the sum {float(sums[row]):.4g} and the least entry "
             f"{float(targets[row].min()):.4g}"
         )
-
-
-def _layout(name: str, images: Tensor) -> tuple[bool, tuple[int, int, int]]:
-    if images.dim() != 4:
-        raise ValueError(f"{name} must be [M, C, H, W] or [M, H, W, C], got {list(images.shape)}")
-    if images.dtype != torch.uint8 and images.dtype not in IMAGE_DTYPES:
-        raise ValueError(
-            f"{name} must be uint8 or one of {_names(IMAGE_DTYPES)}, got {_name(images.dtype)}"
-        )
-    _, second, third, fourth = images.shape
-    nhwc = second not in (1, 3, 4) and fourth in (1, 3, 4)
-    return nhwc, ((fourth, second, third) if nhwc else (second, third, fourth))
 
 
 def _check_temperature(temperature: float) -> None:
