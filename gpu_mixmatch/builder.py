@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gpu_mixmatch import functional, sampling
-from gpu_mixmatch.augment import as_augment
+from gpu_mixmatch.augment import WeakAugment, as_augment
+from gpu_mixmatch.capture import CapturedMixMatch, positions
+from gpu_mixmatch.impl import eager, implementation
 from gpu_mixmatch.types import (
     AugmentParams,
     AugmentPolicy,
@@ -123,13 +125,19 @@ class MixMatch(nn.Module):
         self._workspaces = (Workspace(), Workspace()) if reuse_buffers else None
         # follows .to(device); holds nothing
         self.register_buffer("_anchor", torch.empty(0), persistent=False)
-        functional.implementation(impl, self.device)  # raises now if it cannot be met
+        self._key: Tensor | None = None  # seed and step on the device, in `build_keyed` alone
+        implementation(impl, self.device)  # raises now if it cannot be met
 
     @property
     def device(self) -> torch.device:
         """Where batches are built."""
         anchor: Tensor = self._anchor  # type: ignore[assignment]
         return anchor.device
+
+    @property
+    def runs_kernels(self) -> bool:
+        """Whether fused kernels run, rather than plain torch."""
+        return implementation(self.impl, self.device) is not eager
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -171,17 +179,27 @@ class MixMatch(nn.Module):
                 "x and u must have the same channels, height, width and dtype, got "
                 f"{list(x.shape)} {x.dtype} and {list(u.shape)} {u.dtype}"
             )
-        step = int(self.step)
         x, u = self._moved("x", x), self._moved("u", u)
-        targets_x = self._targets(y, len(x))
-        positions = _ids("ids_x", ids_x, len(x)), _ids("ids_u", ids_u, len(u))
-        policy = getattr(self.augment, "policy", None)
-        draws, mixup_params = self._draw(step, positions, policy)
-        if policy is None:
-            draws = self.augment.draw_batch(self.seed, step, *positions, self.num_augmentations)
+        y = self._labels(y, len(x))
+        ids = _ids("ids_x", ids_x, len(x)), _ids("ids_u", ids_u, len(u))
+        engine = self.augment
+        draws, mixup = self._draw(ids, getattr(engine, "policy", None))
         scratch = self._workspaces[0] if self._workspaces else None
-        images = self.augment.build(x, u, draws, self.num_augmentations, scratch)
-        return self._mix(images, targets_x, model, mixup_params)
+        if isinstance(engine, WeakAugment) and draws and engine.blends_on(self.device):
+            # W is not needed: the guess reads the views of u, and MixUp the images
+            draws_u = AugmentParams(*(draw[len(x) :] for draw in draws))
+            views = engine.apply(u, draws_u, workspace=scratch)
+            logits = self._guess_logits(views, model)
+            with torch.no_grad():
+                targets = self._targets(y, logits, mixup)
+                out = self._output((len(mixup.lam), *views.shape[1:]), views)
+                inputs = engine.apply((x, u), draws, mixup=mixup, out=out)
+            return self._finish(inputs, targets, len(x), mixup)
+        foreign = draws or engine.draw_batch(
+            self.seed, int(self.step), *ids, self.num_augmentations
+        )
+        images = engine.build(x, u, foreign, self.num_augmentations, scratch)
+        return self._mix(images, y, model, mixup)
 
     def from_views(
         self,
@@ -227,40 +245,100 @@ class MixMatch(nn.Module):
                     f"{view.dtype}"
                 )
         images = torch.cat([self._moved("x", x), *(self._moved("views", view) for view in views)])
-        positions = _ids("ids_x", ids_x, len(x)), _ids("ids_u", ids_u, len(views[0]))
-        _, mixup_params = self._draw(int(self.step), positions, None)
-        return self._mix(images, self._targets(y, len(x)), model, mixup_params)
+        ids = _ids("ids_x", ids_x, len(x)), _ids("ids_u", ids_u, len(views[0]))
+        _, mixup = self._draw(ids, None)
+        return self._mix(images, self._labels(y, len(x)), model, mixup)
+
+    def capture(self, model: Model, x: Tensor, y: Tensor, u: Tensor) -> CapturedMixMatch:
+        """Capture the whole builder, the guess's forward pass included, as one CUDA graph.
+
+        Args:
+            model: As for `forward`.
+            x: A batch like those to come, ``[B, C, H, W]`` or ``[B, H, W, C]``.
+            y: Its labels.
+            u: Its unlabelled images.
+
+        Returns:
+            A callable ``(x, y, u, *, ids_x, ids_u) -> MixMatchBatch`` in place of
+            ``mixmatch(x, y, u, model)``: it counts this builder's step on, and equals the eager
+            call of every step. What it returns is overwritten by its next call.
+
+        Raises:
+            RuntimeError: If this module is not on a CUDA device, or has no kernels there.
+            TypeError: If the engine draws on the host.
+        """
+        return CapturedMixMatch(self, model, x, y, u)
+
+    def build_keyed(
+        self,
+        key: Tensor,
+        x: Tensor,
+        y: Tensor,
+        u: Tensor,
+        model: Model,
+        *,
+        ids_x: Tensor | None = None,
+        ids_u: Tensor | None = None,
+    ) -> MixMatchBatch:
+        """Build a batch from a seed and a step that lie on the device, as a graph must.
+
+        Args:
+            key: Seed and step, ``[2]`` int64, on this module's device.
+            x, y, u, model, ids_x, ids_u: As for `forward`.
+
+        Returns:
+            As `forward` with that seed and step; this module's own ones are not read. Its ``step``
+            is that of this module, which is counted on.
+        """
+        self._key = key
+        try:
+            batch: MixMatchBatch = self(x, y, u, model, ids_x=ids_x, ids_u=ids_u)
+        finally:
+            self._key = None
+        return batch
 
     def _draw(
-        self,
-        step: int,
-        ids: tuple[Tensor | int, Tensor | int],
-        policy: AugmentPolicy | None,
+        self, ids: tuple[Tensor | int, Tensor | int], policy: AugmentPolicy | None
     ) -> tuple[AugmentParams | None, MixUpParams]:
-        draws = sampling.draw_batch(
+        return functional.draw_batch(
             self.seed,
-            step,
+            self.step,
             *ids,
             num_augmentations=self.num_augmentations,
             policy=policy,
             alpha=self.alpha,
             lam=self.lam,
             mix=self.mix,
+            device=self.device,
+            key=self._key,
+            impl=self.impl,
         )
-        return sampling.to_device(*draws, self.device)
 
-    def _mix(
-        self, images: Tensor, targets_x: Tensor, model: Model, params: MixUpParams
-    ) -> MixMatchBatch:
-        num_labelled = len(targets_x)
+    def _mix(self, images: Tensor, y: Tensor, model: Model, params: MixUpParams) -> MixMatchBatch:
+        logits = self._guess_logits(images[len(y) :], model)
         with torch.no_grad():
-            guesses = functional.guess_labels(
-                self._guess_logits(images[num_labelled:], model), self.temperature, impl=self.impl
-            )
-            targets = torch.cat([targets_x, guesses.repeat(self.num_augmentations, 1)])
             inputs, targets = functional.mixup(
-                images, targets, params, out=self._output(images), impl=self.impl
+                images,
+                self._targets(y, logits, None),
+                params,
+                out=self._output(images.shape, images),
+                impl=self.impl,
             )
+        return self._finish(inputs, targets, len(y), params)
+
+    def _targets(self, y: Tensor, logits: Tensor, mixup: MixUpParams | None) -> Tensor:
+        return functional.batch_targets(
+            y,
+            logits,
+            self.temperature,
+            label_smoothing=self.label_smoothing,
+            mixup=mixup,
+            impl=self.impl,
+        )
+
+    def _finish(
+        self, inputs: Tensor, targets: Tensor, num_labelled: int, params: MixUpParams
+    ) -> MixMatchBatch:
         step = self.step.clone()
         self.step += 1
         return MixMatchBatch(inputs, targets, num_labelled, step, params)
@@ -269,11 +347,9 @@ class MixMatch(nn.Module):
         """Logits of all views, ``[K, M, L]``, without gradients."""
         guesser = model if self.teacher is None else self.teacher
         passes = 1 if self.guess_forward == "joint" else self.num_augmentations
-        with guess_mode(guesser, self.guess_bn):
-            logits = torch.cat(
-                [get_logits(guesser(part), self.logits_getter) for part in views.chunk(passes)],
-                dim=0,
-            )
+        with torch.no_grad(), guess_mode(guesser, self.guess_bn):
+            parts = [get_logits(guesser(part), self.logits_getter) for part in views.chunk(passes)]
+            logits = parts[0] if len(parts) == 1 else torch.cat(parts)
         if tuple(logits.shape) != (len(views), self.num_classes):
             raise ValueError(
                 f"model must return logits [{len(views)}, {self.num_classes}] "
@@ -281,12 +357,12 @@ class MixMatch(nn.Module):
             )
         return logits.view(self.num_augmentations, -1, self.num_classes)
 
-    def _targets(self, y: Tensor, length: int) -> Tensor:
+    def _labels(self, y: Tensor, length: int) -> Tensor:
         if y.dim() == 0 or len(y) != length:
             came = len(y) if y.dim() else "a single number"
             raise ValueError(f"y must have a label per image of x, {length}, got {came}")
-        targets = functional.one_hot_targets(y, self.num_classes, self.label_smoothing)
-        return self._moved("y", targets)
+        functional.check_labels(y, self.num_classes)
+        return self._moved("y", y)
 
     def _moved(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.device == self.device:
@@ -298,14 +374,14 @@ class MixMatch(nn.Module):
             f"{tensor.device}; move the module with .to({str(tensor.device)!r})"
         )
 
-    def _output(self, images: Tensor) -> Tensor | None:
+    def _output(self, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
         if self._workspaces is None:
             return None
         workspace = self._workspaces[int(self.step) % 2]
-        if images.is_contiguous():
-            return workspace.empty("inputs", tuple(images.shape), images.dtype, images.device)
-        pixels = images.permute(0, 2, 3, 1)
-        buffer = workspace.empty("inputs", tuple(pixels.shape), images.dtype, images.device)
+        if like.is_contiguous():
+            return workspace.empty("inputs", tuple(shape), like.dtype, like.device)
+        order = (shape[0], *shape[2:], shape[1])
+        buffer = workspace.empty("inputs", order, like.dtype, like.device)
         return buffer.permute(0, 3, 1, 2)
 
     def _save_to_state_dict(
@@ -356,7 +432,7 @@ class MixMatch(nn.Module):
             shown.append("reuse_buffers=True")
         if not isinstance(self.augment, nn.Module):
             shown.append(f"augment={self.augment!r}")
-        running = functional.implementation(self.impl, self.device).__name__.rsplit(".", 1)[-1]
+        running = "triton" if self.runs_kernels else "eager"
         shown += [f"step={int(self.step)}", f"impl={self.impl!r} -> {running} on {self.device}"]
         return ", ".join(shown)
 
@@ -468,8 +544,7 @@ def _ids(name: str, ids: Tensor | None, length: int) -> Tensor | int:
             )
         return ids
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        first = torch.distributed.get_rank() * length
-        return torch.arange(first, first + length)
+        return positions(length)
     return length
 
 

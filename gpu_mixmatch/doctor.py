@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from gpu_mixmatch import functional
+from gpu_mixmatch.impl import implementation
 
 __all__ = ["Finding", "examine", "report"]
 
@@ -215,7 +215,7 @@ def _device() -> torch.device:
 
 
 def _eager() -> Finding:
-    functional.implementation("eager", _device())
+    implementation("eager", _device())
     return Finding("impl eager", True, "plain torch, on the CPU and on CUDA", None)
 
 
@@ -223,10 +223,10 @@ def _triton() -> Finding:
     version = _version("triton", "triton")
     installed = f"triton {version} is installed" if version else "triton is not installed"
     device = _device()
-    running = functional.implementation("auto", device).__name__.rsplit(".", 1)[-1]
+    running = implementation("auto", device).__name__.rsplit(".", 1)[-1]
     auto = f'impl="auto" runs {running} on {device}'
     try:
-        functional.implementation("triton", device)
+        implementation("triton", device)
     except RuntimeError as error:
         why = str(error).split(". ")[0]
         return Finding("impl triton", False, f"{why}; {auto}; {installed}", None)

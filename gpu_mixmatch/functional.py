@@ -2,18 +2,21 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from gpu_mixmatch.impl import eager
+from gpu_mixmatch import ops, sampling
+from gpu_mixmatch.impl import asks_for_triton, eager, implementation
 from gpu_mixmatch.types import (
     SUM_TOLERANCE,
     AugmentParams,
+    AugmentPolicy,
     Impl,
+    LamMode,
     LossOutput,
+    MixMode,
     MixUpParams,
     PaddingMode,
     Workspace,
@@ -22,24 +25,77 @@ from gpu_mixmatch.types import (
 IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def implementation(impl: Impl, device: torch.device) -> ModuleType:
-    """Return the module whose functions run for ``impl`` on ``device``.
+def draw_batch(
+    seed: int,
+    step: Tensor,
+    ids_x: Tensor | int,
+    ids_u: Tensor | int,
+    *,
+    num_augmentations: int = 2,
+    policy: AugmentPolicy | None = None,
+    alpha: float = 0.75,
+    lam: LamMode = "sample",
+    mix: MixMode = "all",
+    device: torch.device,
+    key: Tensor | None = None,
+    impl: Impl = "auto",
+) -> tuple[AugmentParams | None, MixUpParams]:
+    """Draw all that a batch needs, on ``device``; see `sampling.draw_batch`.
+
+    Args:
+        seed: The key, 0 ≤ seed < 2^63.
+        step: The training step, 0 ≤ step < 2^32, a 0-d tensor on the CPU.
+        ids_x: Labelled sample ids, ``[B]`` int64; an integer B stands for 0 .. B - 1.
+        ids_u: Unlabelled sample ids, ``[M]`` int64; an integer M stands for 0 .. M - 1.
+        num_augmentations: K.
+        policy: What an augmentation is drawn from; None draws none.
+        alpha: The Beta parameter α, in [0.05, 1000].
+        lam: "sample" or "batch".
+        mix: Which rows meet.
+        device: Where the draws are wanted.
+        key: Seed and step as a tensor on ``device``, ``[2]`` int64, instead of ``seed`` and
+            ``step``: for CUDA graphs, whose replays read them anew. Kernels only.
+
+    Returns:
+        Parameters of N = B + K·M rows, on ``device``; None where there is no policy.
 
     Raises:
-        ValueError: If ``impl`` is unknown.
-        RuntimeError: If an implementation is asked for that this version does not have.
+        ValueError: If an argument is out of its range.
     """
-    if impl not in get_args(Impl):
-        raise ValueError(f"impl must be one of {list(get_args(Impl))}, got {impl!r}")
-    if impl == "triton":
-        raise RuntimeError(
-            f'impl="triton" on {device} cannot be met: this version of gpu_mixmatch has no Triton '
-            'kernels yet. Use impl="auto" or impl="eager", which also run on CUDA'
+    for name, choice, kind in (("lam", lam, LamMode), ("mix", mix, MixMode)):
+        if choice not in get_args(kind):
+            raise ValueError(f"{name} must be one of {list(get_args(kind))}, got {choice!r}")
+    num_x, num_u = (ids if isinstance(ids, int) else len(ids) for ids in (ids_x, ids_u))
+    switches: dict[str, Any] = {"alpha": alpha, "lam": lam, "mix": mix}
+    if torch.compiler.is_compiling():
+        ids = (None if isinstance(ids, int) else ids for ids in (ids_x, ids_u))
+        packed = ops.draw_batch(
+            seed,
+            step,
+            *ids,
+            num_x,
+            num_u,
+            num_augmentations,
+            ops.flat_policy(policy),
+            *switches.values(),
+            device,
+            impl,
         )
-    return eager
+    else:
+        backend = implementation(impl, device)
+        switches |= {"num_augmentations": num_augmentations, "policy": policy}
+        if backend is eager and device.type == "cpu":
+            return sampling.draw_batch(seed, int(step), ids_x, ids_u, **switches)
+        if key is None:
+            sampling.check_key(seed, int(step))
+        packed = backend.draw_batch(
+            (seed, int(step)) if key is None else key, ids_x, ids_u, **switches, device=device
+        )
+    num_rows = num_x + num_augmentations * num_u
+    return sampling.unpack(packed, num_rows, with_augment=policy is not None)
 
 
-def sharpen(probs: Tensor, temperature: float, *, impl: Impl = "auto") -> Tensor:
+def sharpen(probs: Tensor, temperature: float) -> Tensor:
     """Lower the entropy of distributions: p^(1/T), normalised.
 
     Works in log space in float32, so that nothing underflows at low temperatures.
@@ -59,8 +115,7 @@ def sharpen(probs: Tensor, temperature: float, *, impl: Impl = "auto") -> Tensor
     """
     _check_temperature(temperature)
     _check_float("probs", probs)
-    result: Tensor = implementation(impl, probs.device).sharpen(probs, temperature)
-    return result
+    return eager.sharpen(probs, temperature)
 
 
 def guess_labels(logits: Tensor, temperature: float, *, impl: Impl = "auto") -> Tensor:
@@ -85,8 +140,58 @@ def guess_labels(logits: Tensor, temperature: float, *, impl: Impl = "auto") -> 
     if logits.dim() != 3 or len(logits) < 1:
         raise ValueError(f"logits must be [K, M, L] with K >= 1, got {list(logits.shape)}")
     _check_float("logits", logits)
-    result: Tensor = implementation(impl, logits.device).guess_labels(logits.detach(), temperature)
-    return result
+    if torch.compiler.is_compiling():
+        compiled: Tensor = ops.guess_labels(logits.detach(), temperature, impl)
+        return compiled
+    backend = implementation(impl, logits.device)
+    guess: Tensor = backend.guess_labels(logits.detach(), temperature)
+    return guess
+
+
+def batch_targets(
+    y: Tensor,
+    logits: Tensor,
+    temperature: float,
+    *,
+    label_smoothing: float = 0.0,
+    mixup: MixUpParams | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Write the targets of a whole batch: labels of x, then the guesses of u, once per view.
+
+    Args:
+        y: Labels, ``[B]`` integers or ``[B, L]`` distributions, as `check_labels` wants them.
+        logits: Of the K views of M unlabelled images, ``[K, M, L]``, floating point.
+        temperature: T > 0.
+        label_smoothing: Share of the uniform distribution in the labelled rows, in [0, 1).
+        mixup: λ' and partners of the N rows, to blend the targets by; None leaves them unmixed.
+
+    Returns:
+        Targets, ``[B + K·M, L]`` float32.
+
+    Raises:
+        ValueError: As for `guess_labels`, and if labels or logits do not fit each other.
+    """
+    _check_temperature(temperature)
+    if logits.dim() != 3 or len(logits) < 1:
+        raise ValueError(f"logits must be [K, M, L] with K >= 1, got {list(logits.shape)}")
+    _check_float("logits", logits)
+    num_views, num_images, num_classes = logits.shape
+    check_labels(y, num_classes)
+    _check_device("y", y, "logits", logits)
+    shape = (len(y) + num_views * num_images, num_classes)
+    if mixup is not None:
+        _check_mixup(mixup, shape[0], "y and logits")
+        _check_device("mixup.index", mixup.index, "logits", logits)
+    out = torch.empty(shape, dtype=torch.float32, device=logits.device)
+    if torch.compiler.is_compiling():
+        ops.batch_targets(
+            y, logits.detach(), temperature, label_smoothing, list(mixup or ()), out, impl
+        )
+        return out
+    backend = implementation(impl, logits.device)
+    backend.batch_targets(y, logits.detach(), temperature, label_smoothing, mixup, out)
+    return out
 
 
 def mixup(
@@ -94,6 +199,7 @@ def mixup(
     targets: Tensor,
     params: MixUpParams,
     *,
+    num_groups: int = 1,
     out: Tensor | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -103,6 +209,7 @@ def mixup(
         inputs: Images of any layout, ``[N, ...]``, contiguous or channels_last, floating point.
         targets: Distributions, ``[N, L]`` float32.
         params: λ' ``[N]`` and partners ``[N]``, as `sampling.draw_mixup` gives them.
+        num_groups: Write images in the order of `interleave` with as many groups; targets stay.
         out: Where to write the mixed images, like ``inputs`` and apart from it; None allocates.
 
     Returns:
@@ -122,25 +229,26 @@ def mixup(
         )
     if targets.dtype != torch.float32:
         raise ValueError(f"targets must be float32, got {_name(targets.dtype)}")
-    for name, tensor, dtype in zip(
-        ("lam", "index"), params, (torch.float32, torch.int64), strict=True
-    ):
-        if tuple(tensor.shape) != (length,) or tensor.dtype != dtype:
-            raise ValueError(
-                f"params.{name} must be [N] {_name(dtype)} with N = {length} like inputs, "
-                f"got {list(tensor.shape)} {_name(tensor.dtype)}"
-            )
+    _check_mixup(params, length, "inputs")
     _check_device("targets", targets, "inputs", inputs)
     _check_device("params.index", params.index, "inputs", inputs)
     _check_dense("inputs", inputs)
+    _check_dense("targets", targets)
     if out is not None:
         _check_like("out", out, "inputs", inputs)
-    backend = implementation(impl, inputs.device)
-    mixed: tuple[Tensor, Tensor] = backend.mixup(inputs, targets, params, out)
-    return mixed
+    _check_groups(num_groups, length)
+    out = torch.empty_like(inputs) if out is None else out
+    mixed_targets = torch.empty_like(targets)
+    order = eager.interleave_index(length, num_groups, inputs.device) if num_groups > 1 else None
+    if torch.compiler.is_compiling():
+        ops.mixup(inputs, targets, *params, order, out, mixed_targets, impl)
+    else:
+        backend = implementation(impl, inputs.device)
+        backend.mixup(inputs, targets, params, out, mixed_targets, order)
+    return out, mixed_targets
 
 
-def interleave(rows: Tensor, num_groups: int, *, impl: Impl = "auto") -> Tensor:
+def interleave(rows: Tensor, num_groups: int) -> Tensor:
     """Swap slices between groups of rows, so that the first group holds a share of every one.
 
     Rows are split into ``num_groups`` consecutive groups, as `torch.tensor_split` does. Slice i of
@@ -160,10 +268,8 @@ def interleave(rows: Tensor, num_groups: int, *, impl: Impl = "auto") -> Tensor:
         google-research/mixmatch, ``libml/layers.py::interleave``, which this equals for N = (K+1)·B
         and ``num_groups`` = K + 1.
     """
-    if not 1 <= num_groups <= max(len(rows), 1):
-        raise ValueError(f"num_groups must be in 1 .. N = {len(rows)}, got {num_groups}")
-    result: Tensor = implementation(impl, rows.device).interleave(rows, num_groups)
-    return result
+    _check_groups(num_groups, len(rows))
+    return eager.interleave(rows, num_groups)
 
 
 def linear_rampup(step: Tensor | int, rampup_steps: int) -> Tensor:
@@ -221,9 +327,11 @@ def mixmatch_loss(
         raise ValueError(f"num_labelled must be in 0 .. N = {len(logits)}, got {num_labelled}")
     _check_device("targets", targets, "logits", logits)
     weight = torch.as_tensor(weight_u, dtype=torch.float32).detach()
-    backend = implementation(impl, logits.device)
-    loss: LossOutput = backend.mixmatch_loss(logits, targets.detach(), num_labelled, weight)
-    return loss
+    if not asks_for_triton(impl, logits.device):  # plain torch, which autograd sees through
+        return eager.mixmatch_loss(logits, targets.detach(), num_labelled, weight)
+    losses = ops.mixmatch_loss(logits, targets.detach(), num_labelled, weight, impl)
+    loss, loss_x, loss_u = losses
+    return LossOutput(loss, loss_x, loss_u, weight)
 
 
 def augment(
@@ -238,6 +346,7 @@ def augment(
     blur_radius: int = 0,
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
+    mixup: MixUpParams | None = None,
     out: Tensor | None = None,
     workspace: Workspace | None = None,
     impl: Impl = "auto",
@@ -257,6 +366,7 @@ def augment(
         blur_radius: Radius of the sampled Gaussian in pixels; 0 is no blur.
         dtype: Of the result: float32, float16 or bfloat16. The arithmetic is float32.
         channels_last: Memory format of the result.
+        mixup: λ' and partners of the R rows, to blend the views by; None leaves them unmixed.
         out: Where to write; None allocates.
         workspace: Scratch memory that outlives the call; None allocates.
 
@@ -313,9 +423,33 @@ def augment(
             f"out must be {list(shape)} {_name(dtype)}, got {list(out.shape)} {_name(out.dtype)}"
         )
     _check_dense("out", out)
+    if mixup is not None:
+        _check_mixup(mixup, rows, "params")
+        _check_device("mixup.index", mixup.index, "images", sources[0])
+    if torch.compiler.is_compiling():
+        factors = [
+            factor if isinstance(factor, Tensor) else sources[0].new_full((channels,), factor)
+            for factor in (scale, bias)
+            if isinstance(scale, Tensor) or isinstance(bias, Tensor)
+        ]
+        ops.augment(
+            sources,
+            params,
+            list(mixup or ()),
+            factors,
+            *((0.0, 0.0) if factors else (scale, bias)),
+            padding,
+            padding_mode,
+            zoom,
+            blur_radius,
+            nhwc,
+            out,
+            impl,
+        )
+        return out
     backend = implementation(impl, out.device)
     with _without_autocast(out.device):
-        result: Tensor = backend.augment(
+        backend.augment(
             sources,
             params,
             scale,
@@ -327,8 +461,9 @@ def augment(
             channels_last_in=nhwc,
             out=out,
             workspace=workspace,
+            mixup=mixup,
         )
-    return result
+    return out
 
 
 def image_layout(name: str, images: Tensor) -> tuple[bool, tuple[int, int, int]]:
@@ -358,39 +493,30 @@ def check_padding(padding: int, padding_mode: PaddingMode) -> None:
         raise ValueError(f"padding must be at least 0, got {padding}")
 
 
-def one_hot_targets(y: Tensor, num_classes: int, label_smoothing: float = 0.0) -> Tensor:
-    """Turn labels into distributions, smoothed towards the uniform one.
+def check_labels(y: Tensor, num_classes: int) -> None:
+    """Raise if ``y`` are not labels. On a device their values cannot be looked at without waiting.
 
-    Labels on the CPU are checked here; on a device that would wait for it, so a label out of range
-    gives a row of zeros there, which `MixMatchBatch.check` finds.
+    There a label out of range gives a row of zeros, which `MixMatchBatch.check` finds.
 
     Args:
         y: Integer labels, ``[B]``, or soft labels, ``[B, L]``.
         num_classes: L.
-        label_smoothing: Share of the uniform distribution, in [0, 1).
-
-    Returns:
-        Distributions, ``[B, L]`` float32.
 
     Raises:
         ValueError: If labels are out of range, of the wrong shape, or do not sum to one.
     """
-    if y.dim() == 1 and not y.is_floating_point():
-        if y.device.type == "cpu":
-            _check_labels(y, num_classes)
-        targets = (y[:, None] == torch.arange(num_classes, device=y.device)).float()
-    elif y.dim() == 2 and y.shape[1] == num_classes and y.is_floating_point():
-        targets = y.float()
-        if y.device.type == "cpu":
-            _check_distributions(targets)
-    else:
+    hard = y.dim() == 1 and not y.is_floating_point()
+    if not hard and not (y.dim() == 2 and y.shape[1] == num_classes and y.is_floating_point()):
         raise ValueError(
             f"y must be integer labels [B] or soft labels [B, L] with L = {num_classes}, "
             f"got {list(y.shape)} {_name(y.dtype)}"
         )
-    if label_smoothing:
-        targets = targets.lerp(torch.full_like(targets, 1 / num_classes), label_smoothing)
-    return targets
+    if y.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if hard:
+        _check_classes(y, num_classes)
+    else:
+        _check_distributions(y.float())
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -400,7 +526,7 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _check_labels(y: Tensor, num_classes: int) -> None:
+def _check_classes(y: Tensor, num_classes: int) -> None:
     wrong = (y < 0) | (y >= num_classes)
     if wrong.any():
         raise ValueError(
@@ -419,6 +545,22 @@ def _check_distributions(targets: Tensor) -> None:
             f"{row} with the sum {float(sums[row]):.4g} and the least entry "
             f"{float(targets[row].min()):.4g}"
         )
+
+
+def _check_mixup(params: MixUpParams, length: int, like_name: str) -> None:
+    for name, tensor, dtype in zip(
+        ("lam", "index"), params, (torch.float32, torch.int64), strict=True
+    ):
+        if tuple(tensor.shape) != (length,) or tensor.dtype != dtype:
+            raise ValueError(
+                f"params.{name} must be [N] {_name(dtype)} with N = {length} like {like_name}, "
+                f"got {list(tensor.shape)} {_name(tensor.dtype)}"
+            )
+
+
+def _check_groups(num_groups: int, length: int) -> None:
+    if not 1 <= num_groups <= max(length, 1):
+        raise ValueError(f"num_groups must be in 1 .. N = {length}, got {num_groups}")
 
 
 def _check_temperature(temperature: float) -> None:

@@ -3,7 +3,7 @@
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with the seed
 as key and the counter (sample id low, sample id high, step, view·256 + purpose). The draws are a
 few hundred integers a batch: numpy makes them on the host in a fraction of a millisecond, and
-`to_device` sends all of them in one copy.
+`pack` and `to_device` send all of them in one copy.
 """
 
 import sys
@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     SHUFFLE = 3
     EPOCH = 4
     FOREIGN = 5  # the seed of an engine that has its own generator
+    REGION = 6  # words: area, aspect ratio, top, left of a random resized crop
 
 
 _MASK = np.uint64(0xFFFF_FFFF)
@@ -181,7 +182,7 @@ def draw_batch(
     rows = _rows([(ids_x, 0), (ids_u, range(1, num_augmentations + 1))])
     switches = (_length(ids_x), policy, alpha, lam, mix)
     if isinstance(ids_x, int) and isinstance(ids_u, int):
-        _check_key(seed, step)
+        check_key(seed, step)
         ahead = max(1, min(16, 1536 // max(len(rows.low), 1)))  # arrays of at most 128 KiB
         block, number = divmod(step, ahead)
         arrays = _drawn_ahead(seed, block * ahead, ahead, rows, *switches)
@@ -214,25 +215,38 @@ def epoch_order(seed: int, epoch: int, length: int, *, view: int = 0) -> Tensor:
     return torch.from_numpy(_bijection(next(words), length)[0])
 
 
-def to_device(
-    augment: AugmentParams | None, mixup: MixUpParams, device: torch.device
-) -> tuple[AugmentParams | None, MixUpParams]:
-    """Send a batch's draws to ``device`` in one copy of 44 bytes a row; a CPU gets them as is."""
-    if device.type == "cpu":
-        return augment, mixup
-    tensors = [mixup.index, mixup.lam, *(augment or ())]  # int64 first: it stays aligned
-    packed = torch.cat([tensor.contiguous().view(-1).view(torch.int32) for tensor in tensors])
+def to_device(packed: Tensor, device: torch.device) -> Tensor:
+    """Send packed draws to ``device`` in one copy of 44 bytes a row; a CPU gets them as is."""
     if device.type == "cuda":
         packed = packed.pin_memory()
-    on_device = packed.to(device, non_blocking=True)
-    parts = torch.split(
-        on_device, [tensor.numel() * tensor.element_size() // 4 for tensor in tensors]
-    )
-    index, lam, *rest = (
-        part.view(tensor.dtype).view(tensor.shape)
-        for part, tensor in zip(parts, tensors, strict=True)
-    )
-    return (AugmentParams(*rest) if augment else None), MixUpParams(lam, index)
+    return packed.to(device, non_blocking=True)
+
+
+def pack(augment: AugmentParams | None, mixup: MixUpParams) -> Tensor:
+    """Put a batch's draws into one tensor of 4-byte words, ``[11·N]`` or ``[3·N]`` int32."""
+    tensors = [mixup.index, mixup.lam, *(augment or ())]  # int64 first: it stays aligned
+    return torch.cat([tensor.contiguous().view(-1).view(torch.int32) for tensor in tensors])
+
+
+_WORDS = (2, 1, 1, 1, 1, 4, 1)  # per row: index, lam, then the fields of AugmentParams
+
+
+def words_per_row(*, with_augment: bool) -> int:
+    """Length of packed draws in words, per row."""
+    return sum(_WORDS if with_augment else _WORDS[:2])
+
+
+def unpack(
+    packed: Tensor, num_rows: int, *, with_augment: bool
+) -> tuple[AugmentParams | None, MixUpParams]:
+    """View the words of N rows as draws, as `pack` put them."""
+    words = _WORDS if with_augment else _WORDS[:2]
+    index, lam, *rest = torch.split(packed, [size * num_rows for size in words])
+    mixup = MixUpParams(lam.view(torch.float32), index.view(torch.int64))
+    if not with_augment:
+        return None, mixup
+    top, left, flip, crop, sigma = rest
+    return AugmentParams(top, left, flip, crop.view(num_rows, 4), sigma.view(torch.float32)), mixup
 
 
 def augment_to_device(params: AugmentParams, device: torch.device) -> AugmentParams:
@@ -318,7 +332,7 @@ def _batch_arrays(
 ) -> tuple[Arrays | None, Arrays]:
     num_rows = len(rows.low)
     lam_rows = _position_rows(((1, (0,)),)) if lam == "batch" else rows
-    shuffled = _shuffled_parts(num_rows, num_labelled, mix)
+    shuffled = shuffled_parts(num_rows, num_labelled, mix)
     requests = _augment_requests(rows, policy) if policy else []
     requests += [(lam_rows, Purpose.LAM)] if shuffled else []
     for view, start, stop in shuffled:
@@ -341,7 +355,8 @@ def _of_step(arrays: Arrays, number: int) -> Arrays:
     return tuple(array[number].copy() for array in arrays)
 
 
-def _check_key(seed: int, step: int) -> None:
+def check_key(seed: int, step: int) -> None:
+    """Raise a ValueError if ``seed`` is not in [0, 2^63), or ``step`` not in [0, 2^32)."""
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be an integer in [0, 2**63), got {seed}")
     if not 0 <= step < 2**32:
@@ -352,7 +367,7 @@ def _draw_words(
     seed: int, step: int, num_steps: int, requests: Sequence[tuple[_Rows, Purpose]]
 ) -> Iterator[Words]:
     """Encrypt the counters of all requests in one pass; words ``[4, S, R]`` of each in turn."""
-    _check_key(seed, step)
+    check_key(seed, step)
     lengths = [len(rows.low) for rows, _ in requests]
     counter = np.empty((4, num_steps, sum(lengths)), dtype=np.uint64)
     counter[2] = np.arange(step, step + num_steps, dtype=np.uint64)[:, None]
@@ -398,7 +413,7 @@ def _augment_arrays(words: Iterator[Words], policy: AugmentPolicy) -> Arrays:
     return *(array.astype(np.int32) for array in integers), crop, blur
 
 
-def _shuffled_parts(num_rows: int, num_labelled: int, mix: MixMode) -> list[tuple[int, int, int]]:
+def shuffled_parts(num_rows: int, num_labelled: int, mix: MixMode) -> list[tuple[int, int, int]]:
     """The parts within which rows are mixed: the shuffle's view, first row, row after the last."""
     labelled, unlabelled = (0, 0, num_labelled), (1, num_labelled, num_rows)
     parts: dict[MixMode, list[tuple[int, int, int]]] = {
@@ -488,14 +503,17 @@ def folded_beta_quantile(alpha: float) -> FoldedBetaQuantile:
 
 
 @lru_cache(maxsize=64)
-def _sides(length: int) -> tuple[int, int]:
-    """A grid of at least ``length`` cells, as tight as can be, and no flatter than 4 to 1.
+def shuffle_grid(length: int) -> tuple[int, int, int]:
+    """Rows, columns and rounds of the Feistel network that permutes ``length`` positions.
 
-    One side is even: a round turns cycles of a side's length, and odd ones alone would make every
-    permutation an even one.
+    The grid has at least ``length`` cells, as tight as can be, and is no flatter than 4 to 1. One
+    side is even: a round turns cycles of a side's length, and odd ones alone would make every
+    permutation an even one. The sign of a permutation fades by half a round, so that short ones
+    take 24 rounds to be uniform.
     """
+    num_rounds = 24 if length <= 64 else 8
     if length <= 2:
-        return 1, length
+        return 1, length, num_rounds
     root = isqrt(length)
     grids = [
         (narrow, wide)
@@ -503,7 +521,8 @@ def _sides(length: int) -> tuple[int, int]:
         for wide in (-(length // -narrow), -(length // -narrow) + 1)
         if narrow % 2 == 0 or wide % 2 == 0
     ]
-    return min(grids, key=lambda sides: (sides[0] * sides[1], sides[1]))
+    narrow, wide = min(grids, key=lambda grid: (grid[0] * grid[1], grid[1]))
+    return narrow, wide, num_rounds
 
 
 def _bijection(words: Words, length: int) -> NDArray[np.int64]:
@@ -511,8 +530,7 @@ def _bijection(words: Words, length: int) -> NDArray[np.int64]:
 
     Position = row · columns + column. A round adds a random function of the column to the row,
     modulo the rows, the next one a random function of the row to the column. What lands on a grid
-    cell at or beyond ``length`` walks on until it is inside. The sign of a permutation fades by
-    half a round, so that short ones take 24 rounds to be uniform.
+    cell at or beyond ``length`` walks on until it is inside.
 
     Args:
         words: Of `_shuffle_rows`, ``[4, S, blocks · values]``; round 4·block + i is word i.
@@ -525,8 +543,7 @@ def _bijection(words: Words, length: int) -> NDArray[np.int64]:
     start = np.tile(np.arange(length), (num_steps, 1))
     if length < 2:
         return start
-    num_rows, num_columns = _sides(length)
-    num_rounds = _num_rounds(length)
+    num_rows, num_columns, num_rounds = shuffle_grid(length)
     by_block = words.reshape(4, num_steps, num_rounds // 4, -1).transpose(2, 0, 1, 3)
     rounds = by_block.reshape(num_rounds, -1)
     # [rounds, S·values]: the round functions of each step as tables, one after the other
@@ -548,14 +565,11 @@ def _bijection(words: Words, length: int) -> NDArray[np.int64]:
     return position
 
 
-def _num_rounds(length: int) -> int:
-    return 24 if length <= 64 else 8
-
-
 @lru_cache(maxsize=64)
 def _shuffle_rows(length: int, view: int) -> _Rows:
     """Counters of a bijection's round functions: the value as id, the block of rounds above it."""
-    values, blocks = max(_sides(length)), _num_rounds(length) // 4
+    num_rows, num_columns, num_rounds = shuffle_grid(length)
+    values, blocks = max(num_rows, num_columns), num_rounds // 4
     low = np.tile(np.arange(values, dtype=np.uint64), blocks)
     high = np.repeat(np.arange(blocks, dtype=np.uint64), values)
     return _Rows(low, high, np.full_like(low, view * 256))

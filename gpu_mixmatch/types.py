@@ -124,6 +124,24 @@ class MixMatchBatch(NamedTuple):
         )
 
 
+class SemiSupervisedBatch(NamedTuple):
+    """What a loader gives for one step, before any augmentation.
+
+    Attributes:
+        x: Labelled images, ``[B, C, H, W]`` or ``[B, H, W, C]`` uint8.
+        y: Their labels, ``[B]`` int64.
+        u: Unlabelled images, like x; M of them.
+        ids_x: Sample ids of x, ``[B]`` int64, on the CPU: where the images lie in their data set.
+        ids_u: Sample ids of u, ``[M]`` int64, on the CPU.
+    """
+
+    x: Tensor
+    y: Tensor
+    u: Tensor
+    ids_x: Tensor
+    ids_u: Tensor
+
+
 class LossOutput(NamedTuple):
     """The loss and its parts, all 0-d float32 tensors.
 

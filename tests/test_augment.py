@@ -935,6 +935,7 @@ def plain_augment(images=None, **fields):
     return functional.augment(images, still_params(2), **fields)
 
 
+@pytest.mark.usefixtures("no_kernels_here")
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
@@ -953,6 +954,7 @@ def test_arguments_that_do_not_fit_are_refused(fields, error, message):
         plain_augment(**fields)
 
 
+@pytest.mark.usefixtures("no_kernels_here")
 def test_an_implementation_that_is_missing_is_refused_by_the_module_too():
     augment = WeakAugment(0, impl="triton")
     with pytest.raises(RuntimeError, match='impl="triton" on cpu cannot be met'):

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import os
 import subprocess
 import sys
 import tomllib
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_mixmatch import doctor, functional
+from gpu_mixmatch import doctor
 from gpu_mixmatch.doctor import Finding, examine, report
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +51,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, folder: Path | None = None, **versi
         return real_spec(name, package)
 
     def version(name: str) -> str:
+        if name not in versions and name.startswith("nvidia-dali") and folder:
+            raise importlib.metadata.PackageNotFoundError(name)
         return versions[name] if name in versions else real_version(name)
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
@@ -185,10 +188,12 @@ def test_a_device_is_usable_if_this_torch_was_built_for_it(
     assert ("none of which runs on it" in finding.detail) != usable
 
 
-def test_triton_kernels_are_not_claimed_before_they_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_kernels_here")
+def test_triton_kernels_are_not_claimed_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     finding = found("impl triton")
     assert not finding.usable
-    assert "no Triton kernels yet" in finding.detail
+    assert "its kernels run on CUDA devices" in finding.detail
     assert 'impl="auto" runs eager' in finding.detail
     hide(monkeypatch, "triton")
     assert "triton is not installed" in found("impl triton").detail
@@ -198,7 +203,7 @@ def test_triton_kernels_are_not_claimed_before_they_exist(monkeypatch: pytest.Mo
 
 def test_triton_kernels_are_reported_once_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = SimpleNamespace(__name__="gpu_mixmatch.impl.triton")
-    monkeypatch.setattr(functional, "implementation", lambda impl, device: kernels)
+    monkeypatch.setattr(doctor, "implementation", lambda impl, device: kernels)
     finding = found("impl triton")
     assert finding.usable
     assert 'impl="auto" runs triton' in finding.detail
@@ -298,7 +303,7 @@ def broken(*_args: Any, **_options: Any) -> Any:
         (importlib.metadata, "version"),
         (torch.cuda, "is_available"),
         (torch, "get_num_threads"),
-        (functional, "implementation"),
+        (doctor, "implementation"),
         (doctor, "_has_driver"),
     ],
 )
@@ -316,6 +321,7 @@ def test_whatever_fails_is_a_finding_and_not_an_error(
     report(findings)
 
 
+@pytest.mark.usefixtures("no_kernels_here")
 @pytest.mark.parametrize("blocked", ["kornia", "matplotlib", "rich", "triton"])
 def test_a_module_that_python_refuses_to_find_is_not_installed(
     monkeypatch: pytest.MonkeyPatch, blocked: str
@@ -369,8 +375,14 @@ def fresh() -> dict[str, str]:
         "print('new', sorted({name.split('.')[0] for name in set(sys.modules) - before}))\n"
         "print('loaded', [n for n in ('kornia', 'nvidia', 'matplotlib') if n in sys.modules])\n"
     )
+    environment = {name: os.environ[name] for name in os.environ if name != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env=environment,
     )
     return dict(line.split(" ", 1) for line in result.stdout.splitlines())
 

@@ -252,8 +252,11 @@ def device_operations():
         "mixup": lambda: functional.mixup(rows, targets, params),
         "interleave": lambda: functional.interleave(rows, 3),
         "mixmatch_loss": lambda: functional.mixmatch_loss(targets, targets, 4, 75.0),
-        "one_hot_targets": lambda: functional.one_hot_targets(
-            torch.empty(4, dtype=torch.int64, device="meta"), NUM_CLASSES, 0.1
+        "batch_targets": lambda: functional.batch_targets(
+            torch.empty(4, dtype=torch.int64, device="meta"),
+            targets[:12].view(2, 6, NUM_CLASSES),
+            0.5,
+            label_smoothing=0.1,
         ),
     }
     for name, policy in POLICIES.items():
@@ -280,7 +283,7 @@ def test_operation_sends_its_constants_once(operation, monkeypatch):
 @pytest.fixture
 def unchecked_labels(monkeypatch):
     """Labels on a device are not checked: skip the checks that the CPU makes."""
-    monkeypatch.setattr(functional, "_check_labels", lambda *_: None)
+    monkeypatch.setattr(functional, "_check_classes", lambda *_: None)
     monkeypatch.setattr(functional, "_check_distributions", lambda *_: None)
 
 

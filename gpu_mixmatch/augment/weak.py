@@ -2,16 +2,104 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from gpu_mixmatch import functional, sampling
-from gpu_mixmatch.types import AugmentParams, AugmentPolicy, Impl, PaddingMode, Workspace
+from gpu_mixmatch.impl import asks_for_triton
+from gpu_mixmatch.types import (
+    AugmentParams,
+    AugmentPolicy,
+    Impl,
+    MixUpParams,
+    PaddingMode,
+    Workspace,
+)
+
+if TYPE_CHECKING:
+    from gpu_mixmatch.augment.kornia import KorniaReplay
 
 
-class WeakAugment(nn.Module):
+class NormalizedViews(nn.Module):
+    """What engines share: the mean and std of their views, their dtype and memory format.
+
+    Args:
+        mean: Of a channel, or of each, in [0, 1] units; subtracted.
+        std: Of a channel, or of each, in [0, 1] units; divided by.
+        dtype: Of the views: float32, float16 or bfloat16.
+        channels_last: Memory format of the views.
+
+    Raises:
+        ValueError: If a field is out of its range.
+    """
+
+    scale: Tensor
+    byte_scale: Tensor
+    bias: Tensor
+
+    def __init__(
+        self,
+        mean: float | Sequence[float],
+        std: float | Sequence[float],
+        dtype: torch.dtype,
+        channels_last: bool,
+    ) -> None:
+        super().__init__()
+        if dtype not in functional.IMAGE_DTYPES:
+            raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+        self.mean = _per_channel("mean", mean)
+        self.std = _per_channel("std", std)
+        if not all(value > 0 for value in self.std):
+            raise ValueError(f"std must be above 0, got {std}")
+        if len({1, len(self.mean), len(self.std)}) > 2:
+            raise ValueError(
+                f"mean and std must have one value or one per channel, got {mean} and {std}"
+            )
+        self.dtype = dtype
+        self.channels_last = channels_last
+        std_values = torch.tensor(self.std)
+        self.register_buffer("scale", 1 / std_values, persistent=False)
+        self.register_buffer("byte_scale", 1 / (255 * std_values), persistent=False)
+        self.register_buffer("bias", -torch.tensor(self.mean) / std_values, persistent=False)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Convert and normalise without augmenting, as evaluation needs it.
+
+        Args:
+            images: ``[M, C, H, W]`` or ``[M, H, W, C]``, uint8 or floating point.
+
+        Returns:
+            ``[M, C, H, W]`` in the engine's dtype and memory format.
+        """
+        nhwc, _ = functional.image_layout("images", images)
+        return self._normalize_nchw(images.permute(0, 3, 1, 2) if nhwc else images)
+
+    def _normalize_nchw(self, images: Tensor) -> Tensor:
+        scale, bias = self._scale_and_bias(images, images.shape[1])
+        if isinstance(scale, Tensor) and isinstance(bias, Tensor):
+            scale, bias = scale[:, None, None], bias[:, None, None]
+        values = (images.float() * scale).add_(bias)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return values.to(self.dtype).contiguous(memory_format=layout)
+
+    def _scale_and_bias(
+        self, images: Tensor, channels: int
+    ) -> tuple[Tensor, Tensor] | tuple[float, float]:
+        if len(self.mean) == len(self.std) == 1:  # numbers: nothing to broadcast
+            (mean,), (std,) = self.mean, self.std
+            return 1 / (255 * std if images.dtype == torch.uint8 else std), -mean / std
+        wanted = max(self.scale.shape[0], self.bias.shape[0])
+        if wanted not in (1, channels):
+            raise ValueError(
+                f"images must have {wanted} channels like mean and std, got {channels}"
+            )
+        scale = self.byte_scale if images.dtype == torch.uint8 else self.scale
+        return scale.float().expand(channels), self.bias.float().expand(channels)
+
+
+class WeakAugment(NormalizedViews):
     """The weak augmentation of semi-supervised learning, all views of a batch in one buffer.
 
     In this order: pad and cut a window of the image's size (shift), cut ``crop_px`` per side and
@@ -42,10 +130,6 @@ class WeakAugment(nn.Module):
         Berthelot et al. 2019, section 4: flip and shift by 4 px for CIFAR, pixels in [-1, 1].
     """
 
-    scale: Tensor
-    byte_scale: Tensor
-    bias: Tensor
-
     def __init__(
         self,
         padding: int = 4,
@@ -59,35 +143,19 @@ class WeakAugment(nn.Module):
         channels_last: bool = False,
         impl: Impl = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(mean, std, dtype, channels_last)
         functional.check_padding(padding, padding_mode)
         _check_range("crop_px", crop_px, integer=True)
         if blur_sigma is not None:
             _check_range("blur_sigma", blur_sigma, integer=False)
         if not 0 <= flip <= 1:
             raise ValueError(f"flip must be a probability in [0, 1], got {flip}")
-        if dtype not in functional.IMAGE_DTYPES:
-            raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
         self.padding = padding
         self.padding_mode = padding_mode
         self.crop_px = (crop_px[0], crop_px[1])
         self.flip = flip
         self.blur_sigma = (blur_sigma[0], blur_sigma[1]) if blur_sigma else None
-        self.mean = _per_channel("mean", mean)
-        self.std = _per_channel("std", std)
-        if not all(value > 0 for value in self.std):
-            raise ValueError(f"std must be above 0, got {std}")
-        if len({1, len(self.mean), len(self.std)}) > 2:
-            raise ValueError(
-                f"mean and std must have one value or one per channel, got {mean} and {std}"
-            )
-        self.dtype = dtype
-        self.channels_last = channels_last
         self.impl = impl
-        std_values = torch.tensor(self.std)
-        self.register_buffer("scale", 1 / std_values, persistent=False)
-        self.register_buffer("byte_scale", 1 / (255 * std_values), persistent=False)
-        self.register_buffer("bias", -torch.tensor(self.mean) / std_values, persistent=False)
 
     @property
     def policy(self) -> AugmentPolicy:
@@ -98,6 +166,14 @@ class WeakAugment(nn.Module):
     def blur_radius(self) -> int:
         """Reach of the blur's kernel in pixels; 0 where there is no blur."""
         return math.ceil(3 * self.blur_sigma[1]) if self.blur_sigma else 0
+
+    def blends_on(self, device: torch.device) -> bool:
+        """Whether mixing views anew from the images costs less than reading them back.
+
+        It does in the kernels, where a view is one byte per value: without zoom and blur.
+        """
+        one_byte_a_value = self.crop_px[1] == 0 and self.blur_radius == 0
+        return one_byte_a_value and asks_for_triton(self.impl, device)
 
     def draw(
         self, seed: int, step: int, ids: Tensor | int, views: int | Sequence[int] = 0
@@ -119,6 +195,7 @@ class WeakAugment(nn.Module):
         images: Tensor | tuple[Tensor, Tensor],
         params: AugmentParams | None = None,
         *,
+        mixup: MixUpParams | None = None,
         out: Tensor | None = None,
         workspace: Workspace | None = None,
     ) -> Tensor:
@@ -128,6 +205,7 @@ class WeakAugment(nn.Module):
             images: ``[M, C, H, W]`` or ``[M, H, W, C]``; a pair (x, u) draws x once and u as often
                 as rows remain.
             params: Draws of R rows, view-major; sent to the images' device if they are not there.
+            mixup: λ' and partners of the R rows, to blend the views by; None leaves them unmixed.
             out: Where to write; None allocates.
             workspace: Memory for the result and for scratch that outlives the call.
 
@@ -158,6 +236,7 @@ class WeakAugment(nn.Module):
             blur_radius=self.blur_radius,
             dtype=self.dtype,
             channels_last=self.channels_last,
+            mixup=mixup,
             out=out,
             workspace=workspace,
             impl=self.impl,
@@ -166,24 +245,6 @@ class WeakAugment(nn.Module):
     def forward(self, images: Tensor, seed: int, step: int, view: int = 0) -> Tensor:
         """Draw and apply one view of a batch, its positions being the sample ids."""
         return self.apply(images, self.draw(seed, step, len(images), view))
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """Convert and normalise without augmenting, as evaluation needs it.
-
-        Args:
-            images: ``[M, C, H, W]`` or ``[M, H, W, C]``, uint8 or floating point.
-
-        Returns:
-            ``[M, C, H, W]`` in the engine's dtype and memory format.
-        """
-        nhwc, (channels, _, _) = functional.image_layout("images", images)
-        images = images.permute(0, 3, 1, 2) if nhwc else images
-        scale, bias = self._scale_and_bias(images, channels)
-        if isinstance(scale, Tensor) and isinstance(bias, Tensor):
-            scale, bias = scale[:, None, None], bias[:, None, None]
-        values = images.float() * scale + bias
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return values.to(self.dtype).contiguous(memory_format=layout)
 
     def draw_batch(
         self,
@@ -211,19 +272,18 @@ class WeakAugment(nn.Module):
         """Write W, x once and u K times, into one buffer; see `Augment`."""
         return self.apply((x, u), draws, workspace=workspace)
 
-    def _scale_and_bias(
-        self, images: Tensor, channels: int
-    ) -> tuple[Tensor, Tensor] | tuple[float, float]:
-        if len(self.mean) == len(self.std) == 1:  # numbers: nothing to broadcast
-            (mean,), (std,) = self.mean, self.std
-            return 1 / (255 * std if images.dtype == torch.uint8 else std), -mean / std
-        wanted = max(self.scale.shape[0], self.bias.shape[0])
-        if wanted not in (1, channels):
-            raise ValueError(
-                f"images must have {wanted} channels like mean and std, got {channels}"
-            )
-        scale = self.byte_scale if images.dtype == torch.uint8 else self.scale
-        return scale.float().expand(channels), self.bias.float().expand(channels)
+    def to_kornia(self) -> "KorniaReplay":
+        """Express this policy by Kornia's modules, which replay draws: an oracle for `apply`.
+
+        ``augment.to_kornia().apply(images, params)`` equals ``augment.apply(images, params)`` to
+        rounding; see `KorniaReplay`.
+
+        Raises:
+            ImportError: If Kornia is missing.
+        """
+        from gpu_mixmatch.augment.kornia import KorniaReplay
+
+        return KorniaReplay(self)
 
     def extra_repr(self) -> str:
         """Show every field."""
@@ -283,7 +343,7 @@ def float_images(images: Tensor) -> Tensor:
     """Return images as NCHW floats in [0, 1]: uint8 divided by 255, floats as they are."""
     nhwc, _ = functional.image_layout("images", images)
     images = images.permute(0, 3, 1, 2) if nhwc else images
-    return images.float() / 255 if images.dtype == torch.uint8 else images
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
 def _per_channel(name: str, values: float | Sequence[float]) -> tuple[float, ...]:

@@ -5,14 +5,24 @@ without a synchronisation. Arguments arrive validated from `gpu_mixmatch.functio
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu_mixmatch.types import AugmentParams, LossOutput, MixUpParams, PaddingMode, Workspace
+from gpu_mixmatch import sampling
+from gpu_mixmatch.types import (
+    AugmentParams,
+    AugmentPolicy,
+    LamMode,
+    LossOutput,
+    MixMode,
+    MixUpParams,
+    PaddingMode,
+    Workspace,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -36,7 +46,7 @@ def sharpen(probs: Tensor, temperature: float) -> Tensor:
 
 def guess_labels(logits: Tensor, temperature: float) -> Tensor:
     # Σ_k softmax, not its mean: the factor 1/K cancels in the sharpening
-    log_sum = F.log_softmax(_wide(logits), dim=-1).logsumexp(dim=0)
+    log_sum = reduce(torch.logaddexp, F.log_softmax(_wide(logits), dim=-1).unbind())
     return F.softmax(log_sum / temperature, dim=-1).float()
 
 
@@ -44,20 +54,83 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def draw_batch(
+    key: tuple[int, int],
+    ids_x: Tensor | int,
+    ids_u: Tensor | int,
+    *,
+    num_augmentations: int,
+    policy: AugmentPolicy | None,
+    alpha: float,
+    lam: LamMode,
+    mix: MixMode,
+    device: torch.device,
+) -> Tensor:
+    draws = sampling.draw_batch(
+        *key,
+        ids_x,
+        ids_u,
+        num_augmentations=num_augmentations,
+        policy=policy,
+        alpha=alpha,
+        lam=lam,
+        mix=mix,
+    )
+    return sampling.to_device(sampling.pack(*draws), device)
+
+
+def batch_targets(
+    y: Tensor,
+    logits: Tensor,
+    temperature: float,
+    label_smoothing: float,
+    mixup: MixUpParams | None,
+    out: Tensor,
+) -> None:
+    num_views, num_images, num_classes = logits.shape
+    targets = torch.empty_like(out) if mixup else out
+    known, guessed = targets[: len(y)], targets[len(y) :]
+    if y.dim() == 1:
+        torch.eq(y[:, None], _classes(num_classes, y.device), out=known)
+    else:
+        known.copy_(y)
+    if label_smoothing:
+        known.mul_(1 - label_smoothing).add_(label_smoothing / num_classes)
+    guessed.view(num_views, num_images, num_classes).copy_(guess_labels(logits, temperature))
+    if mixup:
+        _blend(targets, mixup, out)
+
+
+@_constant
+def _classes(num_classes: int, device: torch.device) -> Tensor:
+    return torch.arange(num_classes, device=device)
+
+
 def mixup(
-    inputs: Tensor, targets: Tensor, params: MixUpParams, out: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    inputs: Tensor,
+    targets: Tensor,
+    params: MixUpParams,
+    out: Tensor,
+    mixed_targets: Tensor,
+    order: Tensor | None = None,
+) -> None:
+    _blend(targets, params, mixed_targets)
+    _blend(_dense_rows(inputs), params, _dense_rows(out), order)
+
+
+def _blend(rows: Tensor, params: MixUpParams, out: Tensor, order: Tensor | None = None) -> None:
+    """Write λ'·row + (1 - λ')·row[index] of ``[N, values]``, in the given order of rows."""
+    lam, index = params.lam[:, None], params.index
+    mine = rows
+    if order is not None:
+        mine, lam, index = rows[order], lam[order], index[order]
     # lerp: partner + λ'·(row - partner)
-    mixed_targets = targets[params.index].lerp_(targets, params.lam[:, None])
-    mixed = torch.empty_like(inputs) if out is None else out
-    rows, mixed_rows, lam = _dense_rows(inputs), _dense_rows(mixed), params.lam[:, None]
-    if inputs.dtype == torch.float32:
-        torch.index_select(rows, 0, params.index, out=mixed_rows).lerp_(rows, lam)
-        return mixed, mixed_targets
+    if rows.dtype == torch.float32:
+        torch.index_select(rows, 0, index, out=out).lerp_(mine, lam)
+        return
     for chunk in _chunks(rows):
-        partners = rows[params.index[chunk]].float()
-        mixed_rows[chunk] = partners.lerp_(rows[chunk].float(), lam[chunk])
-    return mixed, mixed_targets
+        partners = rows[index[chunk]].float()
+        out[chunk] = partners.lerp_(mine[chunk].float(), lam[chunk])
 
 
 def _dense_rows(tensor: Tensor) -> Tensor:
@@ -68,11 +141,11 @@ def _dense_rows(tensor: Tensor) -> Tensor:
 
 
 def interleave(rows: Tensor, num_groups: int) -> Tensor:
-    return rows[_interleave_index(len(rows), num_groups, rows.device)]
+    return rows[interleave_index(len(rows), num_groups, rows.device)]
 
 
 @_constant
-def _interleave_index(length: int, num_groups: int, device: torch.device) -> Tensor:
+def interleave_index(length: int, num_groups: int, device: torch.device) -> Tensor:
     index = torch.arange(length)
     groups = index.tensor_split(num_groups)  # views: writing to them writes the index
     smallest = len(groups[-1])
@@ -103,6 +176,26 @@ def mixmatch_loss(
     return LossOutput(loss_x + weight_u * loss_u, loss_x, loss_u, weight_u)
 
 
+def mixmatch_loss_backward(
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    logits: Tensor,
+    targets: Tensor,
+    num_labelled: int,
+    weight_u: Tensor,
+) -> Tensor:
+    grad_loss, grad_x, grad_u = (0.0 if grad is None else grad for grad in grads)
+    probs = F.softmax(_wide(logits), dim=-1)
+    (probs_x, probs_u), (targets_x, targets_u) = (
+        (rows[:num_labelled], rows[num_labelled:]) for rows in (probs, targets)
+    )
+    of_x = probs_x * targets_x.sum(dim=1, keepdim=True) - targets_x
+    missed = probs_u - targets_u
+    of_u = 2 * probs_u * (missed - (missed * probs_u).sum(dim=1, keepdim=True))
+    of_x = of_x * ((grad_loss + grad_x) / max(len(targets_x), 1))
+    of_u = of_u * ((weight_u * grad_loss + grad_u) / max(targets_u.numel(), 1))
+    return torch.cat([of_x, of_u]).to(logits.dtype)
+
+
 def augment(
     sources: tuple[Tensor, ...],
     params: AugmentParams,
@@ -116,7 +209,8 @@ def augment(
     channels_last_in: bool,
     out: Tensor,
     workspace: Workspace | None,
-) -> Tensor:
+    mixup: MixUpParams | None = None,
+) -> None:
     """Write every view of every source image into ``out``.
 
     Shift, flip and every channel's bytes are settled by where a row of pixels starts: images are
@@ -135,7 +229,29 @@ def augment(
         channels_last_in: Whether sources are NHWC.
         out: ``[R, C, H, W]``, contiguous or channels_last.
         workspace: Where scratch memory comes from.
+        mixup: What to blend the views by while they are written; None is not at all.
     """
+    if mixup is not None:
+        views = torch.empty_like(out)
+        augment(
+            sources,
+            params,
+            scale,
+            bias,
+            padding=padding,
+            padding_mode=padding_mode,
+            zoom=zoom,
+            blur_radius=blur_radius,
+            channels_last_in=channels_last_in,
+            out=views,
+            workspace=workspace,
+        )
+        _blend(_dense_rows(views), mixup, _dense_rows(out))
+        return
+    if out.device.type != "cpu":
+        layout = (padding, padding_mode, zoom, blur_radius, channels_last_in)
+        _augment_in_few_launches(sources, params, scale, bias, *layout, out=out)
+        return
     num_rows, channels, height, width = out.shape
     channels_last = not out.is_contiguous()
     pixels = out.permute(0, 2, 3, 1) if channels_last else out
@@ -143,11 +259,17 @@ def augment(
     planes, values = (1, channels) if channels_last else (channels, 1)
     workspace = workspace or Workspace()
 
-    wide, image_at = _widen_rows(
-        sources, height, width, planes, values, padding, padding_mode, channels_last_in, workspace
-    )
-    starts = _row_starts(
-        params, sources, planes, height, padding, padding_mode, wide, image_at, values, workspace
+    wide, starts = line_windows(
+        sources,
+        params,
+        height,
+        width,
+        planes,
+        values,
+        padding,
+        padding_mode,
+        channels_last_in,
+        workspace,
     )
     windows = wide.view(-1).as_strided((wide.numel() - width * values + 1, width * values), (1, 1))
     scale, bias = (
@@ -183,13 +305,122 @@ def augment(
         channelwise.mul_(scale).add_(bias)
         if not in_place:
             target.copy_(block)
-    return out
+
+
+def _augment_in_few_launches(
+    sources: tuple[Tensor, ...],
+    params: AugmentParams,
+    scale: Tensor | float,
+    bias: Tensor | float,
+    padding: int,
+    padding_mode: PaddingMode,
+    zoom: bool,
+    blur_radius: int,
+    channels_last_in: bool,
+    *,
+    out: Tensor,
+) -> None:
+    """The same where launches cost more than bytes: normalise and widen all, cut windows out.
+
+    Every operation runs over the whole batch. Images are normalised first, which zoom and blur do
+    not mind, being linear and of weights that sum to one.
+    """
+    num_rows, channels, height, width = out.shape
+    device = out.device
+    counts = tuple(source.shape[0] for source in sources)
+    scale, bias = (
+        (factor if isinstance(factor, Tensor) else _number(factor, device)).view(-1, 1, 1)
+        for factor in (scale, bias)
+    )
+    border = int(padding_mode == "zeros")  # a line and a column of black, which padding repeats
+    images = torch.empty(
+        (sum(counts), channels, height + border, width + border), dtype=torch.float32, device=device
+    )
+    if border:
+        images.copy_(bias)
+    for source, part in zip(sources, torch.split(images, list(counts)), strict=True):
+        pixels = source.permute(0, 3, 1, 2) if channels_last_in else source
+        torch.addcmul(bias, pixels, scale, out=part[:, :, :height, :width])
+    lines, columns = _wide_index(height, width, padding, padding_mode, device)
+    wide = images[:, :, lines[:, None], columns]  # [M, C, H + 2·padding, 2 · (W + 2·padding)]
+
+    _, _, tall, pitch = wide.shape
+    _, image_starts = _image_starts(counts, num_rows, channels, tall, pitch, device)
+    # left in the image, 2·padding - left in its mirror image, which lies behind it
+    column = params.left.sub(params.flip, alpha=2 * padding).abs_()
+    starts = image_starts.add(params.top, alpha=pitch).add_(column)
+    starts.add_(params.flip, alpha=pitch // 2)
+    reach = (channels - 1) * tall * pitch + (height - 1) * pitch + width
+    windows = wide.view(-1).as_strided(
+        (max(wide.numel() - reach + 1, 0), channels, height, width), (1, tall * pitch, pitch, 1)
+    )
+    matrices = _axis_matrices(params, height, width, zoom, blur_radius, Workspace())
+    if matrices is None and out.dtype == torch.float32 and out.is_contiguous():
+        torch.index_select(windows, 0, starts, out=out)
+        return
+    views = windows.index_select(0, starts)
+    if matrices is not None:
+        down, across = matrices
+        # across · Xᵀ is [R, W, C·H], and its rows, as C lines of H, times downᵀ
+        turned = torch.bmm(across, views.view(num_rows, channels * height, width).mT)
+        turned = torch.bmm(turned.view(num_rows, width * channels, height), down.mT)
+        views = turned.view(num_rows, width, channels, height).permute(0, 2, 3, 1)
+    out.copy_(views)
+
+
+@_constant
+def _number(value: float, device: torch.device) -> Tensor:
+    return torch.full((), value, device=device)
+
+
+@_constant
+def _wide_index(
+    height: int, width: int, padding: int, padding_mode: PaddingMode, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Lines and columns of a padded image and, behind it, of its mirror image."""
+
+    def padded(size: int) -> Tensor:
+        position = torch.arange(-padding, size + padding)
+        if padding_mode == "reflect":
+            return (size - 1) - ((size - 1) - position.abs()).abs()
+        if padding_mode == "edge":
+            return position.clamp(0, size - 1)
+        return position.where((position >= 0) & (position < size), size)
+
+    columns = padded(width)
+    return padded(height).to(device), torch.cat([columns, columns.flip(0)]).to(device)
 
 
 def _chunks(rows: Tensor) -> list[slice]:
     length = rows.shape[0]
     size = max(1, _CHUNK * length // max(1, rows.numel()))
     return [slice(start, start + size) for start in range(0, length, size)]
+
+
+def line_windows(
+    sources: tuple[Tensor, ...],
+    params: AugmentParams,
+    height: int,
+    width: int,
+    planes: int,
+    values: int,
+    padding: int,
+    padding_mode: PaddingMode,
+    channels_last_in: bool,
+    workspace: Workspace,
+) -> tuple[Tensor, Tensor]:
+    """Widen the lines of all images, and say where in them each line of a view begins.
+
+    Returns:
+        Lines with padding and mirror image, and starts in them, ``[R, planes, H]`` int64.
+    """
+    wide, image_at = _widen_rows(
+        sources, height, width, planes, values, padding, padding_mode, channels_last_in, workspace
+    )
+    starts = _row_starts(
+        params, sources, planes, height, padding, padding_mode, wide, image_at, values, workspace
+    )
+    return wide, starts
 
 
 def _widen_rows(
@@ -342,25 +573,29 @@ def _axis_matrices(
     """Zoom and blur as one linear map per axis: ``[R, H, H]`` and ``[R, W, W]``, or None."""
     if not zoom and not blur_radius:
         return None
+    num_rows, device = len(params.sigma), params.sigma.device
+
+    def scratch(name: str, size: int) -> Tensor:
+        return workspace.empty(name, (num_rows, size, size), torch.float32, device)
+
+    def blur(name: str, size: int) -> Tensor:
+        return _blur_matrix(params.sigma, blur_radius, out=scratch(f"blur {name}", size))
+
+    if not zoom:
+        down = blur("down", height)
+        return down, (down if height == width else blur("across", width))
     top, bottom, left, right = params.crop.unbind(1)
+    top, bottom = _cuts(top, bottom, height)
+    left, right = _cuts(left, right, width)
     # the image is mirrored already, and so is what is cut off it
     flipped = params.flip > 0
     left, right = torch.where(flipped, right, left), torch.where(flipped, left, right)
 
     def matrix(name: str, before: Tensor, after: Tensor, size: int) -> Tensor:
-        buffers = [
-            workspace.empty(
-                f"{kind} {name}", (len(before), size, size), torch.float32, before.device
-            )
-            for kind in ("zoom", "blur", "zoom and blur")[: 3 if zoom and blur_radius else 2]
-        ]
-        if zoom:
-            zoomed = _zoom_matrix(before, after, out=buffers[0])
-        if blur_radius:
-            blurred = _blur_matrix(params.sigma, blur_radius, out=buffers[1])
-        if zoom and blur_radius:
-            return torch.bmm(blurred, zoomed, out=buffers[2])
-        return zoomed if zoom else blurred
+        zoomed = _zoom_matrix(before, after, out=scratch(f"zoom {name}", size))
+        if not blur_radius:
+            return zoomed
+        return torch.bmm(blur(name, size), zoomed, out=scratch(f"zoom and blur {name}", size))
 
     return matrix("down", top, bottom, height), matrix("across", left, right, width)
 
@@ -384,6 +619,12 @@ def _apply_matrices(
     torch.matmul(down[:, None], between, out=block)
 
 
+def _cuts(before: Tensor, after: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Clamp what is cut off an axis: at least one pixel is left."""
+    before = before.clamp_max(size - 1)
+    return before, torch.minimum(after, size - 1 - before)
+
+
 def _zoom_matrix(before: Tensor, after: Tensor, out: Tensor) -> Tensor:
     """Cut ``before`` and ``after`` pixels off an axis and resize back, bilinear, ``[R, n, n]``.
 
@@ -392,10 +633,9 @@ def _zoom_matrix(before: Tensor, after: Tensor, out: Tensor) -> Tensor:
     """
     size = out.shape[1]
     grid = torch.arange(size, dtype=torch.float32, device=before.device)
-    before = before.clamp_max(size - 1)  # at least one pixel is left
-    after = torch.minimum(after, size - 1 - before)
     kept = (size - before - after).float()[:, None]
-    read = ((grid + 0.5) * (kept / size) - 0.5).clamp_min(0).minimum(kept - 1)
+    # (grid + 1/2) · kept / size - 1/2, with whole numbers as far as they go
+    read = (((2 * grid + 1) * kept - size) / (2 * size)).clamp_min(0).minimum(kept - 1)
     read = read + before.float()[:, None]
     distance = torch.sub(read[:, :, None], grid, out=out).abs_()
     return distance.neg_().add_(1).clamp_min_(0)
@@ -443,10 +683,15 @@ def _band_taps(tile: int, radius: int, device: torch.device) -> Tensor:
 
 def _gaussian(sigma: Tensor, radius: int) -> Tensor:
     """exp(-d² / 2σ²) at d = -radius .. radius, normalised, ``[R, 2·radius + 1]``."""
-    distance = torch.arange(-radius, radius + 1, dtype=torch.float32, device=sigma.device)
     # below 0.01 px the taps beside the centre are zero in float32
-    weights = torch.exp(-0.5 * (distance / sigma.clamp_min(0.01)[:, None]).square())
-    return weights / weights.sum(dim=1, keepdim=True)
+    variance = sigma.clamp_min(0.01).square()[:, None]
+    return F.softmax(_half_squares(radius, sigma.device) / variance, dim=1)
+
+
+@_constant
+def _half_squares(radius: int, device: torch.device) -> Tensor:
+    distance = torch.arange(-radius, radius + 1, dtype=torch.float32)
+    return (-0.5 * distance.square()).to(device)
 
 
 @_constant

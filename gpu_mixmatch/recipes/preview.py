@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gpu_mixmatch import functional, presets, sampling
-from gpu_mixmatch.augment import as_augment
+from gpu_mixmatch.augment import DaliAugment, as_augment
 from gpu_mixmatch.augment.weak import float_images
 from gpu_mixmatch.builder import MixMatch, get_logits
-from gpu_mixmatch.data.datasets import ImageData, split_labels
+from gpu_mixmatch.data.datasets import FolderData, ImageData, split_labels
 from gpu_mixmatch.recipes.wideresnet import build_model
 from gpu_mixmatch.types import AugmentParams, MixMatchBatch, MixUpParams
 
@@ -159,14 +159,14 @@ def draw_preview(
 
 
 def preview(
-    dataset: ImageData,
+    dataset: ImageData | FolderData,
     out: str | Path,
     *,
     seed: int = 0,
     preset: presets.Preset | None = None,
     augment: Any = None,
     num_augmentations: int = 2,
-    labels: int = 40,
+    labels: int | None = 40,
     train_steps: int = 60,
     batch_size: int = 64,
     rows: int = 4,
@@ -183,7 +183,7 @@ def preview(
         preset: Settings of the builder; None is the paper's for the data set.
         augment: An engine, as for `MixMatch`; None is the preset's.
         num_augmentations: K.
-        labels: Number of labelled images.
+        labels: Number of labelled images; None takes all of a folder's.
         train_steps: Steps of supervised training; 0 guesses with an untrained network.
         batch_size: Images in the preview's batch, labelled and unlabelled each, at most.
         rows: Rows to show of each kind.
@@ -200,15 +200,11 @@ def preview(
     engine = preset.augment() if augment is None else augment
     mixmatch = MixMatch(engine, dataset.num_classes, **builder)
 
-    labelled = split_labels(dataset.train_labels, labels, seed, dataset.num_classes)
-    x, y = dataset.train_images[labelled], dataset.train_labels[labelled]
-    is_unlabelled = torch.ones(len(dataset.train_labels), dtype=torch.bool)
-    is_unlabelled[labelled] = False
-    unlabelled = is_unlabelled.nonzero().flatten()
+    x, y, u = _first_images(dataset, labels, seed, batch_size)
+    names = CLASS_NAMES.get(dataset.name)
+    if isinstance(dataset, FolderData):
+        names = dataset.class_names
     ids_x = sampling.epoch_order(seed, 0, len(x))[:batch_size]
-    ids_u = unlabelled[sampling.epoch_order(seed, 0, len(unlabelled), view=1)[:batch_size]]
-    u = dataset.train_images[ids_u]
-
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed CUDA
         model = build_model("cnn", dataset.num_classes, x.shape[1])
@@ -220,9 +216,29 @@ def preview(
         u,
         model,
         out,
-        class_names=CLASS_NAMES.get(dataset.name),
+        class_names=names,
         rows=rows,
     )
+
+
+def _first_images(
+    dataset: ImageData | FolderData, labels: int | None, seed: int, batch_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All labelled images, their labels, and the first unlabelled batch of other images."""
+    if isinstance(dataset, FolderData):
+        labelled, others = dataset.split(labels, seed)
+        assert labelled.index.labels is not None  # load_dataset sees to it
+        ids_u = sampling.epoch_order(seed, 0, len(others), view=1)[:batch_size]
+        return labelled.load(), labelled.index.labels, others.load(ids_u.tolist())
+    if labels is None:
+        raise ValueError(f"labels must be a number for {dataset.name}, got None")
+    images, targets = dataset.train_images, dataset.train_labels
+    chosen = split_labels(targets, labels, seed, dataset.num_classes)
+    is_unlabelled = torch.ones(len(targets), dtype=torch.bool)
+    is_unlabelled[chosen] = False
+    unlabelled = is_unlabelled.nonzero().flatten()
+    ids_u = unlabelled[sampling.epoch_order(seed, 0, len(unlabelled), view=1)[:batch_size]]
+    return images[chosen], targets[chosen], images[ids_u]
 
 
 def _train(
@@ -294,9 +310,13 @@ def _next_step(
                 buffer.copy_(before)
 
     logits = torch.cat(outputs).view(views, len(u), mixmatch.num_classes)
-    guesses = functional.guess_labels(logits, mixmatch.temperature, impl=mixmatch.impl)
-    targets_x = functional.one_hot_targets(y, mixmatch.num_classes, mixmatch.label_smoothing)
-    targets = torch.cat([targets_x.to(device), guesses.repeat(views, 1)])
+    targets = functional.batch_targets(
+        y.to(device),
+        logits,
+        mixmatch.temperature,
+        label_smoothing=mixmatch.label_smoothing,
+        impl=mixmatch.impl,
+    )
     batch.check()
     _check_mixed("inputs", batch.inputs, images, batch)
     _check_mixed("targets", batch.targets, targets, batch)
@@ -463,6 +483,7 @@ def _draw_heading(page: _Page, mixmatch: MixMatch, step: _Step) -> None:
         f"T = {mixmatch.temperature:g}",
         f"α = {mixmatch.alpha:g}",
         f"seed {mixmatch.seed}, step {int(batch.step)}",
+        f"views by {type(mixmatch.augment).__name__}",
     ]
     facts += [f"mix = {mixmatch.mix}"] if mixmatch.mix != "all" else []
     facts += [] if _normalisation(mixmatch.augment) else ["contrast stretched image by image"]
@@ -595,7 +616,13 @@ def _shown(image: Tensor, augment: Any) -> Tensor:
     return (image * std + mean).clamp(0, 1)
 
 
+def _policy(augment: Any) -> Any:
+    """The engine itself, or the one whose policy it runs."""
+    return augment.weak if isinstance(augment, DaliAugment) else augment
+
+
 def _normalisation(augment: Any) -> tuple[Any, Any] | None:
+    augment = _policy(augment)
     mean, std = getattr(augment, "mean", None), getattr(augment, "std", None)
     return None if mean is None or std is None else (mean, std)
 
@@ -605,7 +632,7 @@ def _drawn(draws: Any, row: int, augment: Any) -> str:
     if not isinstance(draws, AugmentParams):
         return ""
     words = []
-    padding = getattr(augment, "padding", 0)
+    padding = getattr(_policy(augment), "padding", 0)
     down, right = padding - int(draws.top[row]), padding - int(draws.left[row])
     if padding:
         moves = [f"{'↓' if down > 0 else '↑'}{abs(down)}"] if down else []

@@ -1,0 +1,178 @@
+"""A captured builder: one CUDA graph that builds a batch, the guess's forward pass included."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from gpu_mixmatch import functional
+from gpu_mixmatch.types import MixMatchBatch
+
+if TYPE_CHECKING:
+    from gpu_mixmatch.builder import MixMatch, Model
+
+_WARM_UP = 3  # calls before the capture, as torch's own wrappers make them
+
+
+class CapturedMixMatch:
+    """Builds batches of one shape by replaying a CUDA graph; see `MixMatch.capture`.
+
+    Seed, step and ids are read from the device by every replay, so that it draws anew, and equals
+    the eager call of that step. A batch is overwritten by the next replay.
+
+    Args:
+        mixmatch: The builder, on a CUDA device; its step goes on with every batch.
+        model: Guesses; its parameters and buffers must stay where they are, as optimisers leave
+            them. Its mode is that of the capture.
+        x, y, u: A batch like those to come: shapes and dtypes count, values do not.
+
+    Raises:
+        RuntimeError: If the builder is not on a CUDA device, or has no kernels there.
+        TypeError: If the engine draws on the host, which a graph cannot repeat.
+    """
+
+    def __init__(self, mixmatch: MixMatch, model: Model, x: Tensor, y: Tensor, u: Tensor) -> None:
+        check_capturable(mixmatch)
+        self.mixmatch = mixmatch
+        self.model = model
+        device = mixmatch.device
+        self._x, self._y, self._u = (
+            torch.empty_like(tensor, device=device).copy_(tensor) for tensor in (x, y, u)
+        )
+        self._positions = [positions(len(images)).to(device) for images in (x, u)]
+        self._ids = [ids.clone() for ids in self._positions]
+        self._ids_given = [False, False]
+        self._key = torch.tensor([mixmatch.seed, int(mixmatch.step)], device=device)
+        self._seed = mixmatch.seed
+        self._graph = torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(device))
+        with _unchanged(mixmatch, model), torch.cuda.device(device):
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UP):
+                    self._build()
+            torch.cuda.current_stream(device).wait_stream(side)
+            with torch.cuda.graph(self._graph):
+                self._batch = self._build()
+
+    def __call__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        u: Tensor,
+        *,
+        ids_x: Tensor | None = None,
+        ids_u: Tensor | None = None,
+    ) -> MixMatchBatch:
+        """Build the batch of the next step.
+
+        A batch of another shape or dtype, such as a last, smaller one, is built without the graph.
+
+        Args:
+            x, y, u: As for `MixMatch.forward`.
+            ids_x, ids_u: Sample ids, as for `MixMatch.forward`.
+
+        Returns:
+            The mixed batch. Its tensors are overwritten by the next replay.
+
+        Raises:
+            ValueError: If labels or ids are none; see `MixMatch.forward`.
+        """
+        inputs = ((x, self._x), (y, self._y), (u, self._u))
+        if not all(fits(new, held) for new, held in inputs):
+            batch: MixMatchBatch = self.mixmatch(x, y, u, self.model, ids_x=ids_x, ids_u=ids_u)
+            return batch
+        functional.check_labels(y, self.mixmatch.num_classes)
+        for new, held in inputs:
+            held.copy_(new, non_blocking=True)
+        self._send_ids(0, "ids_x", ids_x)
+        self._send_ids(1, "ids_u", ids_u)
+        self._send_key()
+        self._graph.replay()
+        step = self.mixmatch.step.clone()
+        self.mixmatch.step += 1
+        return self._batch._replace(step=step)
+
+    def _build(self) -> MixMatchBatch:
+        ids_x, ids_u = self._ids
+        return self.mixmatch.build_keyed(
+            self._key, self._x, self._y, self._u, self.model, ids_x=ids_x, ids_u=ids_u
+        )
+
+    def _send_ids(self, number: int, name: str, ids: Tensor | None) -> None:
+        held = self._ids[number]
+        if ids is None and not self._ids_given[number]:
+            return  # the positions are there already
+        if ids is not None and not fits(ids, held):
+            raise ValueError(
+                f"{name} must be {list(held.shape)} int64, got {list(ids.shape)} {ids.dtype}"
+            )
+        held.copy_(self._positions[number] if ids is None else ids, non_blocking=True)
+        self._ids_given[number] = ids is not None
+
+    def _send_key(self) -> None:
+        """Fill in the key: a launch takes the numbers along, so that no host memory is read."""
+        if self.mixmatch.seed != self._seed:
+            self._seed = self.mixmatch.seed
+            self._key[0].fill_(self._seed)
+        self._key[1].fill_(int(self.mixmatch.step))
+
+
+def check_capturable(mixmatch: MixMatch) -> None:
+    """Raise if a builder cannot be captured; says why.
+
+    Raises:
+        RuntimeError: If it is not on a CUDA device, or has no kernels there.
+        TypeError: If its engine draws on the host.
+    """
+    if mixmatch.device.type != "cuda":
+        raise RuntimeError(
+            f"capture needs CUDA, got a MixMatch on {mixmatch.device}; move it with .to('cuda')"
+        )
+    if not mixmatch.runs_kernels:
+        raise RuntimeError(
+            "capture needs the kernels, whose draws are made on the device: "
+            f"got impl={mixmatch.impl!r}, which runs eager here"
+        )
+    if getattr(mixmatch.augment, "policy", None) is None:
+        raise TypeError(
+            "capture needs an engine whose draws are made on the device, such as WeakAugment, "
+            f"got {type(mixmatch.augment).__name__}"
+        )
+
+
+def positions(length: int) -> Tensor:
+    """Positions in the global batch, ``[length]`` int64: the ids of samples that have none."""
+    first = 0
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        first = torch.distributed.get_rank() * length
+    return torch.arange(first, first + length)
+
+
+def fits(new: Tensor, old: Tensor) -> bool:
+    """Whether a tensor can be copied into a captured input as it is."""
+    return new.shape == old.shape and new.dtype == old.dtype
+
+
+@contextlib.contextmanager
+def _unchanged(mixmatch: MixMatch, model: Model) -> Iterator[None]:
+    """Put the step and the model's buffers back: warming up and capturing builds no batch."""
+    guesser = model if mixmatch.teacher is None else mixmatch.teacher
+    buffers = list(guesser.buffers()) if isinstance(guesser, nn.Module) else []
+    kept = [buffer.clone() for buffer in buffers]
+    step = mixmatch.step.clone()
+    autocast = torch.is_autocast_enabled("cuda")
+    # a cached cast of a weight would be captured once and never made again
+    cast = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), autocast, cache_enabled=False)
+    try:
+        with cast:
+            yield
+    finally:
+        mixmatch.step = step
+        with torch.no_grad():
+            for buffer, value in zip(buffers, kept, strict=True):
+                buffer.copy_(value)

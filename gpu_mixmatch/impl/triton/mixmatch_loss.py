@@ -1,0 +1,231 @@
+"""The loss, one launch forward and one backward: reads logits and targets, writes the gradient.
+
+Forward, each program sums its rows; the one that finishes last adds up the sums of all, in their
+order, so that the result does not depend on timing.
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gpu_mixmatch.impl.triton.guess_labels import MOST_CLASSES, row_tile
+from gpu_mixmatch.impl.triton.launch import blocks, launch
+
+
+@triton.jit
+def _rows(
+    row, cls, mask, logits_ptr, targets_ptr, stride_row, stride_class,
+    stride_targets_row, stride_targets_class, num_classes,
+):  # fmt: skip
+    """Log-probabilities, probabilities and targets of some rows, ``[ROWS, CLASSES]``."""
+    WIDE: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
+    row, cls = row.to(tl.int64), cls.to(tl.int64)
+    logits = tl.load(logits_ptr + row * stride_row + cls * stride_class, mask=mask, other=0.0)
+    logits = tl.where(cls < num_classes, logits.to(WIDE), float("-inf"))
+    at = row * stride_targets_row + cls * stride_targets_class
+    targets = tl.load(targets_ptr + at, mask=mask, other=0.0).to(WIDE)
+    logits -= tl.max(logits, axis=1)[:, None]
+    log_probs = logits - tl.log(tl.sum(tl.exp(logits), axis=1))[:, None]
+    # where there is no class: finite, so that its product with no target is 0
+    return tl.where(cls < num_classes, log_probs, 0.0), tl.exp(log_probs), targets
+
+
+@triton.jit(do_not_specialize=["num_labelled", "num_rows", "count_x", "count_u"])
+def mixmatch_loss_kernel(
+    loss_ptr,
+    loss_x_ptr,
+    loss_u_ptr,
+    sums_ptr,
+    arrived_ptr,
+    logits_ptr,
+    targets_ptr,
+    weight_ptr,
+    stride_row,
+    stride_class,
+    stride_targets_row,
+    stride_targets_class,
+    num_labelled,
+    num_rows,
+    num_classes,
+    count_x,
+    count_u,
+    weight,
+    ROWS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    SUMS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    num_programs = tl.num_programs(0)
+    row = (program * ROWS + tl.arange(0, ROWS))[:, None]
+    cls = tl.arange(0, CLASSES)[None, :]
+    mask = (row < num_rows) & (cls < num_classes)
+    log_probs, probs, targets = _rows(
+        row, cls, mask, logits_ptr, targets_ptr, stride_row, stride_class,
+        stride_targets_row, stride_targets_class, num_classes,
+    )  # fmt: skip
+    labelled = row < num_labelled
+    cross_entropy = tl.where(mask & labelled, -targets * log_probs, 0.0)
+    squared = tl.where(mask & (row >= num_labelled), (probs - targets) * (probs - targets), 0.0)
+    tl.store(sums_ptr + program, tl.sum(tl.sum(cross_entropy, axis=1), axis=0))
+    tl.store(sums_ptr + num_programs + program, tl.sum(tl.sum(squared, axis=1), axis=0))
+
+    tl.debug_barrier()  # every thread's sums are written before this program arrives
+    arrived = tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu")
+    if arrived == num_programs - 1:
+        loss_x = tl.zeros([SUMS], sums_ptr.dtype.element_ty)
+        loss_u = tl.zeros([SUMS], sums_ptr.dtype.element_ty)
+        for start in range(0, num_programs, SUMS):
+            offs = start + tl.arange(0, SUMS)
+            present = offs < num_programs
+            loss_x += tl.load(sums_ptr + offs, mask=present, other=0.0, cache_modifier=".cg")
+            loss_u += tl.load(
+                sums_ptr + num_programs + offs, mask=present, other=0.0, cache_modifier=".cg"
+            )
+        mean_x = tl.sum(loss_x, axis=0) / count_x
+        mean_u = tl.sum(loss_u, axis=0) / count_u
+        if weight_ptr is not None:
+            weight = tl.load(weight_ptr)
+        tl.store(loss_ptr, mean_x + weight * mean_u)
+        tl.store(loss_x_ptr, mean_x)
+        tl.store(loss_u_ptr, mean_u)
+        tl.store(arrived_ptr, 0)  # for the next launch
+
+
+@triton.jit(do_not_specialize=["num_labelled", "num_rows", "count_x", "count_u"])
+def mixmatch_loss_backward_kernel(
+    grad_logits_ptr,
+    grad_loss_ptr,
+    grad_loss_x_ptr,
+    grad_loss_u_ptr,
+    logits_ptr,
+    targets_ptr,
+    weight_ptr,
+    stride_row,
+    stride_class,
+    stride_targets_row,
+    stride_targets_class,
+    num_labelled,
+    num_rows,
+    num_classes,
+    count_x,
+    count_u,
+    weight,
+    ROWS: tl.constexpr,
+    CLASSES: tl.constexpr,
+):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    cls = tl.arange(0, CLASSES)[None, :]
+    mask = (row < num_rows) & (cls < num_classes)
+    _, probs, targets = _rows(
+        row, cls, mask, logits_ptr, targets_ptr, stride_row, stride_class,
+        stride_targets_row, stride_targets_class, num_classes,
+    )  # fmt: skip
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr)
+    grad_x, grad_u = 0.0, 0.0
+    if grad_loss_ptr is not None:
+        grad_x += tl.load(grad_loss_ptr)
+        grad_u += weight * tl.load(grad_loss_ptr)
+    if grad_loss_x_ptr is not None:
+        grad_x += tl.load(grad_loss_x_ptr)
+    if grad_loss_u_ptr is not None:
+        grad_u += tl.load(grad_loss_u_ptr)
+    of_x = probs * tl.sum(targets, axis=1)[:, None] - targets
+    missed = tl.where(cls < num_classes, probs - targets, 0.0)
+    of_u = probs * (missed - tl.sum(missed * probs, axis=1)[:, None])
+    grad = tl.where(row < num_labelled, grad_x / count_x * of_x, 2.0 * grad_u / count_u * of_u)
+    at = grad_logits_ptr + row.to(tl.int64) * num_classes + cls
+    tl.store(at, grad.to(grad_logits_ptr.dtype.element_ty), mask=mask)
+
+
+def mixmatch_loss(
+    logits: Tensor, targets: Tensor, num_labelled: int, weight_u: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    loss, loss_x, loss_u = (torch.empty((), dtype=wide, device=logits.device) for _ in range(3))
+    classes, rows, num_warps = _tile(logits)
+    programs = max(blocks(len(logits), rows), 1)
+    sums = torch.empty((2, programs), dtype=wide, device=logits.device)
+    launch(
+        mixmatch_loss_kernel,
+        programs,
+        logits.device,
+        loss,
+        loss_x,
+        loss_u,
+        sums,
+        _arrived(logits.device, _stream(logits.device)),
+        *_arguments(logits, targets, num_labelled, weight_u),
+        ROWS=rows,
+        CLASSES=classes,
+        SUMS=128,
+        num_warps=num_warps,
+    )
+    return loss, loss_x, loss_u
+
+
+def mixmatch_loss_backward(
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    logits: Tensor,
+    targets: Tensor,
+    num_labelled: int,
+    weight_u: Tensor,
+) -> Tensor:
+    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    classes, rows, num_warps = _tile(logits)
+    launch(
+        mixmatch_loss_backward_kernel,
+        blocks(len(logits), rows),
+        logits.device,
+        grad_logits,
+        *grads,
+        *_arguments(logits, targets, num_labelled, weight_u),
+        ROWS=rows,
+        CLASSES=classes,
+        num_warps=num_warps,
+    )
+    return grad_logits
+
+
+def _tile(logits: Tensor) -> tuple[int, int, int]:
+    num_classes = logits.shape[1]
+    if num_classes > MOST_CLASSES:
+        raise ValueError(
+            f'logits must have at most {MOST_CLASSES} classes for impl="triton", '
+            f'got {num_classes}; use impl="eager"'
+        )
+    return row_tile(num_classes)
+
+
+def _arguments(
+    logits: Tensor, targets: Tensor, num_labelled: int, weight_u: Tensor
+) -> tuple[object, ...]:
+    num_rows, num_classes = logits.shape
+    on_host = weight_u.device.type == "cpu"  # a weight on the device is not read back
+    return (
+        logits,
+        targets,
+        None if on_host else weight_u,
+        *logits.stride(),
+        *targets.stride(),
+        num_labelled,
+        num_rows,
+        num_classes,
+        max(num_labelled, 1),
+        max((num_rows - num_labelled) * num_classes, 1),
+        float(weight_u) if on_host else 0.0,
+    )
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+@lru_cache(maxsize=64)
+def _arrived(device: torch.device, stream: int) -> Tensor:
+    """The number of programs that have arrived, 0 between launches; streams do not share it."""
+    with torch.inference_mode(False):
+        return torch.zeros((), dtype=torch.int32, device=device)

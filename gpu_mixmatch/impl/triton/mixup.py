@@ -1,0 +1,82 @@
+"""MixUp of images and targets in one launch: reads each row and its partner, writes the blend."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gpu_mixmatch.impl.triton.launch import blocks, launch
+from gpu_mixmatch.types import MixUpParams
+
+_BLOCK = 2048  # values per program: 16 per thread
+_CLASSES = 128  # targets per turn of the first program of a row
+
+
+@triton.jit
+def _blend(out_ptr, rows_ptr, row, partner, to, lam, length, offs):
+    mask = offs < length
+    mine = tl.load(rows_ptr + row * length + offs, mask=mask, other=0.0).to(tl.float32)
+    theirs = tl.load(rows_ptr + partner * length + offs, mask=mask, other=0.0).to(tl.float32)
+    mixed = theirs + lam * (mine - theirs)
+    tl.store(out_ptr + to * length + offs, mixed.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def mixup_kernel(
+    out_ptr,
+    mixed_targets_ptr,
+    inputs_ptr,
+    targets_ptr,
+    lam_ptr,
+    index_ptr,
+    order_ptr,
+    num_values,
+    num_classes,
+    num_blocks,
+    BLOCK: tl.constexpr,
+    CLASSES: tl.constexpr,
+):
+    program = tl.program_id(0)
+    row = (program // num_blocks).to(tl.int64)
+    block = program % num_blocks
+    lam = tl.load(lam_ptr + row)
+    partner = tl.load(index_ptr + row)
+    to = row
+    if order_ptr is not None:
+        to = tl.load(order_ptr + row)
+    offs = block * BLOCK + tl.arange(0, BLOCK)
+    _blend(out_ptr, inputs_ptr, row, partner, to, lam, num_values, offs)
+    if block == 0:  # targets stay in batch order
+        for start in range(0, num_classes, CLASSES):
+            cls = start + tl.arange(0, CLASSES)
+            _blend(mixed_targets_ptr, targets_ptr, row, partner, row, lam, num_classes, cls)
+
+
+def mixup(
+    inputs: Tensor,
+    targets: Tensor,
+    params: MixUpParams,
+    out: Tensor,
+    mixed_targets: Tensor,
+    order: Tensor | None = None,
+) -> None:
+    num_rows = len(inputs)
+    num_values = inputs[0].numel() if num_rows else 0
+    num_blocks = max(blocks(num_values, _BLOCK), 1)
+    launch(
+        mixup_kernel,
+        num_rows * num_blocks,
+        inputs.device,
+        out,
+        mixed_targets,
+        inputs,
+        targets,
+        params.lam,
+        params.index,
+        order,
+        num_values,
+        targets.shape[1],
+        num_blocks,
+        BLOCK=_BLOCK,
+        CLASSES=_CLASSES,
+        num_warps=4,
+    )

@@ -1,0 +1,163 @@
+"""MixMatch.capture: a CUDA graph that builds batches; what of it runs anywhere is tested here."""
+
+import pytest
+import torch
+from torch import nn
+
+from gpu_mixmatch import MixMatch, WeakAugment
+from gpu_mixmatch.capture import check_capturable, fits
+
+NUM_CLASSES = 5
+INTERPRETED = "cuda" if torch.cuda.is_available() else "cpu"
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.dense = nn.Linear(4, NUM_CLASSES)
+
+    def forward(self, images):
+        return self.dense(self.norm(self.conv(images)).mean(dim=(2, 3)))
+
+
+def data(b=4, m=6, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x, u = (
+        torch.randint(0, 256, (n, 3, 12, 12), generator=generator, dtype=torch.uint8)
+        for n in (b, m)
+    )
+    y = torch.randint(0, NUM_CLASSES, (b,), generator=generator)
+    return x.to(device), y.to(device), u.to(device)
+
+
+def net(device="cpu"):
+    torch.manual_seed(0)
+    return Net().to(device)
+
+
+def builder(device="cpu", **switches):
+    return MixMatch(
+        WeakAugment(padding=2, impl="triton"),
+        NUM_CLASSES,
+        impl="triton",
+        seed=2**61 + 7,
+        **switches,
+    ).to(device)
+
+
+def assert_same(one, other):
+    for name in ("inputs", "targets"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0)
+    assert torch.equal(one.params.index, other.params.index)
+    assert torch.equal(one.params.lam, other.params.lam)
+    assert int(one.step) == int(other.step)
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_a_key_on_the_device_builds_the_batch_of_its_step(with_ids):
+    x, y, u = data(device=INTERPRETED)
+    ids = {}
+    if with_ids:
+        ids = {"ids_x": torch.arange(4) + 2**40, "ids_u": torch.arange(6) * 3}
+        ids = {name: value.to(INTERPRETED) for name, value in ids.items()}
+    eager, keyed = builder(INTERPRETED), builder(INTERPRETED)
+    eager.step, keyed.step = torch.tensor(11), torch.tensor(11)
+    model = net(INTERPRETED)
+    key = torch.tensor([eager.seed, 11], device=INTERPRETED)
+    built = keyed.build_keyed(key, x, y, u, model, **ids)
+    assert_same(built, eager(x, y, u, model, **ids))
+    assert int(keyed.step) == 12
+    other = torch.tensor([eager.seed, 12], device=INTERPRETED)
+    again = keyed.build_keyed(other, x, y, u, model, **ids)
+    assert not torch.equal(again.params.index, built.params.index)
+
+
+def test_the_key_is_forgotten_after_a_failed_call():
+    x, y, u = data(device=INTERPRETED)
+    mixmatch = builder(INTERPRETED)
+    key = torch.tensor([mixmatch.seed, 5], device=INTERPRETED)
+    with pytest.raises(ValueError, match="model must return logits"):
+        mixmatch.build_keyed(key, x, y, u, lambda images: images.flatten(1))
+    batch = mixmatch(x, y, u, net(INTERPRETED))
+    assert_same(batch, builder(INTERPRETED)(x, y, u, net(INTERPRETED)))
+
+
+def test_capture_without_cuda_says_so():
+    x, y, u = data()
+    with pytest.raises(RuntimeError, match="capture needs CUDA, got a MixMatch on cpu"):
+        builder().capture(net(), x, y, u)
+
+
+def test_capture_wants_kernels_and_draws_on_the_device(monkeypatch):
+    cuda = property(lambda self: torch.device("cuda", 0))
+    monkeypatch.setattr(MixMatch, "device", cuda)
+    with pytest.raises(RuntimeError, match="got impl='eager', which runs eager here"):
+        check_capturable(MixMatch(WeakAugment(), NUM_CLASSES, impl="eager"))
+    with pytest.raises(TypeError, match="such as WeakAugment, got CallableAugment"):
+        check_capturable(MixMatch(lambda images: images, NUM_CLASSES, impl="triton"))
+    check_capturable(builder())
+
+
+def test_only_batches_of_the_captured_shape_and_dtype_fit():
+    x, _, _ = data()
+    assert fits(x, torch.empty_like(x))
+    assert not fits(x[:3], x)
+    assert not fits(x.float(), x)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("blur_sigma", [None, (0.0, 1.0)])
+@pytest.mark.parametrize("reuse_buffers", [False, True])
+def test_every_replay_equals_the_eager_call_of_its_step(blur_sigma, reuse_buffers):
+    def make():
+        augment = WeakAugment(padding=2, blur_sigma=blur_sigma)
+        return MixMatch(augment, NUM_CLASSES, seed=3, reuse_buffers=reuse_buffers).to("cuda")
+
+    model = net("cuda")
+    eager, captured = make(), make()
+    build = captured.capture(model, *data(device="cuda", seed=9))
+    assert int(captured.step) == 0
+    for step in range(4):
+        x, y, u = data(device="cuda" if step % 2 else "cpu", seed=step)
+        ids = {"ids_x": torch.arange(4) * 7} if step == 2 else {}
+        torch.testing.assert_close(
+            build(x, y, u, **ids).inputs, eager(x, y, u, model, **ids).inputs
+        )
+        assert int(captured.step) == step + 1
+    x, y, u = data(b=3, m=5)  # a last, smaller batch
+    torch.testing.assert_close(build(x, y, u).targets, eager(x, y, u, model).targets)
+    captured.load_state_dict({"seed": torch.tensor(8), "step": torch.tensor(1)})
+    eager.load_state_dict({"seed": torch.tensor(8), "step": torch.tensor(1)})
+    x, y, u = data()
+    assert torch.equal(build(x, y, u).params.index, eager(x, y, u, model).params.index)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_a_capture_leaves_the_model_and_the_step_alone():
+    model = net("cuda")
+    before = [buffer.clone() for buffer in model.buffers()]
+    mixmatch = MixMatch(WeakAugment(padding=2), NUM_CLASSES, guess_bn="update").to("cuda")
+    build = mixmatch.capture(model, *data(device="cuda"))
+    assert int(mixmatch.step) == 0
+    assert all(torch.equal(*pair) for pair in zip(before, model.buffers(), strict=True))
+    build(*data(device="cuda"))
+    assert not torch.equal(before[0], next(iter(model.buffers())))
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_replays_follow_the_weights():
+    model = net("cuda")
+    mixmatch = MixMatch(WeakAugment(padding=2), NUM_CLASSES).to("cuda")
+    twin = MixMatch(WeakAugment(padding=2), NUM_CLASSES).to("cuda")
+    build = mixmatch.capture(model, *data(device="cuda"))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(-2.0)
+    x, y, u = data(device="cuda", seed=4)
+    torch.testing.assert_close(build(x, y, u).targets, twin(x, y, u, model).targets)
