@@ -4,23 +4,46 @@ Importing the package loads torch and numpy only.
 """
 
 from gpu_mixmatch import functional, presets, sampling
-from gpu_mixmatch.augment import Augment, WeakAugment, as_augment
+from gpu_mixmatch.augment import Augment, DaliAugment, KorniaAugment, WeakAugment, as_augment
 from gpu_mixmatch.builder import MixMatch, interleaved_forward
+from gpu_mixmatch.data import (
+    DaliLoader,
+    Indexed,
+    ResidentLoader,
+    SemiSupervisedLoader,
+    check_images,
+    collate,
+)
 from gpu_mixmatch.loss import MixMatchLoss
-from gpu_mixmatch.types import AugmentParams, LossOutput, MixMatchBatch, MixUpParams
+from gpu_mixmatch.types import (
+    AugmentParams,
+    LossOutput,
+    MixMatchBatch,
+    MixUpParams,
+    SemiSupervisedBatch,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Augment",
     "AugmentParams",
+    "DaliAugment",
+    "DaliLoader",
+    "Indexed",
+    "KorniaAugment",
     "LossOutput",
     "MixMatch",
     "MixMatchBatch",
     "MixMatchLoss",
     "MixUpParams",
+    "ResidentLoader",
+    "SemiSupervisedBatch",
+    "SemiSupervisedLoader",
     "WeakAugment",
     "as_augment",
+    "check_images",
+    "collate",
     "functional",
     "interleaved_forward",
     "presets",

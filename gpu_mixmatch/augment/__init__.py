@@ -7,10 +7,19 @@ import torch
 from torch import Tensor
 
 from gpu_mixmatch import sampling
+from gpu_mixmatch.augment.dali import DaliAugment
+from gpu_mixmatch.augment.kornia import KorniaAugment
 from gpu_mixmatch.augment.weak import WeakAugment, float_images
 from gpu_mixmatch.types import Workspace
 
-__all__ = ["Augment", "CallableAugment", "WeakAugment", "as_augment"]
+__all__ = [
+    "Augment",
+    "CallableAugment",
+    "DaliAugment",
+    "KorniaAugment",
+    "WeakAugment",
+    "as_augment",
+]
 
 
 @runtime_checkable
