@@ -1,0 +1,641 @@
+"""SemiSupervisedLoader: a labelled and an unlabelled data set as one stream of batches."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+)
+
+from gpu_mixmatch import sampling
+from gpu_mixmatch.data.collate import as_leaf, collate
+from gpu_mixmatch.types import SemiSupervisedBatch
+
+
+class BatchOrder:
+    """Which samples each step takes, and the step that comes next: all the state of a loader.
+
+    Each data set is an endless stream: one keyed permutation of all its samples after the other,
+    `sampling.epoch_order` with view 0 for the labelled and view 1 for the unlabelled one. A step
+    takes the next world_size · batch_size labelled and ratio times as many unlabelled samples, and
+    a rank its slice of them. A batch may reach into the next permutation, so that none is
+    incomplete and no sample is left out; a data set smaller than a batch repeats within it.
+
+    An epoch is a number of steps: ``steps_per_epoch``, or as many whole batches as the unlabelled
+    data set has, at least one. What a step takes does not depend on it.
+
+    Args:
+        num_labelled: Samples of the labelled data set.
+        num_unlabelled: Samples of the unlabelled data set.
+        batch_size: B, labelled samples per step and rank.
+        ratio: Unlabelled samples per labelled one in a step; M = ratio · B.
+        steps_per_epoch: Steps in an epoch; None takes them from the unlabelled data set.
+        seed: The key of the order, 0 ≤ seed < 2^63.
+        rank: Of this process; None asks torch.distributed, where it is initialised.
+        world_size: Number of processes, likewise.
+
+    Attributes:
+        step: Batches handed out since the beginning of training.
+        turn: Counts whatever ends a running iterator.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        num_labelled: int,
+        num_unlabelled: int,
+        batch_size: int,
+        *,
+        ratio: int = 1,
+        steps_per_epoch: int | None = None,
+        seed: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        rank, world_size = _rank_and_world_size(rank, world_size)
+        for name, value in (
+            ("the length of the labelled data set", num_labelled),
+            ("the length of the unlabelled data set", num_unlabelled),
+            ("batch_size", batch_size),
+            ("ratio", ratio),
+            ("steps_per_epoch", 1 if steps_per_epoch is None else steps_per_epoch),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        _check_seed(seed)
+        self.num_labelled = num_labelled
+        self.num_unlabelled = num_unlabelled
+        self.batch_size = batch_size
+        self.ratio = ratio
+        if steps_per_epoch is None:
+            steps_per_epoch = max(1, num_unlabelled // (ratio * batch_size * world_size))
+        self.steps_per_epoch = steps_per_epoch
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.step = 0
+        self.turn = 0
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next batch."""
+        return self.step // self.steps_per_epoch
+
+    def steps_left(self) -> range:
+        """The steps from the next one to the end of its epoch."""
+        return range(self.step, (self.epoch + 1) * self.steps_per_epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch; in the midst of it already, stay there."""
+        if epoch < 0:
+            raise ValueError(f"epoch must be at least 0, got {epoch}")
+        if epoch != self.epoch:
+            self.turn += 1
+            self.step = epoch * self.steps_per_epoch
+
+    def indices_x(self, step: int, num_steps: int = 1) -> Tensor:
+        """Labelled samples of this rank in some steps, ``[num_steps, B]`` int64."""
+        return self._indices(self.num_labelled, self.batch_size, step, num_steps, view=0)
+
+    def indices_u(self, step: int, num_steps: int = 1) -> Tensor:
+        """Unlabelled samples of this rank in some steps, ``[num_steps, M]`` int64."""
+        size = self.ratio * self.batch_size
+        return self._indices(self.num_unlabelled, size, step, num_steps, view=1)
+
+    def _indices(self, length: int, size: int, step: int, num_steps: int, *, view: int) -> Tensor:
+        per_step = self.world_size * size
+        start = step * per_step
+        stream = _stream(self.seed, start, start + num_steps * per_step, length, view)
+        return stream.view(num_steps, self.world_size, size)[:, self.rank]
+
+
+class KeyedLoader(ABC):
+    """A loader whose batches are a function of (seed, step): what the loaders here share.
+
+    ``iter(loader)`` gives the batches from the current step to the end of its epoch. After a whole
+    epoch that is the next one; after a loop that was left early it is the rest. The state counts
+    the batches that were handed out, whatever was fetched ahead.
+    """
+
+    def __init__(self, order: BatchOrder) -> None:
+        self.order = order
+
+    def __len__(self) -> int:
+        """Return the number of batches in a whole epoch, the same on every rank."""
+        return self.order.steps_per_epoch
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next batch."""
+        return self.order.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch; in the midst of it already, stay there.
+
+        Nobody needs to call this: epochs follow each other. It is there for training loops that do.
+        """
+        self.order.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the seed and the number of batches handed out so far."""
+        return {"seed": self.order.seed, "step": self.order.step}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on after the last batch that was handed out when ``state`` was taken.
+
+        The batches are the same if the lengths of the data sets, the batch size, the ratio and the
+        world size are; ``num_workers``, the kind of loader and ``steps_per_epoch`` may differ.
+
+        Raises:
+            ValueError: If ``state`` is not of a loader.
+        """
+        if set(state) != {"seed", "step"} or state["step"] < 0:
+            raise ValueError(f"state must have a seed and a step of at least 0, got {dict(state)}")
+        _check_seed(state["seed"])
+        self.order.turn += 1
+        self.order.seed, self.order.step = state["seed"], state["step"]
+
+    def __iter__(self) -> Iterator[SemiSupervisedBatch]:
+        self.order.turn += 1
+        steps = self.order.steps_left()
+        return self._hand_out(steps, self._batches(steps), self.order.turn)
+
+    def _hand_out(
+        self, steps: range, batches: Iterator[SemiSupervisedBatch], turn: int
+    ) -> Iterator[SemiSupervisedBatch]:
+        for step in steps:
+            if turn != self.order.turn:
+                raise RuntimeError(
+                    "this iterator has ended: iter(loader), set_epoch or load_state_dict was "
+                    "called after it was made. A loader is iterated once at a time"
+                )
+            batch = next(batches)
+            self.order.step = step + 1
+            yield batch
+
+    @abstractmethod
+    def _batches(self, steps: range) -> Iterator[SemiSupervisedBatch]:
+        """Begin to fetch the batches of ``steps``, and return them one by one."""
+
+
+class SemiSupervisedLoader(KeyedLoader):
+    """Pair the batches of a labelled and an unlabelled data set.
+
+    The labelled data set repeats for as long as the unlabelled one lasts, or for
+    ``steps_per_epoch``; see `BatchOrder` for the order and `KeyedLoader` for epochs and state.
+    Samples are fetched by torch's `DataLoader`, whose workers persist; none that a resumed run
+    would skip is fetched. Random transforms inside a data set draw from its worker, as always:
+    keyed draws are those of the augmentation on the device.
+
+    On a CUDA device the images travel as they are, uint8, through reused pinned buffers on a
+    stream of their own, one batch ahead. On the CPU nothing is copied.
+
+    Args:
+        labelled: A map-style data set, Hugging Face's among them, or a `DataLoader` of one, of
+            which the data set, ``collate_fn``, ``num_workers``, ``timeout``, ``prefetch_factor``,
+            ``worker_init_fn`` and ``multiprocessing_context`` are taken; batches and their order
+            are made here. Samples are (image, label, ...) or dicts.
+        unlabelled: Likewise; samples may also be images alone, and labels are not looked at.
+        batch_size: B, labelled images per step (and rank).
+        ratio: Unlabelled images per labelled one; M = ratio · B.
+        steps_per_epoch: Steps in an epoch; None takes one pass over the unlabelled data set.
+        image: Name of the image in samples that are dicts.
+        label: Name of the label in samples that are dicts.
+        seed: The key of the order, 0 ≤ seed < 2^63.
+        device: Where the batches go; None leaves them on the CPU.
+        num_workers: Processes for each of the two data sets; 0 fetches in this one.
+        timeout: Seconds that workers have for a batch before an error says which data set stalled;
+            0 waits for ever. Without workers nothing can be timed out.
+        collate_fn: Makes a batch of samples; of a `DataLoader` its own is taken, unless that is
+            torch's default.
+        rank: Of this process; None asks torch.distributed, where it is initialised.
+        world_size: Number of processes, likewise.
+
+    Raises:
+        TypeError: If a data set is not map-style.
+        ValueError: If a number is out of its range, or a `DataLoader` has an order of its own.
+    """
+
+    def __init__(
+        self,
+        labelled: Any,
+        unlabelled: Any,
+        batch_size: int,
+        *,
+        ratio: int = 1,
+        steps_per_epoch: int | None = None,
+        image: str = "image",
+        label: str = "label",
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        num_workers: int = 0,
+        timeout: float = 300.0,
+        collate_fn: Callable[[Any], Any] = collate,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        sources = [
+            _source(name, dataset, collate_fn, num_workers, timeout)
+            for name, dataset in (("labelled", labelled), ("unlabelled", unlabelled))
+        ]
+        order = BatchOrder(
+            len(sources[0].dataset),
+            len(sources[1].dataset),
+            batch_size,
+            ratio=ratio,
+            steps_per_epoch=steps_per_epoch,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+        )
+        super().__init__(order)
+        self.image = image
+        self.label = label
+        self.device = torch.device("cpu" if device is None else device)
+        self._upload = _Upload(self.device) if self.device.type == "cuda" else None
+        self._sources = sources
+        self._loaders = self._new_loaders()
+
+    @property
+    def dataset(self) -> Any:
+        """The unlabelled data set, which sets the epoch."""
+        return self._sources[1].dataset
+
+    @property
+    def sampler(self) -> Any:
+        """The unlabelled samples that this rank takes to the end of the epoch, as indices."""
+        return self._loaders[1].sampler
+
+    @property
+    def batch_sampler(self) -> Any:
+        """The same, in batches."""
+        return self._loaders[1].batch_sampler
+
+    def __repr__(self) -> str:
+        order = self.order
+        return (
+            f"SemiSupervisedLoader({order.num_labelled} labelled, {order.num_unlabelled} "
+            f"unlabelled, batch_size={order.batch_size}, ratio={order.ratio}, "
+            f"steps_per_epoch={order.steps_per_epoch}, seed={order.seed}, device='{self.device}')"
+        )
+
+    def _new_loaders(self) -> list[DataLoader[Any]]:
+        order = self.order
+        # seeds the workers, which would otherwise draw from torch's global generator
+        generator = torch.Generator().manual_seed((order.seed + order.rank) % 2**63)
+        sizes = (order.batch_size, order.ratio * order.batch_size)
+        indices = (order.indices_x, order.indices_u)
+        return [
+            source.loader(
+                _RankSampler(order, take, size), size, (self.image, self.label), generator
+            )
+            for source, take, size in zip(self._sources, indices, sizes, strict=True)
+        ]
+
+    def _batches(self, steps: range) -> Iterator[SemiSupervisedBatch]:
+        if any(map(_has_dead_worker, self._loaders)):
+            self._loaders = self._new_loaders()  # torch would wait for the dead one
+        batches = self._fetched(steps, [iter(loader) for loader in self._loaders])
+        if self._upload:
+            return self._upload(batches)
+        if self.device.type == "cpu":
+            return batches
+        return (
+            batch._replace(
+                x=batch.x.to(self.device), y=batch.y.to(self.device), u=batch.u.to(self.device)
+            )
+            for batch in batches
+        )
+
+    def _fetched(
+        self, steps: range, iterators: Sequence[Iterator[Any]]
+    ) -> Iterator[SemiSupervisedBatch]:
+        for step in steps:
+            ids = self.order.indices_x(step)[0], self.order.indices_u(step)[0]
+            try:
+                (x, y), (u, _) = (
+                    source.next_batch(iterator, step, len(indices))
+                    for source, iterator, indices in zip(self._sources, iterators, ids, strict=True)
+                )
+            except TimeoutError:
+                self._loaders = self._new_loaders()  # a stalled worker would stall all that follow
+                raise
+            yield SemiSupervisedBatch(x, y, u, *ids)
+
+
+class _Source(NamedTuple):
+    """One of the two data sets, and how it is fetched."""
+
+    name: str
+    dataset: Any
+    collate_fn: Callable[[Any], Any]
+    num_workers: int
+    timeout: float
+    options: dict[str, Any]  # further arguments of the DataLoader
+
+    def loader(
+        self,
+        sampler: Sampler[int],
+        batch_size: int,
+        names: tuple[str, str],
+        generator: torch.Generator,
+    ) -> DataLoader[Any]:
+        """Make the `DataLoader` of this data set."""
+        dataset, collate_fn = self.dataset, self.collate_fn
+        whole = _whole_tensors(dataset) if collate_fn is collate else None
+        if whole is not None:
+            dataset, collate_fn = _TensorRows(whole), _as_it_came
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            drop_last=True,
+            collate_fn=_ImageAndLabel(self.name, collate_fn, *names),
+            num_workers=self.num_workers,
+            timeout=self.timeout if self.num_workers else 0,
+            persistent_workers=self.num_workers > 0,
+            generator=generator,
+            **self.options,
+        )
+
+    def next_batch(self, batches: Iterator[Any], step: int, length: int) -> tuple[Tensor, Any]:
+        """Return the next images and labels; say which data set and step an error is of."""
+        waiting = f"the {self.name} batch of step {step}"
+        try:
+            images, labels = next(batches)
+        except RuntimeError as error:
+            if str(error).startswith("DataLoader timed out"):
+                raise TimeoutError(
+                    f"{waiting} did not come within timeout = {self.timeout} s from "
+                    f"{self.num_workers} workers: the {self.name} data set has stalled, or is too "
+                    "slow for this timeout"
+                ) from error
+            if str(error).startswith("DataLoader worker"):
+                raise RuntimeError(
+                    f"a worker process died while {waiting} was waited for: {error}. Killed "
+                    "workers are often out of memory, or of shared memory (/dev/shm)"
+                ) from error
+            error.add_note(f"while {waiting} was fetched")
+            raise
+        except Exception as error:
+            error.add_note(f"while {waiting} was fetched")
+            raise
+        if len(images) != length:
+            raise ValueError(
+                f"collate_fn must keep all samples, got {len(images)} images of {length} samples "
+                f"in {waiting}"
+            )
+        return images, labels
+
+
+def _source(
+    name: str,
+    source: Any,
+    collate_fn: Callable[[Any], Any],
+    num_workers: int,
+    timeout: float,
+) -> _Source:
+    if isinstance(source, DataLoader):
+        _check_loader(name, source)
+        options = {
+            option: getattr(source, option)
+            for option in ("prefetch_factor", "worker_init_fn", "multiprocessing_context")
+        }
+        own_collate = source.collate_fn
+        return _Source(
+            name,
+            source.dataset,
+            collate if own_collate is default_collate else own_collate,
+            source.num_workers,
+            source.timeout or timeout,
+            options,
+        )
+    _check_map_style(name, source)
+    return _Source(name, source, collate_fn, num_workers, timeout, {})
+
+
+def _check_loader(name: str, loader: DataLoader[Any]) -> None:
+    _check_map_style(name, loader.dataset)
+    ordinary = (SequentialSampler, RandomSampler, DistributedSampler)
+    if type(loader.sampler) not in ordinary or type(loader.batch_sampler) is not BatchSampler:
+        raise ValueError(
+            f"{name} must be a DataLoader with batch_size and no sampler or batch_sampler of its "
+            "own, since the order is made here, got "
+            f"{type(loader.sampler).__name__} and {type(loader.batch_sampler).__name__}"
+        )
+
+
+def _check_map_style(name: str, dataset: Any) -> None:
+    is_map_style = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if not is_map_style or isinstance(dataset, IterableDataset | tuple | Mapping):
+        raise TypeError(
+            f"{name} must be a map-style data set, with __len__ and __getitem__, or a DataLoader "
+            f"of one, got {type(dataset).__name__}; tensors go into "
+            "TensorDataset(images, labels), and of a dict of splits one is chosen"
+        )
+
+
+class _RankSampler(Sampler[int]):
+    """The indices that a rank takes of one data set, from the current step to the epoch's end."""
+
+    def __init__(self, order: BatchOrder, indices: Callable[[int], Tensor], size: int) -> None:
+        self.order = order
+        self.indices = indices
+        self.size = size
+
+    def __iter__(self) -> Iterator[int]:
+        for step in self.order.steps_left():
+            yield from self.indices(step)[0].tolist()
+
+    def __len__(self) -> int:
+        return self.order.steps_per_epoch * self.size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Move the loader, for trainers that look for this method on samplers."""
+        self.order.set_epoch(epoch)
+
+
+def _has_dead_worker(loader: DataLoader[Any]) -> bool:
+    workers = getattr(loader._iterator, "_workers", ())
+    return not all(worker.is_alive() for worker in workers)
+
+
+class _ImageAndLabel:
+    """Collates, then takes out image and label, in the worker: nothing else travels."""
+
+    def __init__(
+        self, source: str, collate_fn: Callable[[Any], Any], image: str, label: str
+    ) -> None:
+        self.source = source
+        self.collate_fn = collate_fn
+        self.image = image
+        self.label = label
+
+    def __call__(self, samples: Any) -> tuple[Tensor, Tensor | None]:
+        batch = self.collate_fn(samples)
+        images = batch if isinstance(batch, Tensor) else self._field(batch, "image", self.image, 0)
+        if not isinstance(images, Tensor) or images.dim() != 4:
+            raise ValueError(
+                f"{self.source} images must be [n, C, H, W] or [n, H, W, C], got "
+                f"{_described(images)}"
+            )
+        if self.source == "unlabelled":
+            return images, None
+        labels = self._field(batch, "label", self.label, 1)
+        if not isinstance(labels, Tensor):
+            raise ValueError(f"{self.source} labels must be numbers, got {_described(labels)}")
+        return images, labels
+
+    def _field(self, batch: Any, what: str, name: str, position: int) -> Any:
+        if isinstance(batch, Mapping):
+            if name in batch:
+                return batch[name]
+            raise ValueError(
+                f"{self.source} samples must have a field {name!r}, got {list(batch)}: say which "
+                f'it is with {what}="..."'
+            )
+        if isinstance(batch, list | tuple) and len(batch) > position:
+            return batch[position]
+        raise ValueError(
+            f"{self.source} samples must be (image, label) or dicts, got {_described(batch)}"
+        )
+
+
+class _TensorRows(Dataset[Any]):
+    """A data set of whole tensors or arrays: a batch is one gather, not a stack of samples."""
+
+    def __init__(self, tensors: Sequence[Any]) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
+        """Return the batch of ``indices``, as `collate` would make it."""
+        rows = np.asarray(indices)
+        return [as_leaf(torch.as_tensor(tensor[rows])) for tensor in self.tensors]
+
+
+def _whole_tensors(dataset: Any) -> Sequence[Any] | None:
+    if type(dataset) is TensorDataset:
+        return dataset.tensors
+    is_whole = isinstance(dataset, Tensor) or (
+        isinstance(dataset, np.ndarray) and dataset.dtype.kind in "biuf"
+    )
+    return (dataset,) if is_whole else None
+
+
+def _as_it_came(batch: Any) -> Any:
+    return batch
+
+
+class _Upload:
+    """Sends batches to a CUDA device, each while the one before it is worked on.
+
+    There are two sets of pinned buffers. A set is filled again two batches later, and not before
+    the event behind its last copy has passed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.copied = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
+        self.buffers: list[dict[str, Tensor]] = [{}, {}]
+        self.count = 0
+
+    def __call__(self, batches: Iterator[SemiSupervisedBatch]) -> Iterator[SemiSupervisedBatch]:
+        """Yield the batches on the device."""
+        sent = None
+        for batch in batches:
+            following = self._send(batch)
+            if sent:
+                yield self._receive(*sent)
+            sent = following
+        if sent:
+            yield self._receive(*sent)
+
+    def _send(self, batch: SemiSupervisedBatch) -> tuple[SemiSupervisedBatch, torch.cuda.Event]:
+        buffers, copied = self.buffers[self.count % 2], self.copied[self.count % 2]
+        self.count += 1
+        copied.synchronize()  # the host waits for the copy of two batches ago, not for kernels
+        for name in ("x", "y", "u"):
+            _fill(buffers, name, getattr(batch, name))
+        with torch.cuda.stream(self.stream):
+            on_device = {
+                name: buffer.to(self.device, non_blocking=True) for name, buffer in buffers.items()
+            }
+            copied.record(self.stream)
+        return batch._replace(**on_device), copied
+
+    def _receive(self, batch: SemiSupervisedBatch, copied: torch.cuda.Event) -> SemiSupervisedBatch:
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(copied)
+        for tensor in (batch.x, batch.y, batch.u):
+            # its memory is of the side stream, which must not reuse it before this one is done
+            tensor.record_stream(current)
+        return batch
+
+
+def _fill(buffers: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+    """Copy ``tensor`` to the pinned buffer of this name, made anew if its kind differs."""
+    buffer = buffers.get(name)
+    if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+        with torch.inference_mode(False):  # later batches may be outside of it
+            buffers[name] = buffer = torch.empty_like(tensor, pin_memory=True)
+    buffer.copy_(tensor)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    kinds = {type(item).__name__ for item in value} if isinstance(value, list | tuple) else None
+    return f"a {type(value).__name__}" + (f" of {sorted(kinds)}" if kinds else "")
+
+
+def _stream(seed: int, start: int, stop: int, length: int, view: int) -> Tensor:
+    """Positions start .. stop - 1 of an endless row of permutations of 0 .. length - 1."""
+    parts = []
+    while start < stop:
+        epoch, first = divmod(start, length)
+        part = _permutation(seed, epoch, length, view)[first : first + stop - start]
+        parts.append(part)
+        start += len(part)
+    return torch.cat(parts)  # a copy, also of one part: the permutation is kept
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, length: int, view: int) -> Tensor:
+    return sampling.epoch_order(seed, epoch, length, view=view)
+
+
+def _check_seed(seed: int) -> None:
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be an integer in [0, 2**63), got {seed!r}")
+
+
+def _rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    if (rank is None) != (world_size is None):
+        raise ValueError(f"rank and world_size must be given together, got {rank} and {world_size}")
+    if rank is None or world_size is None:
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return 0, 1
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in 0 .. world_size - 1 = {world_size - 1}, got {rank}")
+    return rank, world_size

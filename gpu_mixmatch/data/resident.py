@@ -1,0 +1,158 @@
+"""ResidentLoader: the whole uint8 data set on the device, and batches by index."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpu_mixmatch.data.collate import as_leaf
+from gpu_mixmatch.data.loader import BatchOrder, KeyedLoader
+from gpu_mixmatch.types import SemiSupervisedBatch
+
+_STEPS_AT_ONCE = 64  # indices are drawn and sent for as many steps
+
+
+class ResidentLoader(KeyedLoader):
+    """Batches of images that lie on the device, gathered by keyed indices.
+
+    There are no workers, and nothing waits for the device: indices are sent ahead, and a step is
+    one gather of each tensor. Order, ids and state are those of a `SemiSupervisedLoader` over
+    ``Subset(TensorDataset(images, labels), labelled_indices)`` and ``unlabelled``; see `BatchOrder`
+    for the order and `KeyedLoader` for epochs and state.
+
+    Args:
+        images: ``[N, C, H, W]``, ``[N, H, W, C]`` or grey ``[N, H, W]``, uint8, a tensor or array.
+        labels: ``[N]`` integers, or ``[N, L]`` distributions; any values where images are not in
+            the labelled part.
+        batch_size: B, labelled images per step (and rank).
+        labelled_indices: Which of the images form the labelled part, ``[n]`` integers; None is all
+            of them. Ids of labelled samples are places in this list.
+        unlabelled: The unlabelled images, like ``images``; None takes all of ``images``, as the
+            paper does, the labelled ones among them.
+        ratio: Unlabelled images per labelled one; M = ratio · B.
+        steps_per_epoch: Steps in an epoch; None takes one pass over the unlabelled images.
+        seed: The key of the order, 0 ≤ seed < 2^63.
+        device: Where the images go; None leaves tensors where they are.
+        rank: Of this process; None asks torch.distributed, where it is initialised.
+        world_size: Number of processes, likewise.
+
+    Attributes:
+        images: All images, on the device.
+        labels: Their labels, int64 if they are integers, on the device.
+        unlabelled: The unlabelled images, on the device.
+
+    Raises:
+        ValueError: If shapes, dtypes or lengths do not fit, or a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        labels: Any,
+        batch_size: int,
+        *,
+        labelled_indices: Any = None,
+        unlabelled: Any = None,
+        ratio: int = 1,
+        steps_per_epoch: int | None = None,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        images = _images("images", images)
+        labels = as_leaf(_tensor(labels))
+        if len(labels) != len(images):
+            raise ValueError(
+                f"labels must be [N] with N = {len(images)} like images, got {list(labels.shape)}"
+            )
+        self._labelled = None if labelled_indices is None else _indices(labelled_indices, images)
+        others = None if unlabelled is None else _images("unlabelled", unlabelled)
+        if others is not None and others.shape[1:] != images.shape[1:]:
+            raise ValueError(
+                f"unlabelled must be [M, ...] with {list(images.shape[1:])} like images, "
+                f"got {list(others.shape)}"
+            )
+        super().__init__(
+            BatchOrder(
+                len(images if self._labelled is None else self._labelled),
+                len(images if others is None else others),
+                batch_size,
+                ratio=ratio,
+                steps_per_epoch=steps_per_epoch,
+                seed=seed,
+                rank=rank,
+                world_size=world_size,
+            )
+        )
+        self.images: Tensor = images.to(device)
+        self.labels = labels.to(self.images.device)
+        self.unlabelled = self.images if others is None else others.to(self.images.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        return self.images.device
+
+    def __repr__(self) -> str:
+        order = self.order
+        return (
+            f"ResidentLoader({order.num_labelled} labelled, {order.num_unlabelled} unlabelled, "
+            f"batch_size={order.batch_size}, ratio={order.ratio}, "
+            f"steps_per_epoch={order.steps_per_epoch}, seed={order.seed}, device='{self.device}')"
+        )
+
+    def _batches(self, steps: range) -> Iterator[SemiSupervisedBatch]:
+        for start in steps[::_STEPS_AT_ONCE]:
+            num_steps = min(_STEPS_AT_ONCE, steps.stop - start)
+            ids_x = self.order.indices_x(start, num_steps)
+            ids_u = self.order.indices_u(start, num_steps)
+            rows_x = _sent(ids_x if self._labelled is None else self._labelled[ids_x], self.device)
+            rows_u = _sent(ids_u, self.device)
+            for number in range(num_steps):
+                yield SemiSupervisedBatch(
+                    self.images.index_select(0, rows_x[number]),
+                    self.labels.index_select(0, rows_x[number]),
+                    self.unlabelled.index_select(0, rows_u[number]),
+                    ids_x[number],
+                    ids_u[number],
+                )
+
+
+def _sent(indices: Tensor, device: torch.device) -> Tensor:
+    """Send indices to ``device``; on a GPU from pinned memory, so that nobody waits."""
+    if device.type == "cuda":
+        indices = indices.contiguous().pin_memory()
+    return indices.to(device, non_blocking=True)
+
+
+def _tensor(values: Any) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    return torch.from_numpy(np.require(values, requirements="W"))  # copies what is read-only
+
+
+def _images(name: str, images: Any) -> Tensor:
+    tensor = as_leaf(_tensor(images))
+    if tensor.dim() != 4 or tensor.dtype != torch.uint8:
+        raise ValueError(
+            f"{name} must be [N, C, H, W], [N, H, W, C] or [N, H, W] uint8, got "
+            f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        )
+    return tensor
+
+
+def _indices(labelled_indices: Any, images: Tensor) -> Tensor:
+    indices = as_leaf(torch.as_tensor(labelled_indices)).cpu()
+    if indices.dim() != 1 or indices.dtype != torch.int64:
+        raise ValueError(
+            f"labelled_indices must be [n] integers, got {list(indices.shape)} {indices.dtype}"
+        )
+    if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(images):
+        raise ValueError(
+            f"labelled_indices must be in 0 .. {len(images) - 1}, the images' places, got "
+            f"{int(indices.min())} .. {int(indices.max())}"
+        )
+    return indices

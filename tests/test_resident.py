@@ -1,0 +1,191 @@
+"""ResidentLoader: the batches of SemiSupervisedLoader, by gathers and nothing else."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import Subset, TensorDataset
+
+from gpu_mixmatch import MixMatch, WeakAugment
+from gpu_mixmatch.data import resident
+from gpu_mixmatch.data.loader import SemiSupervisedLoader
+from gpu_mixmatch.data.resident import ResidentLoader
+from gpu_mixmatch.types import SemiSupervisedBatch
+from tests.test_loader import assert_same, take
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+GENERATOR = torch.Generator().manual_seed(0)
+IMAGES = torch.randint(0, 256, (30, 3, 5, 4), dtype=torch.uint8, generator=GENERATOR)
+OTHERS = torch.randint(0, 256, (41, 3, 5, 4), dtype=torch.uint8, generator=GENERATOR)
+LABELS = torch.randint(0, 10, (30,), generator=GENERATOR)
+SPLIT = [3, 17, 4, 28, 9]
+
+
+def resident_of(batch_size=4, **options):
+    return ResidentLoader(IMAGES, LABELS, batch_size, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"ratio": 3, "seed": 7}, {"steps_per_epoch": 13}], ids=str)
+@pytest.mark.parametrize("ranks", [{}, {"rank": 1, "world_size": 3}], ids=str)
+@pytest.mark.parametrize("indices", [None, SPLIT])
+@pytest.mark.parametrize("others", [None, OTHERS], ids=["same images", "other images"])
+def test_batches_are_those_of_the_other_loader(others, indices, ranks, options):
+    labelled = TensorDataset(IMAGES, LABELS)
+    semi = SemiSupervisedLoader(
+        labelled if indices is None else Subset(labelled, indices),
+        IMAGES if others is None else others,
+        4,
+        **ranks,
+        **options,
+    )
+    loader = resident_of(labelled_indices=indices, unlabelled=others, **ranks, **options)
+    assert len(loader) == len(semi)
+    assert_same(take(loader, 30), take(semi, 30))
+
+
+@pytest.mark.parametrize("stop", [0, 3, resident._STEPS_AT_ONCE, resident._STEPS_AT_ONCE + 9])
+def test_state_goes_from_one_loader_to_the_other(stop):
+    loader = resident_of(seed=4, steps_per_epoch=100)
+    expected = take(resident_of(seed=4, steps_per_epoch=100), stop + 5)[stop:]
+    take(loader, stop)
+    assert loader.state_dict() == {"seed": 4, "step": stop}
+    semi = SemiSupervisedLoader(TensorDataset(IMAGES, LABELS), IMAGES, 4, steps_per_epoch=100)
+    semi.load_state_dict(loader.state_dict())
+    assert_same(take(semi, 5), expected)
+    again = resident_of()
+    again.load_state_dict(semi.state_dict())
+    assert_same(take(again, 2), take(semi, 2))
+
+
+def test_images_and_labels_are_open():
+    loader = resident_of(labelled_indices=SPLIT)
+    assert torch.equal(loader.images, IMAGES)
+    assert torch.equal(loader.labels, LABELS)
+    assert loader.unlabelled is loader.images
+    batch = next(iter(loader))
+    chosen = torch.tensor(SPLIT)[batch.ids_x]
+    assert torch.equal(batch.x, loader.images[chosen])
+    assert torch.equal(batch.y, loader.labels[chosen])
+    assert torch.equal(batch.u, loader.unlabelled[batch.ids_u])
+    assert repr(loader).startswith("ResidentLoader(5 labelled, 30 unlabelled, batch_size=4")
+
+
+def test_epochs_follow_each_other_and_set_epoch_moves():
+    loader = resident_of()
+    expected = take(resident_of(), 3 * 7)
+    assert len(loader) == 7
+    assert_same(list(loader) + list(loader), expected[:14])
+    assert loader.epoch == 2
+    loader.set_epoch(1)
+    assert_same(list(loader), expected[7:14])
+
+
+@pytest.mark.parametrize(
+    "kind", ["array", "read-only array", "grey", "NHWC", "int32 labels", "list"]
+)
+def test_other_kinds_of_data_give_the_same_batches(kind):
+    images, labels = IMAGES, LABELS
+    if kind == "array":
+        images, labels = images.numpy(), labels.numpy()
+    elif kind == "read-only array":
+        images = images.numpy().copy()
+        images.setflags(write=False)
+    elif kind == "grey":
+        images = images[:, 0]
+    elif kind == "NHWC":
+        images = images.permute(0, 2, 3, 1).contiguous()
+    elif kind == "int32 labels":
+        labels = labels.int()
+    else:
+        labels = labels.tolist()
+    loader = ResidentLoader(images, labels, 4)
+    for batch, expected in zip(loader, resident_of(), strict=True):
+        x, u = expected.x, expected.u
+        if kind == "grey":
+            x, u = x[:, :1], u[:, :1]
+        elif kind == "NHWC":
+            x, u = x.permute(0, 2, 3, 1), u.permute(0, 2, 3, 1)
+        assert_same([batch], [expected._replace(x=x, u=u)])
+
+
+def test_soft_labels_are_kept():
+    labels = torch.rand(30, 10, generator=torch.Generator().manual_seed(0))
+    batch = next(iter(ResidentLoader(IMAGES, labels, 4)))
+    assert torch.equal(batch.y, labels[batch.ids_x])
+
+
+class Operations(TorchDispatchMode):
+    """Notes every operation that is not a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view:
+            self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("indices", [None, SPLIT])
+def test_a_step_is_one_gather_of_each_tensor(indices):
+    batches = iter(resident_of(labelled_indices=indices, steps_per_epoch=resident._STEPS_AT_ONCE))
+    next(batches)
+    with Operations() as operations:
+        steps = len(list(batches))
+    assert steps == resident._STEPS_AT_ONCE - 1
+    assert operations.names == ["index_select"] * 3 * steps
+
+
+def test_batches_go_into_mixmatch():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(60, 10))
+    mixmatch = MixMatch(WeakAugment(padding=1), 10)
+    for x, y, u, ids_x, ids_u in resident_of():
+        batch = mixmatch(x, y, u, model, ids_x=ids_x, ids_u=ids_u)
+        assert list(batch.inputs.shape) == [4 + 2 * 4, 3, 5, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images": IMAGES.float()}, r"images must be .* uint8, got \[30, 3, 5, 4\] float32"),
+        ({"images": IMAGES[0, 0]}, r"images must be \[N, C, H, W\].* got \[5, 4\] uint8"),
+        ({"labels": LABELS[:9]}, r"labels must be \[N\] with N = 30 like images, got \[9\]"),
+        ({"unlabelled": OTHERS.int()}, r"unlabelled must be .* got \[41, 3, 5, 4\] int32"),
+        (
+            {"unlabelled": OTHERS[:, :, 1:]},
+            r"unlabelled must be \[M, ...\] with \[3, 5, 4\] like images, got \[41, 3, 4, 4\]",
+        ),
+        ({"labelled_indices": [0, 30]}, r"labelled_indices must be in 0 .. 29, .* got 0 .. 30"),
+        ({"labelled_indices": [-1, 3]}, r"labelled_indices must be in 0 .. 29, .* got -1 .. 3"),
+        ({"labelled_indices": [0.5]}, r"labelled_indices must be \[n\] integers, got \[1\]"),
+        ({"labelled_indices": np.ones(30, dtype=bool)}, r"labelled_indices must be \[n\] integers"),
+        ({"labelled_indices": []}, "labelled"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_named(arguments, message):
+    arguments = {"images": IMAGES, "labels": LABELS, "batch_size": 4, **arguments}
+    with pytest.raises(ValueError, match=message):
+        ResidentLoader(**arguments)
+
+
+@needs_cuda
+@pytest.mark.gpu
+@pytest.mark.parametrize("indices", [None, SPLIT])
+def test_batches_on_cuda_are_those_of_the_cpu_and_nothing_waits(indices):
+    options = {"labelled_indices": indices, "unlabelled": OTHERS, "steps_per_epoch": 100}
+    expected = list(resident_of(**options))
+    loader = resident_of(device="cuda", **options)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batches = list(loader)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    assert all(batch.x.is_cuda and batch.y.is_cuda and batch.u.is_cuda for batch in batches)
+    assert not any(batch.ids_x.is_cuda or batch.ids_u.is_cuda for batch in batches)
+    on_cpu = [SemiSupervisedBatch(*(tensor.cpu() for tensor in batch)) for batch in batches]
+    assert_same(on_cpu, expected)
