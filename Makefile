@@ -39,7 +39,24 @@ results: $(VENV)/.installed
 	$(RUN)/gpu-mixmatch demo --out runs/results/digits-demo
 	$(RUN)/gpu-mixmatch ablate --out runs/results/digits-ablation
 	$(RUN)/gpu-mixmatch demo --dataset fashion-mnist --root $(FASHION) --labels 100 --steps 4000 --seeds 0 --out runs/results/fashion-mnist-demo
-	for name in digits-demo digits-ablation fashion-mnist-demo; do for kind in json png; do \
+	$(RUN)/python -m benchmarks.tiles runs/results/tiles
+	$(RUN)/gpu-mixmatch demo --dataset folder --root runs/results/tiles --labels 24 --out runs/results/tiles-demo
+	$(RUN)/python -m benchmarks.engines
+	for name in digits-demo digits-ablation fashion-mnist-demo tiles-demo; do for kind in json png; do \
 	  cp runs/results/$$name/*.$$kind $(RESULTS)/$$name--$(MACHINE).$$kind; done; done
 	$(RUN)/gpu-mixmatch preview --out $(RESULTS)/digits-preview--$(MACHINE).png
 	$(RUN)/python -m benchmarks.report
+
+# The kernels under the oldest Triton that they are held to. Its interpreter needs a numpy before
+# 2.4, and numpy warns of what it does there.
+TRITON36 = .venv-triton36
+.PHONY: test-triton36
+test-triton36: $(TRITON36)/.installed
+	$(TRITON36)/bin/python -m pytest -W "ignore:Conversion of an array:DeprecationWarning" \
+	  tests/test_triton.py tests/test_ops.py tests/test_kernels.py
+
+$(TRITON36)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TRITON36)
+	$(TRITON36)/bin/python -m pip install -q -c constraints.txt torch pytest
+	$(TRITON36)/bin/python -m pip install -q triton==3.6.0 "numpy>=2,<2.4"
+	touch $@

@@ -1,4 +1,4 @@
-"""The command line: ``gpu-mixmatch train | preview | ablate | demo | doctor``."""
+"""The command line: ``gpu-mixmatch train | preview | ablate | demo | check-images | doctor``."""
 
 import sys
 from collections.abc import Iterator
@@ -26,11 +26,12 @@ except ImportError as error:
 
 import torch
 
+from gpu_mixmatch.data import check_images as check
 from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.doctor import examine
 from gpu_mixmatch.recipes import ablate as recipe
 from gpu_mixmatch.recipes.preview import preview as draw
-from gpu_mixmatch.recipes.train import TrainConfig
+from gpu_mixmatch.recipes.train import TrainConfig, choose_preset, make_augment, make_weak
 from gpu_mixmatch.recipes.train import train as run
 
 app = typer.Typer(
@@ -42,12 +43,38 @@ app = typer.Typer(
 console = Console()
 
 DatasetOption = Annotated[
-    str, typer.Option(help="digits, mnist, fashion-mnist, cifar10 or cifar100.")
+    str, typer.Option(help="digits, mnist, fashion-mnist, cifar10, cifar100 or folder.")
 ]
 RootOption = Annotated[
-    str | None, typer.Option(help="Folder of the data set's files; digits need none.")
+    str | None,
+    typer.Option(
+        help="Folder of the data set's files; digits need none. Of a folder of images: it holds "
+        "labelled/CLASS/, unlabelled/ and, to test on, test/CLASS/."
+    ),
 ]
-LabelsOption = Annotated[int, typer.Option(help="Labelled images, balanced over the classes.")]
+LabelsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Labelled images, balanced over the classes; default: 40, or all of a folder's."
+    ),
+]
+SizeOption = Annotated[
+    int, typer.Option(help="Height and width that a folder's images are brought to, in pixels.")
+]
+AugmentOption = Annotated[
+    str,
+    typer.Option(
+        help="Engine of the preset's augmentation: weak (this package's), dali (the same views) "
+        "or kornia (the same policy, other draws)."
+    ),
+]
+LoaderOption = Annotated[
+    str,
+    typer.Option(
+        help="resident (all images on the device), dataloader (worker processes) or dali (decodes "
+        "a folder's files)."
+    ),
+]
 StepsOption = Annotated[int, typer.Option(help="Length of a run in batches.")]
 BatchOption = Annotated[int, typer.Option(help="Labelled, and as many unlabelled, images a step.")]
 ModelOption = Annotated[str, typer.Option(help="cnn (small and quick) or wrn-28-2 (the paper's).")]
@@ -69,11 +96,17 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for checkpoint, metrics and curves.")],
     dataset: DatasetOption = "digits",
     root: RootOption = None,
-    labels: LabelsOption = 40,
+    size: SizeOption = 32,
+    labels: LabelsOption = None,
     steps: StepsOption = 800,
     batch_size: BatchOption = 64,
     model: ModelOption = "cnn",
     preset: PresetOption = "fast",
+    augment: AugmentOption = "weak",
+    loader: LoaderOption = "resident",
+    workers: Annotated[
+        int, typer.Option(help="Processes of the dataloader, for each of its two data sets.")
+    ] = 2,
     seed: Annotated[int, typer.Option(help="Of weights, labels, order and draws.")] = 0,
     device: DeviceOption = "auto",
     supervised: Annotated[
@@ -92,11 +125,15 @@ def train(
     config = TrainConfig(
         dataset=dataset,
         root=root,
-        labels=labels,
+        size=size,
+        labels=_labels(dataset, labels),
         steps=steps,
         batch_size=batch_size,
         model=model,
         preset=preset,
+        augment=augment,
+        loader=loader,
+        num_workers=workers,
         seed=seed,
         device=_device(device),
         supervised=supervised,
@@ -104,6 +141,9 @@ def train(
         rampup_steps=rampup_steps,
         eval_every=eval_every,
     )
+    tested_on = "test" if _has_test(dataset, root) else "labelled"
+    if tested_on == "labelled":
+        console.print(f"There is no {root}/test: errors are those on the labelled images.")
     with _progress() as progress:
         task = progress.add_task("training", total=steps, note="")
 
@@ -113,7 +153,7 @@ def train(
 
         summary = run(config, out, resume=resume, on_step=on_step)
     console.print(
-        f"test error {summary.error:.2f} %, median of the last 20 evaluations "
+        f"{tested_on} error {summary.error:.2f} %, median of the last 20 evaluations "
         f"{summary.median_error:.2f} %, {steps / max(summary.seconds, 1e-9):.1f} steps/s"
     )
     typer.echo(f"wrote {out}/curves.png, metrics.jsonl and checkpoint.pt")
@@ -126,12 +166,52 @@ def preview(
     root: RootOption = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     k: Annotated[int, typer.Option(help="Views per unlabelled image, K.")] = 2,
-    labels: LabelsOption = 40,
+    labels: LabelsOption = None,
+    size: SizeOption = 32,
+    augment: AugmentOption = "weak",
 ) -> None:
     """Draw one batch: originals, views, guesses, and the mixed pairs with their weights."""
-    data = load_dataset(dataset, root)
-    path = draw(data, out, seed=seed, num_augmentations=k, labels=labels)
+    config = TrainConfig(
+        dataset=dataset, root=root, size=size, labels=_labels(dataset, labels), augment=augment
+    )
+    data = load_dataset(dataset, root, size)
+    preset = choose_preset("paper", dataset)
+    height, width = data.test_images.shape[2:]
+    weak = make_weak(dataset, preset, height)
+    path = draw(
+        data,
+        out,
+        seed=seed,
+        preset=preset,
+        augment=make_augment(augment, weak, height, width),
+        num_augmentations=k,
+        labels=config.labels,
+    )
     typer.echo(f"wrote {path}")
+
+
+@app.command()
+def check_images(
+    folder: Annotated[Path, typer.Argument(help="Folder of images, looked through at any depth.")],
+    list_path: Annotated[
+        Path | None, typer.Option("--list", help="File to write that lists the good images.")
+    ] = None,
+) -> None:
+    """Decode every image of a folder by DALI; list those that do not, and exit with 1 if any."""
+    with _progress() as progress:
+        task = progress.add_task("decoding", total=None, note="")
+
+        def on_images(seen: int, total: int) -> None:
+            progress.update(task, completed=seen, total=total)
+
+        checked = check(folder, list_path, progress=on_images)
+    for path, reason in checked.bad.items():
+        typer.echo(f"{path}: {reason}")
+    typer.echo(f"{len(checked.good)} images decode, {len(checked.bad)} do not")
+    if list_path is not None:
+        typer.echo(f"wrote {list_path}")
+    if checked.bad:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -139,7 +219,7 @@ def ablate(
     out: Annotated[Path, typer.Option(help="Folder for ablation.json and ablation.png.")],
     dataset: DatasetOption = "digits",
     root: RootOption = None,
-    labels: LabelsOption = 40,
+    labels: LabelsOption = None,
     steps: StepsOption = 800,
     batch_size: BatchOption = 64,
     model: ModelOption = "cnn",
@@ -155,7 +235,7 @@ def ablate(
     config = TrainConfig(
         dataset=dataset,
         root=root,
-        labels=labels,
+        labels=_labels(dataset, labels),
         steps=steps,
         batch_size=batch_size,
         model=model,
@@ -165,7 +245,7 @@ def ablate(
     chosen = recipe.choose_rows(rows)
     results = _compare(config, chosen, seeds)
     recipe.save_results(results, config, _seeds(seeds), _command(), out / "ablation.json")
-    title = f"{dataset}, {labels} labels, {model}, {len(_seeds(seeds))} seeds"
+    title = f"{dataset}, {_count(config.labels)} labels, {model}, {len(_seeds(seeds))} seeds"
     picture = recipe.draw_bars(results, title, out / "ablation.png", with_paper=True)
     typer.echo(f"wrote {picture} and ablation.json")
 
@@ -177,7 +257,7 @@ def demo(
     ] = None,
     dataset: DatasetOption = "digits",
     root: RootOption = None,
-    labels: LabelsOption = 40,
+    labels: LabelsOption = None,
     steps: StepsOption = 800,
     model: ModelOption = "cnn",
     seeds: SeedsOption = "0,1,2",
@@ -187,7 +267,7 @@ def demo(
     config = TrainConfig(
         dataset=dataset,
         root=root,
-        labels=labels,
+        labels=_labels(dataset, labels),
         steps=steps,
         model=model,
         device=_device(device),
@@ -195,12 +275,13 @@ def demo(
     results = _compare(config, [recipe.SUPERVISED, recipe.FULL], seeds)
     supervised, mixmatch = (result.mean for result in results)
     console.print(
-        f"With {labels} labels MixMatch makes {mixmatch / max(supervised, 1e-9):.2f} times the "
-        "errors of supervised training."
+        f"MixMatch makes {mixmatch / max(supervised, 1e-9):.2f} times the errors of supervised "
+        "training."
     )
     if out:
         recipe.save_results(results, config, _seeds(seeds), _command(), out / "demo.json")
-        recipe.draw_bars(results, f"{dataset}, {labels} labels, {model}", out / "demo.png")
+        title = f"{dataset}, {_count(config.labels)} labels, {model}"
+        recipe.draw_bars(results, title, out / "demo.png")
         typer.echo(f"wrote {out}/demo.json and demo.png")
 
 
@@ -228,6 +309,8 @@ def main() -> None:
 
 def _compare(config: TrainConfig, rows: list[recipe.Row], seeds: str) -> list[recipe.Result]:
     numbers = _seeds(seeds)
+    if not _has_test(config.dataset, config.root):
+        raise ValueError(f"root must hold a folder test to compare on, got none in {config.root}")
     with _progress() as progress:
         total = progress.add_task(
             "all runs", total=len(rows) * len(numbers) * config.steps, note=""
@@ -244,7 +327,8 @@ def _compare(config: TrainConfig, rows: list[recipe.Row], seeds: str) -> list[re
 
         results = recipe.compare(config, rows, numbers, on_run=on_run, on_step=on_step)
     table = Table(
-        title=f"Test error in %, {config.dataset}, {config.labels} labels, {config.steps} steps"
+        title=f"Test error in %, {config.dataset}, {_count(config.labels)} labels, "
+        f"{config.steps} steps"
     )
     table.add_column("")
     for seed in numbers:
@@ -262,6 +346,18 @@ def _compare(config: TrainConfig, rows: list[recipe.Row], seeds: str) -> list[re
         table.add_row(result.row.label, *cells)
     console.print(table)
     return results
+
+
+def _labels(dataset: str, labels: int | None) -> int | None:
+    return 40 if labels is None and dataset != "folder" else labels
+
+
+def _count(labels: int | None) -> str:
+    return "all" if labels is None else str(labels)
+
+
+def _has_test(dataset: str, root: str | None) -> bool:
+    return dataset != "folder" or root is None or Path(root, "test").expanduser().is_dir()
 
 
 def _seeds(text: str) -> list[int]:

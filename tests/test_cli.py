@@ -8,7 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from gpu_mixmatch import cli
+from gpu_mixmatch.data.images import file_list
 from gpu_mixmatch.recipes import ablate
+from tests.image_files import broken_images, write_folder
 
 RUNNER = CliRunner()
 
@@ -39,6 +41,78 @@ def test_train_resumes_from_the_command_line(tmp_path):
     assert run(*arguments).split("median")[0] == run(*arguments, "--resume").split("median")[0]
 
 
+@pytest.fixture
+def folder(tmp_path):
+    for part, count in (("labelled", 3), ("unlabelled", 4), ("test", 2)):
+        write_folder(tmp_path / "images" / part, count, "jpg")
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize(
+    ("loader", "augment"), [("resident", "kornia"), ("dataloader", "weak"), ("dali", "dali")]
+)
+def test_train_reads_a_folder_through_every_loader(tmp_path, folder, loader, augment):
+    out = tmp_path / "run"
+    arguments = ("train", "--out", str(out), "--steps", "2", "--batch-size", "4", "--workers", "0")
+    files = ("--dataset", "folder", "--root", str(folder), "--size", "16")
+    output = run(*arguments, *files, "--loader", loader, "--augment", augment)
+    assert "test error" in output
+    config = json.loads((out / "config.json").read_text())
+    expected = {"loader": loader, "augment": augment, "size": 16, "num_workers": 0, "labels": None}
+    assert config.items() >= expected.items()
+
+
+def test_folder_without_test_images_says_what_errors_are_of(tmp_path, folder):
+    (folder / "test").rename(tmp_path / "elsewhere")
+    arguments = ("--dataset", "folder", "--root", str(folder), "--steps", "2")
+    output = " ".join(run("train", "--out", str(tmp_path / "run"), *arguments).split())
+    assert "/test: errors are those on the labelled images." in output
+    assert "labelled error" in output
+    assert "test error" not in output
+    with pytest.raises(ValueError, match=r"root must hold a folder test to compare on"):
+        run("demo", *arguments, "--seeds", "0")
+
+
+def test_digits_keep_forty_labels_by_default(tmp_path):
+    out = tmp_path / "run"
+    run("train", "--out", str(out), "--steps", "1", "--batch-size", "4")
+    assert json.loads((out / "config.json").read_text())["labels"] == 40
+
+
+def test_demo_takes_a_folder(folder):
+    output = run(
+        *("demo", "--dataset", "folder", "--root", str(folder)), *("--steps", "2", "--seeds", "0")
+    )
+    assert "folder, all labels" in output
+
+
+def test_check_images_ends_with_0_if_all_decode(tmp_path, folder):
+    path = tmp_path / "good.txt"
+    output = run("check-images", str(folder / "labelled"), "--list", str(path))
+    assert "9 images decode, 0 do not" in output
+    assert len(file_list(path, labelled=True)) == 9
+
+
+def test_check_images_lists_what_does_not_decode_and_ends_with_1(tmp_path, folder):
+    for name, content in broken_images().items():
+        (folder / "labelled" / "cat" / name).write_bytes(content)
+    path = tmp_path / "good.txt"
+    result = run_main("check-images", str(folder / "labelled"), "--list", str(path))
+    assert result.returncode == 1
+    assert "9 images decode, 6 do not" in result.stdout
+    assert "Traceback" not in result.stderr
+    reasons = dict(line.split(": ", 1) for line in result.stdout.splitlines() if ": " in line)
+    assert {place.rpartition("/")[2] for place in reasons} == set(broken_images())
+    assert reasons[f"{folder}/labelled/cat/empty.jpg"] == "the file is empty"
+    assert sorted(file_list(path).paths) == sorted(map(str, folder.glob("labelled/*/???.jpg")))
+
+
+def test_check_images_of_no_folder_ends_with_2(tmp_path):
+    result = run_main("check-images", str(tmp_path / "no"))
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: root must be a folder, got")
+
+
 def test_existing_folder_ends_in_one_line_and_code_2(tmp_path):
     result = run_main("train", "--out", str(tmp_path))
     assert result.returncode == 2
@@ -55,6 +129,10 @@ def test_existing_folder_ends_in_one_line_and_code_2(tmp_path):
         (("--preset", "best"), "preset must be one of"),
         (("--labels", "5"), "num_labels must be"),
         (("--steps", "0"), "steps must be at least 1, got 0"),
+        (("--augment", "imgaug"), "augment must be one of"),
+        (("--loader", "ffcv"), "loader must be one of"),
+        (("--loader", "dali"), "loader must be 'resident' or 'dataloader' for images in memory"),
+        (("--dataset", "folder"), "root must be a folder with labelled/CLASS/"),
     ],
 )
 def test_bad_argument_is_named(tmp_path, arguments, message):
@@ -72,9 +150,16 @@ def test_unusable_device_points_to_the_doctor(tmp_path):
         run("train", "--out", str(tmp_path / "run"), "--device", "cuda")
 
 
-def test_preview_writes_a_picture(tmp_path):
+@pytest.mark.parametrize("augment", ["weak", "kornia", "dali"])
+def test_preview_writes_a_picture(tmp_path, augment):
     path = tmp_path / "batch.png"
-    run("preview", "--out", str(path), "--k", "3")
+    run("preview", "--out", str(path), "--k", "3", "--augment", augment)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_preview_takes_a_folder(tmp_path, folder):
+    path = tmp_path / "batch.png"
+    run("preview", "--out", str(path), "--dataset", "folder", "--root", str(folder))
     assert path.read_bytes().startswith(b"\x89PNG")
 
 

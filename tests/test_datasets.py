@@ -179,7 +179,7 @@ def message(*parts: object) -> str:
 
 def test_unknown_name_lists_the_names() -> None:
     pattern = message(
-        "name must be one of digits, mnist, fashion-mnist, cifar10, cifar100, got 'x'"
+        "name must be one of digits, mnist, fashion-mnist, cifar10, cifar100, folder, got 'x'"
     )
     with pytest.raises(ValueError, match=pattern):
         load_dataset("x")

@@ -17,10 +17,12 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from torch import Tensor, nn
 
-from gpu_mixmatch import MixMatch, WeakAugment, presets
-from gpu_mixmatch.data.datasets import ImageData
+from gpu_mixmatch import DaliAugment, MixMatch, WeakAugment, presets
+from gpu_mixmatch.data.datasets import ImageData, load_dataset
 from gpu_mixmatch.recipes.preview import CLASS_NAMES, draw_preview, preview
+from gpu_mixmatch.recipes.train import make_augment
 from gpu_mixmatch.recipes.wideresnet import SmallCNN
+from tests.image_files import CLASSES, write_folder
 
 ROOT = Path(__file__).parents[1]
 LONG_NAMES = [f"{number} incomprehensibilities" for number in range(12)]
@@ -423,6 +425,58 @@ def test_matplotlib_is_imported_only_to_draw() -> None:
 def dataset(name: str = "digits", channels: int = 1) -> ImageData:
     labels = torch.arange(60) % 10
     return ImageData(images(60, channels), labels, images(10, channels), torch.arange(10), 10, name)
+
+
+def test_engines_that_share_draws_show_the_same_views_and_captions(
+    tmp_path: Path, figures: list[Figure]
+) -> None:
+    for weak in (
+        WeakAugment(padding=2),
+        WeakAugment(padding=1, crop_px=(0, 2), blur_sigma=(0, 1), mean=0.3, std=0.7),
+    ):
+        figures.clear()
+        for engine in (weak, DaliAugment(weak)):
+            draw(builder(augment=engine), tmp_path / "preview.png", rows=4)
+        first, second = map(pictures, figures)
+        assert len(first) == 24
+        for mine, theirs in zip(first, second, strict=True):
+            np.testing.assert_allclose(theirs, mine, atol=2e-4)
+        captions = [[text for text in texts(figure) if "moved" in text] for figure in figures]
+        assert len(captions[0]) == 8
+        assert captions[0] == captions[1]
+
+
+def test_kornia_shows_other_crops_of_the_same_images(tmp_path: Path, figures: list[Figure]) -> None:
+    weak = WeakAugment(padding=2)
+    for engine in (weak, make_augment("kornia", weak, 8, 8)):
+        draw(builder(augment=engine), tmp_path / "preview.png", rows=4)
+    first, second = (np.stack(pictures(figure)[:12]).reshape(4, 3, 8, 8, 3) for figure in figures)
+    np.testing.assert_array_equal(second[:, 0], first[:, 0])
+    assert (np.abs(second[:, 1:] - first[:, 1:]).max(axis=(2, 3, 4)) > 0.1).sum() >= 6
+    assert not [text for text in texts(figures[1]) if "moved" in text or "stretched" in text]
+
+
+def test_heading_names_the_engine(tmp_path: Path, figures: list[Figure]) -> None:
+    weak = WeakAugment(padding=2)
+    for engine in (weak, DaliAugment(weak), lambda x: x):
+        draw(builder(augment=engine), tmp_path / "preview.png")
+    for figure, name in zip(
+        figures, ("WeakAugment", "DaliAugment", "CallableAugment"), strict=True
+    ):
+        assert f"views by {name}" in figure.texts[1].get_text()
+
+
+def test_preview_of_a_folder_names_its_classes(tmp_path: Path, figures: list[Figure]) -> None:
+    for part, count in (("labelled", 3), ("unlabelled", 5)):
+        write_folder(tmp_path / part, count)
+    data = load_dataset("folder", tmp_path, 16)
+    preset = presets.paper("cifar10")
+    for labels, text in ((None, "9 labelled + 2 × 15 unlabelled"), (3, "3 labelled + 2 × 15")):
+        preview(data, tmp_path / "a.png", preset=preset, labels=labels, train_steps=2, rows=1)
+        assert text in figures[-1].texts[1].get_text()
+        assert tick_names(figures[-1])[0] == list(CLASSES)
+    with pytest.raises(ValueError, match="labels must be a number for digits, got None"):
+        preview(dataset(), tmp_path / "a.png", labels=None)
 
 
 @pytest.mark.parametrize(

@@ -6,53 +6,81 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
+from gpu_mixmatch import DaliAugment, KorniaAugment, WeakAugment
 from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.recipes.train import (
+    AUGMENTS,
+    LOADERS,
     Job,
     TrainConfig,
+    make_augment,
     parameter_digest,
-    stream,
     train,
 )
+from tests.image_files import write_folder
 
 SHORT = TrainConfig(steps=6, eval_every=2, batch_size=8)
 
 # train in a process of its own, slowly enough to be killed between any two steps
 SLOW_RUN = """
-import sys, time, warnings
+import json, sys, time
 from pathlib import Path
 import torch
 from gpu_mixmatch.recipes.train import TrainConfig, train
 torch.set_num_threads(1)
-config = TrainConfig(steps=40, eval_every=3, batch_size=16)
+config = TrainConfig(**json.loads(sys.argv[2]))
 train(config, Path(sys.argv[1]), resume=True, on_step=lambda step, metrics: time.sleep(0.02))
 """
+SLOW = {"steps": 24, "eval_every": 3, "batch_size": 8}
 
 
-def digest_of(out: Path) -> str:
-    job = Job(TrainConfig(steps=40, eval_every=3, batch_size=16))
-    job.load_state_dict(torch.load(out / "checkpoint.pt", weights_only=True))
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """JPEG files of three photographs: 4 labelled, 8 unlabelled and 3 test tiles of each."""
+    root = tmp_path_factory.mktemp("folder")
+    for part, count in (("labelled", 4), ("unlabelled", 8), ("test", 3)):
+        write_folder(root / part, count, "jpg")
+    return root
+
+
+def of_folder(root: Path, **fields) -> TrainConfig:
+    fields = {"steps": 6, "eval_every": 2, "batch_size": 8, "labels": None, **fields}
+    return TrainConfig(dataset="folder", root=str(root), size=16, **fields)
+
+
+def take_steps(job: Job, count: int) -> Job:
+    for batch in islice(job.loader, count):
+        job.train_step(batch)
+    return job
+
+
+def digest(job: Job) -> str:
     return parameter_digest(job.model) + parameter_digest(job.ema)
 
 
-def run_in_process(out: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", SLOW_RUN, str(out)])
+def digest_of(out: Path, **fields) -> str:
+    job = Job(TrainConfig(**fields))
+    job.load_state_dict(torch.load(out / "checkpoint.pt", weights_only=True))
+    return digest(job)
 
 
-@pytest.mark.slow
-def test_run_killed_at_any_moment_resumes_to_the_last_bit(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run_in_process(whole).wait(timeout=120) == 0
+def run_in_process(out: Path, **fields) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", SLOW_RUN, str(out), json.dumps(fields)])
 
+
+def kill_and_resume(out: Path, pauses: tuple[float, ...], **fields) -> int:
+    """Kill a run so many seconds after a checkpoint appeared or moved on; then let it end."""
     kills = 0
-    for pause in (0.3, 0.7, 0.05):  # seconds after a checkpoint appeared or moved on
-        process = run_in_process(killed)
-        checkpoint = killed / "checkpoint.pt"
+    for pause in pauses:
+        process = run_in_process(out, **fields)
+        checkpoint = out / "checkpoint.pt"
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and process.poll() is None:
@@ -64,15 +92,119 @@ def test_run_killed_at_any_moment_resumes_to_the_last_bit(tmp_path):
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.wait(timeout=60)
-    assert kills >= 1
-    assert run_in_process(killed).wait(timeout=120) == 0
+    train(TrainConfig(**fields), out, resume=True)
+    return kills
 
-    assert digest_of(killed) == digest_of(whole)
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("loader", "augment", "pauses"),
+    [("resident", "weak", (0.2, 0.05)), ("dataloader", "kornia", (0.1,)), ("dali", "dali", (0.1,))],
+)
+def test_run_killed_at_any_moment_resumes_to_the_last_bit(
+    tmp_path, folder, loader, augment, pauses
+):
+    fields = {**SLOW, "loader": loader, "augment": augment}
+    if loader != "resident":
+        fields |= {"dataset": "folder", "root": str(folder), "size": 16, "labels": None}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(TrainConfig(**fields), whole)
+    assert kill_and_resume(killed, pauses, **fields) >= 1
+
+    assert digest_of(killed, **fields) == digest_of(whole, **fields)
     lines = {}
     for out in (whole, killed):
         entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         lines[out] = [{k: v for k, v in entry.items() if k != "seconds"} for entry in entries]
     assert lines[killed] == lines[whole]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("augment", AUGMENTS)
+@pytest.mark.parametrize("supervised", [False, True])
+def test_every_loader_and_engine_resumes_to_the_last_bit(folder, loader, augment, supervised):
+    config = of_folder(folder, loader=loader, augment=augment, supervised=supervised, num_workers=0)
+    whole = take_steps(Job(config), 4)
+    first, second = take_steps(Job(config), 2), Job(config)
+    state = first.state_dict()
+    second.load_state_dict(state)
+    assert state["loader"] == {"seed": 0, "step": 2}
+    assert digest(take_steps(second, 2)) == digest(whole)
+
+
+def test_batches_in_memory_and_from_workers_train_alike(folder):
+    for config in (SHORT, of_folder(folder)):
+        jobs = [
+            take_steps(Job(replace(config, loader=loader, num_workers=workers)), 3)
+            for loader, workers in (("resident", 0), ("dataloader", 0), ("dataloader", 2))
+        ]
+        assert len({digest(job) for job in jobs}) == 1
+
+
+def test_dali_takes_the_files_that_the_others_take(folder):
+    batches = [
+        next(iter(Job(of_folder(folder, loader=loader, num_workers=0)).loader))
+        for loader in ("dali", "dataloader")
+    ]
+    by_dali, by_pil = batches
+    for name in ("y", "ids_x", "ids_u"):
+        assert torch.equal(getattr(by_dali, name), getattr(by_pil, name))
+    for mine, theirs in ((by_dali.x, by_pil.x), (by_dali.u, by_pil.u)):
+        assert mine.shape == theirs.shape == (8, 3, 16, 16)
+        assert (mine.float() - theirs.float()).abs().mean() < 3  # grey levels
+
+
+def test_dali_engine_trains_as_the_weak_one(folder):
+    # the views are equal to rounding, which a few steps of Adam magnify
+    jobs = [take_steps(Job(of_folder(folder, augment=name)), 2) for name in ("weak", "dali")]
+    weak, dali = (job.model.state_dict() for job in jobs)
+    for name, value in weak.items():
+        torch.testing.assert_close(dali[name], value, rtol=1e-2, atol=1e-3)
+
+
+def test_engines_have_the_policy_of_the_preset():
+    weak = WeakAugment(padding=3, padding_mode="zeros", flip=0.25, mean=0.4, std=0.2)
+    assert make_augment("weak", weak, 8, 8) is weak
+    dali = make_augment("dali", weak, 8, 8)
+    assert isinstance(dali, DaliAugment)
+    assert dali.weak is weak
+    kornia = make_augment("kornia", weak, 8, 8)
+    assert isinstance(kornia, KorniaAugment)
+    assert (kornia.mean, kornia.std) == (weak.mean, weak.std)
+    # all that shifts of up to 3 px with black borders and mirror images can give, and no more
+    image = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8)
+    padded = torch.nn.functional.pad(image, (3, 3, 3, 3)) / 255
+    shifted = padded.unfold(2, 8, 1).unfold(3, 8, 1).reshape(49, 64)
+    mirrored = shifted.view(49, 8, 8).flip(2).reshape(49, 64)
+    views = kornia.build(image.expand(4000, -1, -1, -1), image[:0], 5, 0) * 0.2 + 0.4
+    nearest = torch.cdist(views.view(4000, 64), torch.cat([shifted, mirrored])).min(dim=1)
+    assert nearest.values.max() < 1e-3
+    counts = torch.bincount(nearest.indices, minlength=98)
+    assert counts[:49].min() > 30  # about 61 are expected
+    assert counts[49:].sum() / 4000 == pytest.approx(0.25, abs=0.03)
+
+
+@pytest.mark.parametrize(("size", "padding"), [(32, 4), (96, 12), (7, 0)])
+def test_images_of_a_folder_shift_by_an_eighth(folder, size, padding):
+    job = Job(replace(of_folder(folder), size=size))
+    assert job.augment.padding == padding
+    assert job.augment.flip == 0.5
+
+
+def test_dali_refuses_images_in_memory():
+    with pytest.raises(ValueError, match=r"loader must be 'resident' or 'dataloader' for images"):
+        Job(TrainConfig(loader="dali"))
+
+
+def test_folder_without_test_images_is_tested_on_the_labelled_ones(tmp_path, folder):
+    root = tmp_path / "folder"
+    root.mkdir()
+    for part in ("labelled", "unlabelled"):
+        (root / part).symlink_to(folder / part)
+    job = Job(of_folder(root))
+    assert job.tested_on == "labelled"
+    assert torch.equal(job.test_images, load_dataset("folder", root, 16).labelled.load())
+    assert Job(of_folder(folder)).tested_on == "test"
 
 
 def test_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path):
@@ -96,7 +228,7 @@ def test_run_does_not_depend_on_global_generators():
     second = Job(SHORT)
     for job in (first, second):
         torch.rand(3)
-        job.train_step()
+        take_steps(job, 1)
     assert parameter_digest(first.model) == parameter_digest(second.model)
 
 
@@ -126,16 +258,19 @@ def test_checkpoint_of_another_configuration_is_refused(tmp_path):
         train(other, out, resume=True)
 
 
-@pytest.mark.parametrize("changes", [{"steps": 0}, {"batch_size": 0}, {"labels": 0}])
+@pytest.mark.parametrize("changes", [{"steps": 0}, {"batch_size": 0}, {"labels": 0}, {"size": 0}])
 def test_config_out_of_range_is_refused(changes):
     (name,) = changes
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         TrainConfig(**changes)
 
 
-def test_unknown_preset_is_refused():
-    with pytest.raises(ValueError, match=r"preset must be one of .*'paper'.* got 'best'"):
-        TrainConfig(preset="best")
+@pytest.mark.parametrize(
+    ("name", "choice"), [("preset", "paper"), ("augment", "kornia"), ("loader", "resident")]
+)
+def test_unknown_choice_is_refused(name, choice):
+    with pytest.raises(ValueError, match=rf"{name} must be one of .*'{choice}'.* got 'best'"):
+        TrainConfig(**{name: "best"})
 
 
 def test_run_writes_what_it_says(tmp_path):
@@ -183,8 +318,7 @@ def test_teacher_changes_the_guess_and_is_not_saved_twice():
     config = TrainConfig(steps=4, batch_size=8, ema_teacher=True, ema_decay=0.5)
     job, plain = Job(config), Job(TrainConfig(steps=4, batch_size=8, ema_decay=0.5))
     for each in (job, plain):
-        for _ in range(4):
-            each.train_step()
+        take_steps(each, 4)
     assert job.mixmatch.teacher is job.ema
     assert set(job.mixmatch.state_dict()) == {"seed", "step"}
     assert parameter_digest(job.model) != parameter_digest(plain.model)
@@ -195,7 +329,7 @@ def test_decay_shrinks_kernels_only():
     job = Job(TrainConfig(steps=1, batch_size=8, supervised=True, lr=0.0))
     before = {name: value.detach().clone() for name, value in job.model.named_parameters()}
     kernels = {id(kernel) for kernel in job.kernels}
-    job.train_step()
+    take_steps(job, 1)
     for name, value in job.model.named_parameters():
         factor = 1 - 4e-5 if id(value) in kernels else 1.0
         torch.testing.assert_close(value.detach(), before[name] * factor, rtol=1e-7, atol=0)
@@ -211,19 +345,6 @@ def test_usb_decays_kernels_through_the_gradient():
     kernels = {id(kernel) for kernel in job.kernels}
     assert len(decays) == len(list(job.model.parameters()))
     assert all(decay == (5e-4 if key in kernels else 0.0) for key, decay in decays.items())
-
-
-def test_stream_is_cut_from_whole_epochs():
-    batches = torch.cat([stream(0, step, 10, 4, view=1) for step in range(5)])
-    assert sorted(batches[:10].tolist()) == list(range(10))
-    assert sorted(batches[10:].tolist()) == list(range(10))
-    assert batches[:10].tolist() != batches[10:].tolist()
-
-
-def test_stream_serves_batches_longer_than_an_epoch():
-    batch = stream(0, 3, 4, 10, view=0)
-    assert len(batch) == 10
-    assert torch.bincount(batch, minlength=4).min() >= 2
 
 
 @pytest.mark.slow

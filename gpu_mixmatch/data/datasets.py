@@ -8,7 +8,8 @@ import pickle
 import struct
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -17,7 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
 
+from gpu_mixmatch.data.collate import collate
+from gpu_mixmatch.data.images import ImageIndex, open_images
 from gpu_mixmatch.sampling import epoch_order
 
 # A view that no loader draws with, so that a split and an epoch of the same seed are unrelated.
@@ -47,8 +51,130 @@ class ImageData(NamedTuple):
     num_classes: int
     name: str
 
+    def split(self, num_labels: int | None, seed: int) -> tuple[TensorDataset, TensorDataset]:
+        """Return the labelled and the unlabelled part; the latter is all of it, as in the paper.
 
-def load_dataset(name: str, root: str | Path | None = None) -> ImageData:
+        Args:
+            num_labels: Labelled images, balanced over the classes; None takes all.
+            seed: Key of the choice.
+
+        Raises:
+            ValueError: If there are not so many labels; see `split_labels`.
+        """
+        images, labels = self.train_images, self.train_labels
+        if num_labels is not None:
+            chosen = split_labels(labels, num_labels, seed, self.num_classes)
+            images, labels = images[chosen], labels[chosen]
+        return TensorDataset(images, labels), TensorDataset(self.train_images)
+
+
+class ImageFiles(Dataset[Any]):
+    """Encoded images as a map-style data set: PIL decodes those that are asked for.
+
+    A sample is (image, label), or the image alone where the index has no labels. Images are upright
+    RGB; the largest centred square is resized, bilinear and antialiased, as `DaliLoader` does it.
+
+    Args:
+        index: Where the images lie.
+        size: Height and width of the samples, in pixels.
+
+    Raises:
+        ImportError: If Pillow is not installed.
+        ValueError: If ``size`` is below 1.
+    """
+
+    def __init__(self, index: ImageIndex, size: int) -> None:
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
+        try:
+            import PIL.Image  # noqa: F401
+        except ImportError as error:
+            raise ImportError(
+                'decoding images needs Pillow: pip install "gpu-mixmatch[cli]"'
+            ) from error
+        self.index = index
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, number: int) -> Any:
+        image = self._decoded(number)
+        return image if self.index.labels is None else (image, int(self.index.labels[number]))
+
+    def load(self, numbers: Sequence[int] | None = None) -> Tensor:
+        """Decode some images, or all of them, ``[n, 3, size, size]`` uint8."""
+        numbers = range(len(self)) if numbers is None else numbers
+        images: Tensor = collate([self._decoded(number) for number in numbers])
+        return images
+
+    def _decoded(self, number: int) -> Any:
+        from PIL import Image, ImageOps
+
+        try:
+            with Image.open(io.BytesIO(self.index.read(number).data)) as encoded:
+                if encoded.mode == "F" or encoded.mode.startswith("I"):
+                    raise ValueError(f"it has more than 8 bits per channel, mode {encoded.mode}")
+                image = ImageOps.exif_transpose(encoded)
+                # PIL warns of the direct way from a palette with transparency to RGB
+                image = image.convert("RGBA") if image.mode == "P" else image
+                image = image.convert("RGB")
+        # A damaged PNG raises SyntaxError, other formats what their decoder stumbles over.
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            raise ValueError(
+                f"{self.index.name(number)} must be an image that decodes, got: {error}. "
+                "gpu-mixmatch check-images lists all that do not"
+            ) from error
+        side = min(image.size)
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        return image.resize(
+            (self.size, self.size),
+            Image.Resampling.BILINEAR,
+            box=(left, top, left + side, top + side),
+        )
+
+
+class FolderData(NamedTuple):
+    """A folder with the parts of a data set, of which only the test images are in memory.
+
+    Attributes:
+        labelled: Images of ``labelled/CLASS/``, with labels.
+        unlabelled: Images of ``unlabelled/``, at any depth.
+        test_images: ``[M, 3, H, W]`` uint8, of ``test/CLASS/``; the labelled images where there is
+            no such folder.
+        test_labels: ``[M]`` int64 in ``[0, num_classes)``.
+        class_names: Names of the class folders, in the order of their labels.
+        has_test: Whether there is a folder ``test``.
+        name: "folder".
+    """
+
+    labelled: ImageFiles
+    unlabelled: ImageFiles
+    test_images: Tensor
+    test_labels: Tensor
+    class_names: tuple[str, ...]
+    has_test: bool
+    name: str
+
+    @property
+    def num_classes(self) -> int:
+        """Number of class folders."""
+        return len(self.class_names)
+
+    def split(self, num_labels: int | None, seed: int) -> tuple[ImageFiles, ImageFiles]:
+        """Return the labelled and the unlabelled part; see `ImageData.split`."""
+        if num_labels is None:
+            return self.labelled, self.unlabelled
+        index = self.labelled.index
+        chosen = split_labels(_labels_of(index), num_labels, seed, self.num_classes)
+        paths = [index.paths[number] for number in chosen.tolist()]
+        part = ImageIndex(paths, labels=_labels_of(index)[chosen], classes=index.classes)
+        return ImageFiles(part, self.labelled.size), self.unlabelled
+
+
+def load_dataset(
+    name: str, root: str | Path | None = None, size: int = 32
+) -> ImageData | FolderData:
     """Load a data set from local files.
 
     - ``digits`` comes with scikit-learn: 8x8 grey images, 1297 to train and 500 to test. The rows
@@ -62,10 +188,15 @@ def load_dataset(name: str, root: str | Path | None = None) -> ImageData:
     - ``cifar10`` and ``cifar100`` (fine labels) are the binary or the python version, extracted
       (``root`` is the folder or its parent) or as the original ``.tar.gz`` in ``root``. Where
       several are there, extracted comes before archive and binary before python.
+    - ``folder`` is a folder of JPEG, PNG or WebP files: ``root/labelled/CLASS/``,
+      ``root/unlabelled/`` and, to test on, ``root/test/CLASS/``. They are decoded when they are
+      asked for, but for the test images.
 
     Args:
-        name: One of ``digits``, ``mnist``, ``fashion-mnist``, ``cifar10``, ``cifar100``.
+        name: One of ``digits``, ``mnist``, ``fashion-mnist``, ``cifar10``, ``cifar100``,
+            ``folder``.
         root: Folder that holds the files; not used for ``digits``.
+        size: Height and width that the images of a ``folder`` are brought to, in pixels.
 
     Returns:
         Images as given in the files, in file order.
@@ -86,6 +217,8 @@ def load_dataset(name: str, root: str | Path | None = None) -> ImageData:
             "nothing is downloaded"
         )
     root = Path(root).expanduser()
+    if name == "folder":
+        return _open_folder(root, size)
     return _load_cifar(name, root) if name in _CIFAR_LAYOUTS else _load_mnist(name, root)
 
 
@@ -468,8 +601,41 @@ def _archive_files(
         raise ValueError(f"{path} must be a whole .tar.gz file, got: {error}") from error
 
 
+def _open_folder(root: Path, size: int) -> FolderData:
+    for part in ("labelled", "unlabelled"):
+        if not (root / part).is_dir():
+            raise _missing("folder", root)
+    labelled = open_images(root / "labelled", labelled=True)
+    unlabelled = replace(open_images(root / "unlabelled"), labels=None, classes=())
+    has_test = (root / "test").is_dir()
+    test = open_images(root / "test", labelled=True) if has_test else labelled
+    if test.classes != labelled.classes:
+        raise ValueError(
+            f"root must have the same classes in test as in labelled, {list(labelled.classes)}, "
+            f"got {list(test.classes)}"
+        )
+    return FolderData(
+        labelled=ImageFiles(labelled, size),
+        unlabelled=ImageFiles(unlabelled, size),
+        test_images=ImageFiles(test, size).load(),
+        test_labels=_labels_of(test),
+        class_names=labelled.classes,
+        has_test=has_test,
+        name="folder",
+    )
+
+
+def _labels_of(index: ImageIndex) -> Tensor:
+    assert index.labels is not None  # open_images sees to it
+    return index.labels
+
+
 _IDX_CONTENTS = "{train,t10k}-{images-idx3,labels-idx1}-ubyte, plain or .gz,"
-_CONTENTS = dict.fromkeys(_MNIST_FOLDERS, _IDX_CONTENTS) | {
-    name: " or ".join(f"{layout.folder}/ or {layout.archive}" for layout in layouts)
-    for name, layouts in _CIFAR_LAYOUTS.items()
-}
+_CONTENTS = (
+    dict.fromkeys(_MNIST_FOLDERS, _IDX_CONTENTS)
+    | {
+        name: " or ".join(f"{layout.folder}/ or {layout.archive}" for layout in layouts)
+        for name, layouts in _CIFAR_LAYOUTS.items()
+    }
+    | {"folder": "labelled/CLASS/ and unlabelled/"}
+)

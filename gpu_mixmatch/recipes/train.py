@@ -1,7 +1,8 @@
 """The loop behind ``gpu-mixmatch train``, written to be copied.
 
-Every batch is a function of (seed, step), so that a checkpoint holds no loader and no generator: a
-run that is killed at any moment and resumed ends with the same weights to the last bit.
+Every batch is a function of (seed, step), so that a checkpoint holds two integers of the loader and
+no generator: a run that is killed at any moment and resumed ends with the same weights to the last
+bit.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,15 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import TensorDataset
 
-from gpu_mixmatch import presets, sampling
-from gpu_mixmatch.augment import WeakAugment
+from gpu_mixmatch import presets
+from gpu_mixmatch.augment import Augment, DaliAugment, KorniaAugment, WeakAugment
 from gpu_mixmatch.builder import MixMatch
-from gpu_mixmatch.data.datasets import ImageData, load_dataset, split_labels
+from gpu_mixmatch.data import DaliLoader, KeyedLoader, ResidentLoader, SemiSupervisedLoader
+from gpu_mixmatch.data.datasets import FolderData, ImageData, ImageFiles, load_dataset
 from gpu_mixmatch.loss import MixMatchLoss
 from gpu_mixmatch.recipes.wideresnet import build_model, kernel_parameters
+from gpu_mixmatch.types import SemiSupervisedBatch
 
 PRESETS = {"paper": presets.paper, "yu1ut": presets.yu1ut, "usb": presets.usb}
+AUGMENTS = ("weak", "kornia", "dali")
+LOADERS = ("resident", "dataloader", "dali")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +42,17 @@ class TrainConfig:
     Attributes:
         dataset: A name that `load_dataset` knows.
         root: Folder of its files; None for digits.
-        labels: Number of labelled images, balanced over the classes.
+        size: Height and width that the images of a folder are brought to, in pixels.
+        labels: Number of labelled images, balanced over the classes; None takes all there are.
         steps: Length of the run in batches.
         batch_size: B, and M = B.
         model: A name that `build_model` knows.
         preset: "paper", "yu1ut" or "usb"; "fast" is the paper's with one joint guess and one
             forward pass over the whole batch.
+        augment: Engine of the preset's augmentation; see `make_augment`.
+        loader: What the batches come from; see `make_loader`.
+        num_workers: Processes of the loader "dataloader", for each of its two data sets; 0 fetches
+            in the training process.
         seed: Of the initial weights, the labelled subset, the order and all draws.
         device: Where to train, as torch names it.
         supervised: Train on the labelled images alone, augmented but not mixed.
@@ -57,11 +68,15 @@ class TrainConfig:
 
     dataset: str = "digits"
     root: str | None = None
-    labels: int = 40
+    size: int = 32
+    labels: int | None = 40
     steps: int = 800
     batch_size: int = 64
     model: str = "cnn"
     preset: str = "fast"
+    augment: str = "weak"
+    loader: str = "resident"
+    num_workers: int = 2
     seed: int = 0
     device: str = "cpu"
     supervised: bool = False
@@ -74,18 +89,32 @@ class TrainConfig:
     eval_every: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1), ("labels", 1), ("eval_every", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.preset not in ("fast", *PRESETS):
-            raise ValueError(f"preset must be one of {['fast', *PRESETS]}, got {self.preset!r}")
+        for name, least in (
+            ("size", 1),
+            ("labels", 1),
+            ("steps", 1),
+            ("batch_size", 1),
+            ("num_workers", 0),
+            ("eval_every", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name, choices in (
+            ("preset", ["fast", *PRESETS]),
+            ("augment", [*AUGMENTS]),
+            ("loader", [*LOADERS]),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
 
 
 class Summary(NamedTuple):
     """How a run ended.
 
     Attributes:
-        error: Test error of the averaged weights after the last step, in percent.
+        error: Test error of the averaged weights after the last step, in percent; of a folder
+            without test images, the error on the labelled ones.
         median_error: Median of the last 20 evaluations, as the paper reports, in percent.
         best_error: Lowest test error of all evaluations, in percent; chosen with the test set.
         seconds: Duration of the steps, without evaluations, in seconds.
@@ -100,22 +129,17 @@ class Summary(NamedTuple):
 class Job:
     """The parts of a run: what a checkpoint saves, and what a step needs."""
 
-    def __init__(self, config: TrainConfig, data: ImageData | None = None) -> None:
-        data = data or load_dataset(config.dataset, config.root)
-        preset = PRESETS.get(config.preset, presets.paper)(config.dataset)
+    def __init__(self, config: TrainConfig, data: ImageData | FolderData | None = None) -> None:
+        data = data or load_dataset(config.dataset, config.root, config.size)
         self.config = config
-        self.preset = preset
+        self.preset = preset = choose_preset(config.preset, config.dataset)
         self.device = torch.device(config.device)
-        self.labelled = split_labels(
-            data.train_labels, config.labels, config.seed, data.num_classes
-        )
-        self.data = data._replace(
-            train_images=data.train_images.to(self.device),
-            train_labels=data.train_labels.to(self.device),
-            test_images=data.test_images.to(self.device),
-            test_labels=data.test_labels.to(self.device),
-        )
-        channels = data.train_images.shape[1]
+        self.loader = make_loader(config, data)
+        self.test_images = data.test_images.to(self.device)
+        self.test_labels = data.test_labels.to(self.device)
+        has_test = not isinstance(data, FolderData) or data.has_test
+        self.tested_on = "test" if has_test else "labelled"
+        channels, height, width = data.test_images.shape[1:]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = build_model(config.model, data.num_classes, channels)
@@ -125,7 +149,9 @@ class Job:
             decay = min(preset.ema_decay, max(0.0, 1 - 10 / config.steps))
         average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         self.ema = AveragedModel(self.model, multi_avg_fn=average)
-        self.augment: WeakAugment = preset.augment(channels_last=True).to(self.device)
+        weak = make_weak(config.dataset, preset, height).to(self.device)
+        self.normalize = weak.normalize
+        self.augment = make_augment(config.augment, weak, height, width)
         builder = dict(preset.builder)
         if config.preset == "fast":
             builder["guess_forward"] = "joint"
@@ -160,31 +186,18 @@ class Job:
             groups, lr=lr, momentum=settings["momentum"], nesterov=settings["nesterov"]
         )
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and labels at ``indices``."""
-        indices = indices.to(self.device)
-        return self.data.train_images[indices], self.data.train_labels[indices]
-
-    def train_step(self) -> dict[str, Tensor]:
+    def train_step(self, batch: SemiSupervisedBatch) -> dict[str, Tensor]:
         """Take one step; return its losses, still on the device."""
-        config, seed = self.config, self.config.seed
-        x, y = self.batch(
-            self.labelled[stream(seed, self.step, len(self.labelled), config.batch_size, view=0)]
-        )
         self.model.train()
-        if config.supervised:
-            loss = F.cross_entropy(self.model(self.augment(x, seed, self.step)), y)
-            losses = {"loss": loss}
+        if self.config.supervised:
+            losses = {"loss": self._supervised_loss(batch.x, batch.y.to(self.device))}
         else:
-            u, _ = self.batch(
-                stream(seed, self.step, len(self.data.train_images), config.batch_size, view=1)
-            )
-            batch = self.mixmatch(x, y, u, self.model)
-            if config.preset == "fast":
-                logits = self.model(batch.inputs)
+            mixed = self.mixmatch(batch.x, batch.y, batch.u, self.model)
+            if self.config.preset == "fast":
+                logits = self.model(mixed.inputs)
             else:
-                logits = self.preset.forward(self.model, batch)
-            losses = self.criterion(logits, batch)._asdict()
+                logits = self.preset.forward(self.model, mixed)
+            losses = self.criterion(logits, mixed)._asdict()
         self.optimizer.zero_grad()
         losses["loss"].backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
@@ -195,15 +208,19 @@ class Job:
         self.step += 1
         return {name: value.detach() for name, value in losses.items()}
 
+    def _supervised_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        draws = self.augment.draw_batch(self.config.seed, self.step, len(x), 0, 1)
+        return F.cross_entropy(self.model(self.augment.build(x, x[:0], draws, 1)), y)
+
     @torch.no_grad()
     def test_error(self) -> float:
         """Error of the averaged weights on the test set, in percent."""
         self.ema.eval()
         wrong = torch.zeros((), dtype=torch.int64, device=self.device)
-        images, labels = self.data.test_images, self.data.test_labels
+        images, labels = self.test_images, self.test_labels
         for start in range(0, len(images), 512):
             part = slice(start, start + 512)
-            logits = self.ema(self.augment.normalize(images[part]))
+            logits = self.ema(self.normalize(images[part]))
             wrong += (logits.argmax(dim=1) != labels[part]).sum()
         self.ema.train()  # a teacher guesses in the mode of the student
         return 100 * int(wrong) / len(images)
@@ -217,6 +234,7 @@ class Job:
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "mixmatch": dict(self.mixmatch.state_dict()),
+            "loader": self.loader.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -242,6 +260,7 @@ class Job:
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.mixmatch.load_state_dict(state["mixmatch"])
+        self.loader.load_state_dict(state["loader"])
 
 
 def train(
@@ -249,7 +268,7 @@ def train(
     out: Path | None = None,
     *,
     resume: bool = False,
-    data: ImageData | None = None,
+    data: ImageData | FolderData | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Summary:
     """Train a classifier, evaluate it as it goes, and write what happened.
@@ -279,8 +298,8 @@ def train(
     eval_every = config.eval_every or max(1, config.steps // 20)
     seconds = metrics[-1]["seconds"] if metrics else 0.0
     began = time.perf_counter()
-    while job.step < config.steps:
-        losses = job.train_step()
+    for batch in islice(job.loader, config.steps - job.step):
+        losses = job.train_step(batch)
         if job.step % eval_every == 0 or job.step == config.steps:
             values = {name: float(value) for name, value in losses.items()}  # waits for the device
             seconds += time.perf_counter() - began
@@ -298,33 +317,94 @@ def train(
     return Summary(errors[-1], statistics.median(errors[-20:]), min(errors), seconds)
 
 
-def stream(seed: int, step: int, length: int, batch_size: int, *, view: int) -> Tensor:
-    """Indices of a step's batch in an endless stream of epochs, each in its keyed order.
+def choose_preset(name: str, dataset: str) -> presets.Preset:
+    """Return a preset by its name; a folder of photographs has CIFAR-10's settings."""
+    preset = PRESETS.get(name, presets.paper)
+    return preset("cifar10" if dataset == "folder" else dataset)
 
-    Args:
-        seed: The key.
-        step: The step; consecutive steps take consecutive batches of the stream.
-        length: Number of samples in an epoch.
-        batch_size: Samples per step; may exceed ``length``.
-        view: 0 for the labelled stream, 1 for the unlabelled one.
 
-    Returns:
-        Indices, ``[batch_size]`` int64.
+def make_weak(dataset: str, preset: presets.Preset, size: int) -> WeakAugment:
+    """Return the preset's augmentation; images of a folder shift by an eighth of their size.
+
+    That is what the paper does at 32 px (CIFAR-10) and at 96 px (STL-10).
     """
-    position = step * batch_size
-    parts = []
-    while batch_size > 0:
-        epoch, start = divmod(position, length)
-        part = _epoch_order(seed, epoch, length, view)[start : start + batch_size]
-        parts.append(part)
-        position += len(part)
-        batch_size -= len(part)
-    return torch.cat(parts)
+    fields = {"padding": size // 8} if dataset == "folder" else {}
+    return preset.augment(channels_last=True, **fields)
 
 
-@lru_cache(maxsize=4)
-def _epoch_order(seed: int, epoch: int, length: int, view: int) -> Tensor:
-    return sampling.epoch_order(seed, epoch, length, view=view)
+def make_augment(name: str, weak: WeakAugment, height: int, width: int) -> Augment:
+    """Return the engine ``name`` that does what ``weak`` says: shift, flip, normalise.
+
+    - "weak" is ``weak`` itself.
+    - "dali" runs it through DALI's operators, with the same draws: the same views.
+    - "kornia" has the same policy as Kornia's RandomCrop and RandomHorizontalFlip, which draw for
+      themselves: other views of the same distribution.
+
+    Raises:
+        ImportError: If the engine is not installed.
+    """
+    if name == "weak":
+        return weak
+    if name == "dali":
+        return DaliAugment(weak)
+    import kornia.augmentation as K
+
+    mode = {"reflect": "reflect", "zeros": "constant", "edge": "replicate"}[weak.padding_mode]
+    module = K.AugmentationSequential(
+        K.RandomCrop((height, width), padding=weak.padding, padding_mode=mode),
+        K.RandomHorizontalFlip(p=weak.flip),
+    )
+    return KorniaAugment(module, mean=weak.mean, std=weak.std, channels_last=weak.channels_last)
+
+
+def make_loader(config: TrainConfig, data: ImageData | FolderData) -> KeyedLoader:
+    """Return the loader that ``config`` names. One epoch of it is the whole run.
+
+    - "resident" keeps all images on the device, those of a folder decoded.
+    - "dataloader" fetches them in worker processes; its batches are the same.
+    - "dali" decodes the files of a folder; its order is the same, its pixels are DALI's.
+
+    Raises:
+        ImportError: If "dali" is wanted and not installed.
+        ValueError: If "dali" is wanted and the images are in memory.
+    """
+    labelled, unlabelled = data.split(config.labels, config.seed)
+    device = torch.device(config.device)
+    order: dict[str, Any] = {"steps_per_epoch": config.steps, "seed": config.seed}
+    if config.loader == "dataloader":
+        return SemiSupervisedLoader(
+            labelled,
+            unlabelled,
+            config.batch_size,
+            device=device,
+            num_workers=config.num_workers,
+            **order,
+        )
+    if config.loader == "resident":
+        x, y = _in_memory(labelled)
+        u, *_ = _in_memory(unlabelled)
+        return ResidentLoader(x, y, config.batch_size, unlabelled=u, device=device, **order)
+    if not isinstance(labelled, ImageFiles) or not isinstance(unlabelled, ImageFiles):
+        raise ValueError(
+            "loader must be 'resident' or 'dataloader' for images in memory, since 'dali' decodes "
+            f"files of --dataset folder, got 'dali' for {data.name}"
+        )
+    return DaliLoader(
+        labelled.index,
+        unlabelled.index,
+        config.batch_size,
+        config.size,
+        device_id=device.index or 0 if device.type == "cuda" else None,
+        **order,
+    )
+
+
+def _in_memory(dataset: TensorDataset | ImageFiles) -> tuple[Tensor, ...]:
+    if isinstance(dataset, TensorDataset):
+        return dataset.tensors
+    images = dataset.load()
+    labels = dataset.index.labels
+    return (images,) if labels is None else (images, labels)
 
 
 class MetricsLog:
@@ -350,6 +430,7 @@ class MetricsLog:
         write_atomically(out / "config.json", config.encode())
         self._write_metrics()
         self.writer = SummaryWriter(str(out), purge_step=job.step + 1)
+        self.tested_on = job.tested_on
 
     def write(self, job: Job) -> None:
         """Write the latest metrics, then the checkpoint that they belong to."""
@@ -365,7 +446,7 @@ class MetricsLog:
     def close(self) -> None:
         """Finish the events and draw the curves."""
         self.writer.close()
-        draw_curves({self.out.name: self.metrics}, self.out / "curves.png")
+        draw_curves({self.out.name: self.metrics}, self.out / "curves.png", self.tested_on)
 
     def _write_metrics(self) -> None:
         lines = "".join(json.dumps(entry) + "\n" for entry in self.metrics)
@@ -379,8 +460,10 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def draw_curves(runs: dict[str, list[dict[str, float]]], path: Path) -> Path:
-    """Draw test error and losses over the steps of some runs as a PNG."""
+def draw_curves(
+    runs: dict[str, list[dict[str, float]]], path: Path, tested_on: str = "test"
+) -> Path:
+    """Draw error and losses over the steps of some runs as a PNG."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -403,7 +486,8 @@ def draw_curves(runs: dict[str, list[dict[str, float]]], path: Path) -> Path:
             xytext=(-4, 8),
             ha="right",
         )
-    left.set(title="Test error of the averaged weights", xlabel="step", ylabel="error in %")
+    title = f"Error of the averaged weights on the {tested_on} images"
+    left.set(title=title, xlabel="step", ylabel="error in %")
     left.set_ylim(bottom=0)
     right.set(title="Losses of the evaluated steps", xlabel="step", yscale="log")
     for axes in (left, right):
