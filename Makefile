@@ -1,6 +1,7 @@
 # make demo   set up .venv and train digits with 40 labels, supervised only and with MixMatch
 # make test   set up .venv and run the tests
 # make check  lint, format and types, as the gate has them
+# make gpu    all that wants a CUDA device: tests, checks and measurements
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
@@ -45,6 +46,15 @@ results: $(VENV)/.installed
 	for name in digits-demo digits-ablation fashion-mnist-demo tiles-demo; do for kind in json png; do \
 	  cp runs/results/$$name/*.$$kind $(RESULTS)/$$name--$(MACHINE).$$kind; done; done
 	$(RUN)/gpu-mixmatch preview --out $(RESULTS)/digits-preview--$(MACHINE).png
+	$(RUN)/python -m benchmarks.report
+
+# Everything that wants a CUDA device, within eight minutes; results go to $$OUT, if it is set.
+.PHONY: gpu benchmarks
+gpu: $(VENV)/.installed
+	$(RUN)/python -m benchmarks.gpu
+
+benchmarks: $(VENV)/.installed
+	for suite in augment batch loader scaling ops; do $(RUN)/python -m benchmarks.$$suite || exit 1; done
 	$(RUN)/python -m benchmarks.report
 
 # The kernels under the oldest Triton that they are held to. Its interpreter needs a numpy before

@@ -1,0 +1,361 @@
+"""Each operation by itself: ``python -m benchmarks.ops [--quick] [--device cuda]``.
+
+Drawing, augmenting, targets (guess and sharpen), MixUp and the loss, by each implementation and by
+``torch.compile`` of the plain one where that compiles. Every result is held to the plain one first.
+A row states the least bytes that the operation must move, and their rate as a share of the rate at
+which ``copy_`` moves as many, measured in the same turns. On CUDA the goals of the fused path are
+measured too: a captured batch, the host's part of an eager one, and bandwidth at 224 px in bf16.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.augment import draws_of, make_images, policy_for, weak
+from benchmarks.batch import first_logits
+from benchmarks.common import (
+    Contender,
+    Report,
+    Row,
+    Settings,
+    Skipped,
+    compiled,
+    cpu_threads,
+    implementations,
+    main,
+    skipped_row,
+    summary,
+    timed_rows,
+)
+from benchmarks.peers import VIEWS, Images
+from gpu_mixmatch import MixMatch, functional
+from gpu_mixmatch.impl import eager
+from gpu_mixmatch.types import MixUpParams
+
+NUM_CLASSES = 10
+GOALS = {
+    "captured batch, replay alone, us": 20.0,
+    "captured batch, whole call, us": 20.0,
+    "host time of an eager batch, us": 80.0,
+    "augment, share of copy, %": 85.0,
+    "mixup, share of copy, %": 85.0,
+}
+
+
+class Operation(NamedTuple):
+    """One operation on prepared arguments.
+
+    Attributes:
+        name: As tables show it.
+        call: Takes the name of an implementation and does the work.
+        plain: The plain implementation, to be compiled; None where there is nothing to compile.
+        least_bytes: That must be read and written.
+        tolerance: Between implementations.
+    """
+
+    name: str
+    call: Callable[[str], Any]
+    plain: Callable[[], Any] | None
+    least_bytes: int
+    tolerance: float = 1e-5
+
+
+def image_operations(images: Images, policy_name: str, dtype: torch.dtype) -> list[Operation]:
+    """Drawing, augmenting and mixing: what depends on the images."""
+    device, size = images.x.device, images.size
+    policy = policy_for(policy_name, size)
+    engines = {impl: weak(policy, impl, dtype).to(device) for impl in implementations(device)}
+    plain = engines["eager"]
+    draws = draws_of(plain, images, 0)
+    mixup = mixup_params(images)
+    generator = torch.Generator().manual_seed(0)
+    shape = (images.views, 3, size, size)
+    rows = torch.randn(shape, generator=generator).to(device, dtype)
+    targets = torch.rand(len(rows), NUM_CLASSES, generator=generator).to(device)
+    out, mixed_targets = torch.empty_like(rows), torch.empty_like(targets)
+    num_bytes = rows.numel() * rows.element_size()
+    target_bytes = targets.numel() * 4
+
+    def draw(impl: str) -> Any:
+        return functional.draw_batch(
+            0,
+            torch.tensor(5),
+            len(images.x),
+            len(images.u),
+            num_augmentations=VIEWS,
+            policy=policy,
+            device=device,
+            impl=impl,  # type: ignore[arg-type]
+        )
+
+    def augment(impl: str) -> Tensor:
+        return engines[impl].apply(tuple(images), draws, out=out)
+
+    def mix(impl: str) -> Any:
+        return functional.mixup(rows, targets, mixup, out=out, impl=impl)  # type: ignore[arg-type]
+
+    def augment_and_mix(impl: str) -> Tensor:
+        return engines[impl].apply(tuple(images), draws, mixup=mixup, out=out)
+
+    def plain_mix() -> Any:
+        eager.mixup(rows, targets, mixup, out, mixed_targets)
+        return out, mixed_targets
+
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    return [
+        Operation("draw", draw, None, 44 * len(rows)),
+        Operation(
+            "augment", augment, lambda: augment("eager"), rows.numel() + num_bytes, tolerance
+        ),
+        # two rows read and one written
+        Operation("mixup", mix, plain_mix, 3 * (num_bytes + target_bytes), tolerance),
+        Operation("augment, mixed", augment_and_mix, None, 2 * rows.numel() + num_bytes, tolerance),
+    ]
+
+
+def class_operations(batch: int, num_classes: int, device: torch.device) -> list[Operation]:
+    """Sharpening, targets and the loss: what depends on the classes."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(VIEWS, batch, num_classes, generator=generator).to(device)
+    probs = logits[0].softmax(dim=1)
+    y = (torch.arange(batch) % num_classes).to(device)
+    rows = torch.randn((1 + VIEWS) * batch, num_classes, generator=generator).to(device)
+    rows.requires_grad_()
+    targets = functional.batch_targets(y, logits, 0.5, impl="eager")
+    weight = torch.tensor(75.0, device=device)
+    target_bytes = targets.numel() * 4
+
+    def guess(impl: str) -> Tensor:
+        return functional.batch_targets(y, logits, 0.5, impl=impl)  # type: ignore[arg-type]
+
+    def loss(impl: str) -> Tensor:
+        with torch.no_grad():
+            return functional.mixmatch_loss(rows, targets, batch, weight, impl=impl).loss  # type: ignore[arg-type]
+
+    def loss_and_back(impl: str) -> Tensor:
+        value = functional.mixmatch_loss(rows, targets, batch, weight, impl=impl).loss  # type: ignore[arg-type]
+        return torch.autograd.grad(value, rows)[0]
+
+    def plain_guess() -> Tensor:
+        out = torch.empty_like(targets)
+        eager.batch_targets(y, logits, 0.5, 0.0, None, out)
+        return out
+
+    return [
+        Operation(
+            "sharpen",
+            lambda impl: functional.sharpen(probs, 0.5),
+            lambda: eager.sharpen(probs, 0.5),
+            2 * probs.numel() * 4,
+        ),
+        Operation("targets", guess, plain_guess, logits.numel() * 4 + 8 * batch + target_bytes),
+        Operation(
+            "loss",
+            loss,
+            lambda: eager.mixmatch_loss(rows.detach(), targets, batch, weight).loss,
+            2 * target_bytes,
+            1e-4,
+        ),
+        Operation("loss and gradient", loss_and_back, None, 5 * target_bytes, 1e-4),
+    ]
+
+
+def mixup_params(images: Images) -> MixUpParams:
+    """λ' and partners of a batch."""
+    _, params = functional.draw_batch(
+        0,
+        torch.tensor(0),
+        len(images.x),
+        len(images.u),
+        num_augmentations=VIEWS,
+        device=images.x.device,
+        impl="eager",
+    )
+    return params
+
+
+def check_equal(operation: Operation, call: Callable[[], Any]) -> None:
+    """Raise if a way to do an operation does not give what the plain one gives."""
+    wanted = _copied(operation.call("eager"))
+    torch.testing.assert_close(
+        _copied(call()), wanted, atol=operation.tolerance, rtol=operation.tolerance
+    )
+
+
+def _copied(result: Any) -> Any:
+    """Tensors of a result as float64, apart from buffers that the next call writes to."""
+    if isinstance(result, Tensor):
+        return result.detach().double().clone()
+    return [_copied(part) for part in result if part is not None]
+
+
+def copying(num_bytes: int, device: torch.device) -> Callable[[], Any]:
+    """Return what reads and writes ``num_bytes`` together, by ``copy_``."""
+    source = torch.zeros(max(1, num_bytes // 8), dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def operation_rows(
+    operation: Operation, case: str, settings: Settings, threads: int, *, compile_it: bool
+) -> list[Row]:
+    """Check and time all ways to do an operation, beside a copy of as many bytes."""
+    rows: list[Row] = []
+    contenders = []
+    names = implementations(settings.device)
+    if operation.name == "sharpen":
+        names = ["eager"]  # it has no other
+    for impl in names:
+        call = partial(operation.call, impl)
+        check_equal(operation, call)
+        contenders.append(Contender(impl, call))
+    if operation.plain and compile_it:
+        try:
+            contenders.append(Contender("eager, compiled", _compiled_call(operation)))
+        except Skipped as reason:
+            rows.append(skipped_row(case, "eager, compiled", threads, str(reason)))
+    contenders.append(
+        Contender(
+            "copy_", copying(operation.least_bytes, settings.device), "the rate to compare with"
+        )
+    )
+    timed = timed_rows(case, contenders, settings, threads, least_bytes=operation.least_bytes)
+    copy_ms = timed[-1]["median_ms"]
+    for row in timed:
+        row["gb_per_s"] = round(operation.least_bytes / row["median_ms"] / 1e6, 3)
+        row["copy_percent"] = round(100 * copy_ms / row["median_ms"], 1)
+    return timed + rows
+
+
+def _compiled_call(operation: Operation) -> Callable[[], Any]:
+    assert operation.plain is not None
+    torch.compiler.reset()
+    call = compiled(operation.plain)
+    try:
+        check_equal(operation, call)
+    except AssertionError as error:
+        raise Skipped(f"compiled, it differs: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of the compiler: anything
+        raise Skipped(f"does not compile: {type(error).__name__}") from error
+    return call
+
+
+# Goals of the fused path, on CUDA
+
+
+def goal_rows(settings: Settings, report: Report) -> list[Row]:
+    """Measure what the fused path is meant to reach, next to the goal."""
+    threads = settings.threads[-1]
+    batch = 8 if settings.quick else 64
+    values: dict[str, list[float]] = {}
+    report("captured batch")
+    images = make_images(32, batch, settings.device)
+    mixmatch = MixMatch(weak(policy_for("shift, flip", 32), "auto"), NUM_CLASSES).to(
+        settings.device
+    )
+    y = torch.arange(batch, device=settings.device) % NUM_CLASSES
+    data = images.x, y, images.u
+    captured = mixmatch.capture(first_logits, *data)
+    replay = captured._graph.replay
+    values["captured batch, replay alone, us"] = _microseconds(replay, settings)
+    values["captured batch, whole call, us"] = _microseconds(lambda: captured(*data), settings)
+    values["host time of an eager batch, us"] = _host_microseconds(
+        lambda: mixmatch(*data, first_logits)
+    )
+    report("bandwidth at 224 px, bf16")
+    large = make_images(224, batch, settings.device)
+    for operation in image_operations(large, "shift, flip", torch.bfloat16):
+        name = f"{operation.name}, share of copy, %"
+        if name in GOALS:
+            rows = operation_rows(operation, name, settings, threads, compile_it=False)
+            (share,) = (row["copy_percent"] for row in rows if row["contender"] == "triton")
+            values[name] = [share]
+    return [_goal_row(name, measured, threads) for name, measured in values.items()]
+
+
+def _goal_row(name: str, measured: list[float], threads: int) -> Row:
+    low, median, high, _ = summary(measured)
+    goal = GOALS[name]
+    met = median <= goal if name.endswith("us") else median >= goal
+    return {
+        "case": "goals of the fused path",
+        "contender": name,
+        "threads": threads,
+        "note": "met" if met else "not met",
+        "value": round(median, 2),
+        "quartiles": [round(low, 2), round(high, 2)],
+        "goal": goal,
+    }
+
+
+def _microseconds(call: Callable[[], Any], settings: Settings) -> list[float]:
+    """Device time per call of blocks of calls that follow each other without a wait."""
+    rows = timed_rows("", [Contender("", call)], settings, 1)
+    return [1e3 * rows[0][name] for name in ("low_ms", "median_ms", "high_ms")]
+
+
+def _host_microseconds(call: Callable[[], Any], calls: int = 20) -> list[float]:
+    """Host time per call while the device's queue is not full."""
+    times = []
+    for _ in range(10):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append(1e6 * (time.perf_counter() - start) / calls)
+    torch.cuda.synchronize()
+    return times[1:]
+
+
+def cases(settings: Settings) -> list[tuple[int, int, str, torch.dtype]]:
+    """Size, images per part, policy and dtype of each case."""
+    if settings.quick:
+        return [(32, 8, "shift, flip", torch.float32)]
+    last = 64 if settings.is_cuda else 16
+    sizes = [(32, 64), (96, 64), (224, last)]
+    found = [(size, batch, "shift, flip", torch.float32) for size, batch in sizes]
+    found += [(size, batch, "shift, flip, blur", torch.float32) for size, batch in sizes]
+    if settings.is_cuda:
+        found += [(224, last, "shift, flip", torch.bfloat16)]
+    return found
+
+
+def run(settings: Settings, report: Report) -> list[Row]:
+    """Check and time all operations."""
+    rows: list[Row] = []
+    for threads in settings.threads:
+        with cpu_threads(threads):
+            for size, batch, policy, dtype in cases(settings):
+                shapes = f"{policy}, {size} px, {batch} + {batch}, {str(dtype)[6:]}"
+                images = make_images(size, batch, settings.device)
+                # compiling takes seconds: one policy will do
+                compile_it = policy == "shift, flip" and not settings.quick
+                for operation in image_operations(images, policy, dtype):
+                    if "blur" in policy and operation.name in ("draw", "mixup"):
+                        continue  # as without
+                    case = f"{operation.name}: {shapes}"
+                    report(f"{case}, {threads} threads")
+                    rows += operation_rows(
+                        operation, case, settings, threads, compile_it=compile_it
+                    )
+            batch = 8 if settings.quick else 64
+            for classes in (10,) if settings.quick else (10, 1000):
+                for operation in class_operations(batch, classes, settings.device):
+                    case = f"{operation.name}: {batch} + {batch}, {classes} classes"
+                    report(f"{case}, {threads} threads")
+                    first = classes == 10
+                    compile_it = first and (not settings.quick or operation.name == "sharpen")
+                    rows += operation_rows(
+                        operation, case, settings, threads, compile_it=compile_it
+                    )
+    if settings.is_cuda:
+        rows += goal_rows(settings, report)
+    return rows
+
+
+if __name__ == "__main__":
+    main("ops", run, __doc__)

@@ -1,0 +1,265 @@
+"""What a MixMatch batch costs on this machine, at your shapes: what ``gpu-mixmatch bench`` shows.
+
+The engines take turns building whole batches from uint8 images that lie on the device, with the
+model's forward pass replaced by fixed logits; then whole training steps of a model are timed. This
+is a quick look: for numbers to publish see ``python -m benchmarks.batch`` in the repository.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from gpu_mixmatch.augment import WeakAugment
+from gpu_mixmatch.builder import MixMatch
+from gpu_mixmatch.impl import implementation
+from gpu_mixmatch.loss import MixMatchLoss
+from gpu_mixmatch.recipes.train import make_augment
+from gpu_mixmatch.recipes.wideresnet import build_model
+from gpu_mixmatch.types import Impl
+
+NUM_CLASSES = 10
+_ROUNDS = 7
+_BLOCK_SECONDS = 0.05
+_STEP_SECONDS = 10.0  # training steps are repeated for as long, but at most _ROUNDS times
+
+
+class EngineCost(NamedTuple):
+    """What one engine costs.
+
+    Attributes:
+        engine: Its name, as the table shows it.
+        build_ms: Median time of a batch beside the model, in milliseconds; None if it cannot run.
+        share: Of a training step, 0 .. 1; None if it cannot run.
+        images_per_second: Views built per second; None if it cannot run.
+        detail: How to choose it, or why it cannot run.
+    """
+
+    engine: str
+    build_ms: float | None
+    share: float | None
+    images_per_second: float | None
+    detail: str
+
+
+class BenchResult(NamedTuple):
+    """What `bench` found.
+
+    Attributes:
+        title: Shapes, model, device and threads.
+        model_ms: Median time of a training step beside the builder, in milliseconds.
+        rows: Costs by engine, the cheapest first, those that cannot run last.
+        advice: Which engine to choose.
+    """
+
+    title: str
+    model_ms: float
+    rows: list[EngineCost]
+    advice: str
+
+
+def bench(
+    size: int = 32,
+    batch_size: int = 64,
+    num_augmentations: int = 2,
+    model: str = "wrn-28-2",
+    device: torch.device | str = "cpu",
+    *,
+    on_part: Callable[[str], None] | None = None,
+) -> BenchResult:
+    """Time all engines that can run here, and a training step of a model.
+
+    Args:
+        size: Height and width of the images, in pixels.
+        batch_size: B, and M = B.
+        num_augmentations: K.
+        model: A name that `build_model` knows.
+        device: Where to build and train.
+        on_part: Called with what is done next, for a progress bar.
+
+    Raises:
+        ValueError: If a number is below 1, or ``model`` is unknown.
+    """
+    for name, value in (
+        ("size", size),
+        ("batch_size", batch_size),
+        ("num_augmentations", num_augmentations),
+    ):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    network = build_model(model, NUM_CLASSES, 3)  # raises now if the name is unknown
+    device = torch.device(device)
+    tell = on_part or (lambda _: None)
+    tell("setting up")
+    generator = torch.Generator().manual_seed(0)
+    x, u = (
+        torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8, generator=generator)
+        for _ in range(2)
+    )
+    data = x.to(device), (torch.arange(batch_size) % NUM_CLASSES).to(device), u.to(device)
+    builders, missing = _builders(size, num_augmentations, device)
+    guess = fixed_logits(num_augmentations * batch_size, NUM_CLASSES, device)
+    tell("engines")
+    with torch.random.fork_rng(devices=[]):
+        costs = _interleaved(
+            {name: _build_call(mixmatch, data, guess) for name, (mixmatch, _) in builders.items()},
+            device,
+        )
+    best = min(costs, key=lambda name: costs[name])
+    tell(f"training steps of {model}")
+    step_ms = time_training_step(network, builders[best][0], data)
+    model_ms = max(step_ms - costs[best], 0.0)
+    views = batch_size * (1 + num_augmentations)
+    rows = [
+        EngineCost(name, cost, cost / (model_ms + cost), 1e3 * views / cost, builders[name][1])
+        for name, cost in sorted(costs.items(), key=lambda item: item[1])
+    ]
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    title = (
+        f"{batch_size} + {batch_size} images of {size} px, K = {num_augmentations}, {model}, "
+        f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    missing_rows = [EngineCost(name, None, None, None, why) for name, why in missing.items()]
+    return BenchResult(title, model_ms, rows + missing_rows, _advice(rows, model_ms))
+
+
+def as_text(result: BenchResult) -> str:
+    """Lay a result out as a table for a terminal."""
+    width = max(len(row.engine) for row in result.rows)
+    lines = [
+        result.title,
+        f"{'engine':<{width}}  {'ms/batch':>9}  {'views/s':>9}  {'of a step':>9}",
+    ]
+    for row in result.rows:
+        cells = ["-"] * 3
+        if row.build_ms is not None and row.share is not None and row.images_per_second is not None:
+            share = f"{100 * row.share:.1f} %"
+            cells = [f"{row.build_ms:.3f}", f"{row.images_per_second:,.0f}", share]
+        numbers = "  ".join(f"{cell:>9}" for cell in cells)
+        lines.append(f"{row.engine:<{width}}  {numbers}  {row.detail}")
+    lines.append(f"the model's part of a step: {result.model_ms:.1f} ms")
+    return "\n".join([*lines, result.advice])
+
+
+def fixed_logits(num_rows: int, num_classes: int, device: torch.device) -> Callable[[Tensor], Any]:
+    """Return a model that costs nothing: it answers any images with the same logits."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(num_rows, num_classes, generator=generator).to(device)
+    return lambda images: logits[: len(images)]
+
+
+def time_training_step(
+    model: nn.Module, mixmatch: MixMatch, data: tuple[Tensor, Tensor, Tensor]
+) -> float:
+    """Median time of a whole training step, in milliseconds: build, forward, backward, update.
+
+    Args:
+        model: Trained in place by Adam, in channels_last.
+        mixmatch: Builds the batches; the guess is the model's.
+        data: x, y and u, on the builder's device.
+    """
+    device = mixmatch.device
+    model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.002)
+    criterion = MixMatchLoss()
+
+    def step() -> None:
+        batch = mixmatch(*data, model)
+        loss = criterion(model(batch.inputs), batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    _seconds(step, 1, device)  # warm-up
+    times: list[float] = []
+    while not times or (sum(times) < _STEP_SECONDS and len(times) < _ROUNDS):
+        times.append(_seconds(step, 1, device))
+    return 1e3 * statistics.median(times)
+
+
+def _builders(
+    size: int, num_augmentations: int, device: torch.device
+) -> tuple[dict[str, tuple[MixMatch, str]], dict[str, str]]:
+    """Return what can build here, with how to choose it, and why the others cannot."""
+    padding = min(max(1, size // 8), size - 1)
+    code = f"WeakAugment(padding={padding})"
+    builders: dict[str, tuple[MixMatch, str]] = {}
+    missing: dict[str, str] = {}
+
+    def add(name: str, augment: Any, impl: Any, detail: str) -> None:
+        mixmatch = MixMatch(
+            augment,
+            NUM_CLASSES,
+            num_augmentations=num_augmentations,
+            reuse_buffers=True,
+            impl=impl,
+        )
+        builders[name] = mixmatch.to(device), detail
+
+    for impl in get_args(Impl):
+        if impl == "auto":
+            continue
+        try:
+            if impl == "triton" and device.type != "cuda":
+                raise RuntimeError("its kernels run on CUDA devices")
+            implementation(impl, device)
+        except (RuntimeError, ImportError) as error:
+            missing[f"weak, {impl}"] = str(error)
+            continue
+        detail = f'MixMatch({code}, ..., impl="{impl}")'
+        add(f"weak, {impl}", WeakAugment(padding, impl=impl), impl, detail)
+    for engine, detail in (
+        ("kornia", "MixMatch(KorniaAugment(module, ...), ...)"),
+        ("dali", f"MixMatch(DaliAugment({code}), ...)"),
+    ):
+        try:
+            augment = make_augment(engine, WeakAugment(padding), size, size)
+        except ImportError as error:
+            missing[engine] = str(error)
+            continue
+        add(engine, augment, "auto", detail)
+    return builders, missing
+
+
+def _build_call(
+    mixmatch: MixMatch, data: tuple[Tensor, Tensor, Tensor], guess: Callable[[Tensor], Any]
+) -> Callable[[], Any]:
+    return lambda: mixmatch(*data, guess)
+
+
+def _advice(rows: list[EngineCost], model_ms: float) -> str:
+    best, *others = rows
+    cost = f"{best.build_ms:.2f} ms a batch, {100 * (best.share or 0):.1f} % of a step"
+    lines = [f"Choose {best.engine}: {best.detail}, with reuse_buffers=True: {cost}."]
+    slow = [row.engine for row in others if row.share is not None and row.share > 0.1]
+    if slow:
+        lines.append(f"More than a tenth of a step goes into the batch with {', '.join(slow)}.")
+    return "\n".join(lines)
+
+
+def _interleaved(calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
+    """Median milliseconds per call, of blocks of calls in turns."""
+    counts = {}
+    for name, call in calls.items():
+        _seconds(call, 2, device)  # warm-up
+        seconds = _seconds(call, 2, device) / 2
+        counts[name] = max(1, round(_BLOCK_SECONDS / max(seconds, 1e-7)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(_ROUNDS):
+        for name, call in calls.items():
+            times[name].append(1e3 * _seconds(call, counts[name], device) / counts[name])
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _seconds(call: Callable[[], Any], count: int, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

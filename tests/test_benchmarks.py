@@ -1,0 +1,593 @@
+"""The benchmarks: what they check before they time, what they write, and what is shown of it."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import augment, batch, common, gpu, loader, ops, peers, report, scaling, schema
+from benchmarks.common import Contender, Settings, Skipped
+from benchmarks.report import ROOT
+from gpu_mixmatch import MixMatch, WeakAugment, bench
+from gpu_mixmatch.types import AugmentParams, AugmentPolicy
+from tests.test_launches import EAGER
+
+CPU = torch.device("cpu")
+QUICK = common.quick_settings(CPU)
+SUITES = {
+    "ops": ops.run,
+    "augment": augment.run,
+    "batch": batch.run,
+    "loader": loader.run,
+    "scaling": scaling.run,
+}
+# the compiler's own import warns
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def content_of(suite, rows, settings=QUICK):
+    return common.header(suite, settings, rows)
+
+
+def row_of(contender="ours", case="case", **fields):
+    times = {"low_ms": 1.0, "median_ms": 2.0, "high_ms": 3.0, "blocks": 3}
+    return {"case": case, "contender": contender, "threads": 1, "note": "", **times, **fields}
+
+
+# Results
+
+
+def test_committed_results_fit_the_schema_and_are_no_quick_ones():
+    for path in sorted(common.RESULTS.glob("*.json")):
+        if path.name.split("--")[0] in schema.SUITES:
+            content = schema.load(path)
+            assert not content["quick"], path.name
+            assert path.name == f"{content['suite']}--{content['machine']}.json"
+            assert {row["threads"] for row in content["rows"]} <= set(content["threads"])
+
+
+def test_results_come_back_as_they_were_written(tmp_path):
+    content = content_of("ops", [row_of(), common.skipped_row("case", "theirs", 1, "not there")])
+    schema.dump(content, tmp_path / "folder" / "ops.json")
+    assert schema.load(tmp_path / "folder" / "ops.json") == content
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"suite": "speed"}, "suite must be one of"),
+        ({"cores": "two"}, "cores must be int, got 'two'"),
+        ({"gpu": 3}, "gpu must be str or null"),
+        ({"versions": {}}, "versions.gpu_mixmatch must be"),
+        ({"rows": []}, "at least one row"),
+        ({"rows": [row_of(), row_of()]}, r"rows\[1\] must be the only one"),
+        ({"rows": [row_of(low_ms=2.5)]}, "low_ms <= median_ms <= high_ms"),
+        ({"rows": [row_of(low_ms=0.0)]}, "0 < low_ms"),
+        ({"rows": [row_of(rate=float("nan"))]}, "must be finite, got nan"),
+        ({"rows": [row_of(blocks=0)]}, "blocks must be at least 1"),
+        ({"rows": [row_of(skipped="why")]}, "timed or skipped, got both"),
+        ({"rows": [common.skipped_row("case", "a", 1, "")]}, "skipped must be a reason"),
+        ({"rows": [{"case": "a", "contender": "b", "threads": 1, "note": ""}]}, "another number"),
+        ({"rows": [row_of(contender=None)]}, "contender must be str"),
+    ],
+)
+def test_the_schema_says_what_is_wrong(change, message):
+    content = content_of("ops", [row_of()])
+    schema.check(content)
+    with pytest.raises(ValueError, match=message):
+        schema.check(content | change)
+
+
+@pytest.mark.parametrize("name", ["commit", "date", "cpu", "machine", "threads", "quick"])
+def test_the_schema_wants_every_field(name):
+    content = content_of("ops", [row_of()])
+    del content[name]
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        schema.check(content)
+
+
+def test_a_file_with_nan_is_refused(tmp_path):
+    text = json.dumps(content_of("ops", [row_of(rate=1.5)])).replace("1.5", "NaN")
+    (tmp_path / "ops.json").write_text(text)
+    with pytest.raises(ValueError, match=r"ops\.json: numbers must be finite, got NaN"):
+        schema.load(tmp_path / "ops.json")
+
+
+# Timing
+
+
+def test_contenders_take_turns_there_and_back():
+    order = []
+    contenders = [
+        Contender(name, lambda name=name: (order.append(name), time.sleep(0.002)))
+        for name in ("a", "b")
+    ]
+    settings = Settings(CPU, rounds=3, block_seconds=0.0)
+    timings = common.interleaved(contenders, settings)
+    warm_up = ["a"] * 4 + ["b"] * 4
+    assert order == [*warm_up, "a", "b", "b", "a", "a", "b"]
+    for timing in timings.values():
+        assert timing.blocks == 3
+        assert 2 <= timing.low_ms <= timing.median_ms <= timing.high_ms
+
+
+def test_what_comes_before_a_block_is_not_timed():
+    slow = Contender("slow", lambda: None, before_block=lambda: time.sleep(0.05))
+    timing = common.interleaved([slow], Settings(CPU, rounds=2, block_seconds=0.0))["slow"]
+    assert timing.high_ms < 25
+
+
+def test_times_are_per_call_and_rates_per_second():
+    contender = Contender("a", lambda: time.sleep(0.004), "a note", {"extra": 1})
+    settings = Settings(CPU, rounds=2, block_seconds=0.02)
+    (row,) = common.timed_rows("case", [contender], settings, 1, views=12)
+    assert 4 <= row["median_ms"] < 15
+    assert row["views_per_s"] == pytest.approx(12e3 / row["median_ms"], rel=1e-3)
+    assert (row["note"], row["extra"], row["case"]) == ("a note", 1, "case")
+
+
+def test_threads_are_set_and_put_back():
+    before = torch.get_num_threads()
+    with common.cpu_threads(2):
+        assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == before
+
+
+def test_what_is_missing_is_skipped_with_a_reason():
+    with pytest.raises(Skipped, match=r"no_such_peer is not installed \(see benchmarks/req"):
+        common.need("no_such_peer")
+    common.need("torch")
+
+
+def test_the_interpreter_is_no_contender():
+    assert common.implementations(CPU)[0] == "eager"
+    assert "triton" not in common.implementations(CPU)
+
+
+# Peers
+
+
+@pytest.mark.parametrize("name", ["shift, flip", "shift, flip, blur"])
+@pytest.mark.parametrize("peer", peers.PEERS, ids=lambda peer: peer.name)
+def test_peers_draw_the_views_of_the_policy(peer, name):
+    policy = augment.policy_for(name, augment.CHECKED_AT)
+    if policy.blur_sigma and not peer.blurs:
+        pytest.skip("it has no blur")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        try:
+            augment.check_peer(peer, CPU, policy)
+        except Skipped as reason:
+            pytest.skip(str(reason))
+
+
+def changed(peer, change):
+    """A peer whose views are changed."""
+
+    def make(images, policy, threads):
+        build = peer.make(images, policy, threads)
+        return lambda: change(build())
+
+    return peer._replace(make=make)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda views: views * 2, "is no view of its image"),
+        (lambda views: views.roll(1, dims=0), "is no view of its image"),
+        (lambda views: views.flip(2), "is no view of its image"),
+        (lambda views: views[:100], "must be float32 rows"),
+        (lambda views: views.half(), "must be float32 rows"),
+    ],
+)
+def test_wrong_views_of_a_peer_are_found(change, message):
+    policy = augment.policy_for("shift, flip", 32)
+    peer = next(peer for peer in peers.PEERS if peer.name.startswith("USB"))
+    with pytest.raises(ValueError, match=message):
+        augment.check_peer(changed(peer, change), CPU, policy)
+
+
+def test_uneven_draws_of_a_peer_are_found():
+    policy = augment.policy_for("shift, flip", 32)
+    yu1ut = next(peer for peer in peers.PEERS if not peer.last_offset)
+    with pytest.raises(ValueError, match="evenly from 9 values"):  # it never draws the last one
+        augment.check_peer(yu1ut._replace(last_offset=True), CPU, policy)
+    with pytest.raises(ValueError, match="must share their draw"):
+        augment.check_peer(yu1ut._replace(draws="batch"), CPU, policy)
+    still = policy._replace(flip=0.0)
+    kornia = peers.PEERS[0]._replace(make=lambda i, p, t: peers.kornia_one_call(i, still, t))
+    with torch.random.fork_rng(), pytest.raises(ValueError, match="flip must be drawn evenly"):
+        augment.check_peer(kornia, CPU, policy)
+
+
+def test_the_numpy_sketch_does_what_our_zoom_flip_and_blur_do():
+    generator = np.random.default_rng(0)
+    array = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    crops = np.array([[0, 0, 0, 0], [3, 7, 16, 2], [16, 16, 16, 16], [0, 5, 1, 0]])
+    flips, sigmas = [0, 1, 0, 1], [0.0, 0.8, 2.0, 1.5]
+    still = torch.zeros(4, dtype=torch.int32)
+    crop, flip = (torch.tensor(v, dtype=torch.int32) for v in (crops, flips))
+    params = AugmentParams(still, still, flip, crop, torch.tensor(sigmas))
+    weak = augment.weak(AugmentPolicy(0, (0, 16), 0.5, (0.0, 3.0)), "eager")
+    source = torch.from_numpy(array).permute(2, 0, 1)[None]
+    for row, expected in enumerate(weak.apply(source, params)):
+        came = peers.sketch_view(array, crops[row], bool(flips[row]), sigmas[row])
+        # it cuts the Gaussian at 3 sigma, and rounds to bytes
+        torch.testing.assert_close(came, expected, atol=0.025, rtol=0)
+
+
+def test_usb_views_are_windows_of_the_padded_image():
+    picture = Image.fromarray(np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3))
+    generator = np.random.default_rng(0)
+    view = peers.usb_view(picture, generator=generator, padding=0)
+    values = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    unflipped = (values / 255 - 0.5) / 0.5
+    assert any(torch.allclose(view, each) for each in (unflipped, unflipped.flip(2)))
+
+
+@pytest.mark.parametrize("step", [peers.yu1ut_step, peers.usb_step])
+def test_peers_guess_and_mix_as_our_operations_do_with_one_lambda(step):
+    batch.check_step(step)
+
+
+def test_wrong_mixing_of_a_peer_is_found():
+    def unfolded(*arguments):
+        mixed = peers.usb_step(*arguments)
+        return mixed._replace(lam=1 - mixed.lam)
+
+    def unsharpened(*arguments):
+        return peers.usb_step(*arguments, temperature=1.0)
+
+    for step in (unfolded, unsharpened):
+        with pytest.raises(AssertionError):
+            batch.check_step(step)
+
+
+# Suites
+
+
+@pytest.fixture(scope="module")
+def ran():
+    """Results of every suite in its quick form, as they are asked for."""
+    contents = {}
+
+    def run(suite):
+        if suite not in contents:
+            contents[suite] = content_of(suite, SUITES[suite](QUICK, lambda _: None))
+        return contents[suite]
+
+    return run
+
+
+@pytest.mark.parametrize("suite", schema.SUITES)
+def test_every_suite_writes_rows_that_fit_and_tables_that_show_them(suite, ran):
+    content = ran(suite)
+    schema.check(content)
+    shown = "".join(text for _, text in report.SUITE_TABLES[suite](content))
+    wanted = "case" if suite == "ops" else "contender"
+    for row in content["rows"]:
+        if suite != "ops" or "copy_percent" in row:
+            assert row[wanted] in shown, row
+
+
+def test_the_augment_suite_has_all_contenders(ran):
+    rows = ran("augment")["rows"]
+    names = {row["contender"] for row in rows}
+    assert names >= {peer.name for peer in (*peers.PEERS, *peers.SKETCH_PEERS)}
+    assert {"ours, eager", "ours, eager, reused buffers"} <= names
+    kornia = [row for row in rows if row["contender"] == "Kornia, one call"]
+    assert kornia
+    assert all("median_ms" in row and row["note"] for row in kornia)
+
+
+def test_counted_launches_are_those_of_the_tests(ran):
+    counted = [row for row in ran("batch")["rows"] if row["case"].startswith("launches")]
+    ours = [row for row in counted if row["contender"] == "ours, eager, DataLoader"]
+    assert [row["launches"] for row in ours] == [EAGER["plain"][1], EAGER["blur"][1]]
+    assert [row["copies_to_device"] for row in ours] == [4, 4]  # x, y, u and the draws
+    theirs = {row["contender"]: row for row in counted if "blur" not in row["case"]}
+    assert theirs["Kornia loop"]["launches"] > 50
+    uint8, float32 = (theirs[name]["bytes_to_device"] for name in ("Kornia loop", "YU1ut's loop"))
+    assert float32 > 5 * uint8  # K views as floats
+
+
+def test_a_loop_that_reads_the_device_is_not_counted():
+    scalar = torch.zeros((), device="meta")
+    with pytest.raises(Skipped, match="it reads the device"):
+        batch.device_work(lambda: scalar.item(), torch.device("meta"))
+
+
+def test_the_builders_share_is_of_the_whole_step(ran):
+    rows = [row for row in ran("batch")["rows"] if row["case"].startswith("training step")]
+    (whole,) = (row for row in rows if row["contender"] == "whole step")
+    assert whole["share_percent"] == 100
+    for row in rows:
+        expected = 100 * row["median_ms"] / whole["median_ms"]
+        assert row["share_percent"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_operations_that_differ_are_not_timed():
+    operation = ops.class_operations(4, 10, CPU)[1]
+    ops.check_equal(operation, lambda: operation.call("eager"))
+    with pytest.raises(AssertionError):
+        ops.check_equal(operation, lambda: operation.call("eager") + 0.01)
+
+
+def test_least_bytes_count_each_value_once():
+    images = augment.make_images(8, 2, CPU)
+    operations = {op.name: op for op in ops.image_operations(images, "shift, flip", torch.float32)}
+    values = 6 * 3 * 8 * 8  # N = 2 + 2 · 2
+    assert operations["augment"].least_bytes == values * (1 + 4)
+    assert operations["augment, mixed"].least_bytes == values * (2 + 4)
+    assert operations["mixup"].least_bytes == 3 * 4 * (values + 6 * 10)
+
+
+def test_peak_memory_is_what_is_held_at_once():
+    def call():
+        first = torch.empty(2**20, dtype=torch.uint8)
+        del first
+        return torch.empty(2**20, dtype=torch.uint8), torch.empty(2**19, dtype=torch.uint8)
+
+    assert scaling.peak_bytes(call, CPU) == 2**20 + 2**19
+
+
+def test_a_suite_is_a_command_that_writes_its_results(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.scaling", "--quick", "--out", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    (path,) = tmp_path.glob("scaling--cpu-*c.json")
+    content = schema.load(path)
+    assert content["quick"]
+    assert content["gpu"] is None
+    assert content["command"] == "python -m benchmarks.scaling --quick"  # no path of a machine
+    assert "ours, eager" in result.stdout
+
+
+def test_a_device_that_is_not_there_is_said_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["ops", "--device", "cuda"])
+    with pytest.raises(SystemExit, match="needs a CUDA device, and there is none"):
+        common.main("ops", ops.run, None)
+
+
+# The report
+
+
+def test_the_fastest_is_bold_whoever_it_is_and_skips_have_their_reason():
+    rows = [
+        row_of("ours", median_ms=2.0),
+        row_of("theirs", median_ms=1.5),
+        common.skipped_row("case", "absent", 1, "not installed"),
+    ]
+    text = report.pivot(
+        rows,
+        lambda row: row["case"],
+        lambda row: f"{row['median_ms']}",
+        "who",
+        lambda row: row["median_ms"],
+    )
+    assert text.splitlines() == [
+        "| who | case |",
+        "|---|---|",
+        "| ours | 2.0 |",
+        "| theirs | **1.5** |",
+        "| absent (not installed) | skipped |",
+    ]
+
+
+def test_quick_results_are_not_published(ran):
+    with pytest.raises(ValueError, match="must not be of --quick"):
+        report.suite_part(ran("scaling"), common.RESULTS / "scaling--cpu-2c.json")
+
+
+def test_a_suites_part_names_machine_versions_notes_and_plot(ran):
+    content = ran("augment") | {"quick": False}
+    text = report.suite_part(content, common.RESULTS / "augment--cpu-2c.json")
+    path = "benchmarks/results/0.1.0/augment--cpu-2c.png"
+    assert f"]({path})" in text
+    assert f"torch {torch.__version__}" in text
+    assert content["cpu"] in text
+    assert "last offset never drawn" in text
+
+
+def test_plots_are_drawn_on_an_opaque_light_ground(ran, tmp_path):
+    for suite in report.PLOTS:
+        schema.dump(ran(suite), tmp_path / f"{suite}--here.json")
+    drawn = report.draw_all(tmp_path)
+    assert [path.name for path in drawn] == [f"{suite}--here.png" for suite in report.PLOTS]
+    for path in drawn:
+        pixels = np.array(Image.open(path).convert("RGBA"))
+        assert (pixels[..., 3] == 255).all()
+        assert (pixels[0, 0, :3] == 255).all()
+        assert len(np.unique(pixels.reshape(-1, 4), axis=0)) > 10  # something is on it
+
+
+# One command for a CUDA machine
+
+
+def python(code):
+    return [sys.executable, "-c", code]
+
+
+def test_parts_run_on_past_failures_and_the_summary_tells(tmp_path, capsys):
+    seen = []
+    outcomes = gpu.run_all(
+        [
+            gpu.Part("good", python("import os; print(os.environ['WORD'])"), 20, {"WORD": "well"}),
+            gpu.Part("bad", python("print('oh'); raise SystemExit(3)"), 20),
+            gpu.Part("absent", ["no-such-tool"], 20),
+            gpu.Part("last", python("print('done')"), 20),
+        ],
+        60,
+        seen.append,
+    )
+    assert seen == outcomes
+    assert [outcome.state for outcome in outcomes] == ["passed", "failed", "skipped", "passed"]
+    assert [outcome.output.strip() for outcome in outcomes] == ["well", "oh", "", "done"]
+    assert outcomes[1].detail == "exit code 3"
+    assert outcomes[2].detail == "no-such-tool is not installed"
+
+    path = tmp_path / "out" / "gpu--test.json"
+    assert gpu.summarise(outcomes, path, "a GPU") == 1
+    content = json.loads(path.read_text())
+    assert [part["name"] for part in content["parts"]] == ["good", "bad", "absent", "last"]
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("good", "failed", "exit code 3", "is not installed"))
+    assert gpu.summarise([outcomes[0], outcomes[2]], path, "a GPU") == 0
+
+
+def test_a_part_that_takes_too_long_is_ended_with_what_it_started(tmp_path):
+    marker = tmp_path / "survived"
+    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(marker)!r}).touch()"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    slow, late = gpu.Part("slow", python(code), 1.5), gpu.Part("late", python("1"), 20)
+    first, second = gpu.run_all([slow, late], 2.0, lambda _: None)
+    assert (first.state, first.detail) == ("out of time", "ended after 2 s")
+    assert (second.state, second.detail) == ("skipped", "no time was left")
+    time.sleep(2.5)
+    assert not marker.exists()
+
+
+def test_all_parts_fit_in_eight_minutes(tmp_path):
+    chosen = gpu.parts(tmp_path)
+    assert sum(part.seconds for part in chosen) <= 8 * 60
+    assert gpu.SECONDS <= 8 * 60
+    names = [part.name for part in chosen]
+    assert [f"suite {suite}" in names for suite in schema.SUITES] == [True] * len(SUITES)
+    for part in chosen:
+        if part.name.startswith("suite"):
+            assert [*part.command[-4:]] == ["--device", "cuda", "--out", str(tmp_path)]
+
+
+def test_without_cuda_nothing_runs_and_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    monkeypatch.setattr(gpu, "run_all", lambda *_: pytest.fail("something was run"))
+    assert gpu.main() == 1
+    assert "There is no CUDA device here" in capsys.readouterr().out
+
+
+# The user's own machine
+
+
+def test_bench_ranks_engines_and_advises_the_cheapest():
+    parts = []
+    result = bench.bench(16, 4, 3, "cnn", on_part=parts.append)
+    assert parts == ["setting up", "engines", "training steps of cnn"]
+    able = [row for row in result.rows if row.build_ms is not None]
+    names = [row.engine for row in able]
+    assert {"weak, eager", "kornia"} <= set(names)
+    assert able == sorted(able, key=lambda row: row.build_ms)
+    for row in able:
+        share = row.build_ms / (row.build_ms + result.model_ms)
+        assert row.share == pytest.approx(share)
+        assert row.images_per_second == pytest.approx(1e3 * 16 / row.build_ms)
+    assert result.advice.startswith(f"Choose {names[0]}: ")
+    triton = next(row for row in result.rows if row.engine == "weak, triton")
+    assert triton.build_ms is None
+    assert "CUDA" in triton.detail
+    text = bench.as_text(result)
+    assert all(row.engine in text and row.detail in text for row in result.rows)
+    assert result.advice in text
+
+
+def test_bench_builds_what_it_says_to_choose():
+    builders, _ = bench._builders(16, 2, CPU)
+    x, u = augment.make_images(16, 4, CPU)
+    guess = bench.fixed_logits(8, bench.NUM_CLASSES, CPU)
+    for mixmatch, detail in builders.values():
+        result = mixmatch(x, torch.arange(4), u, guess)
+        assert result.inputs.shape == (12, 3, 16, 16)
+        assert detail.startswith("MixMatch(")
+    (weak, _), (dali, _) = builders["weak, eager"], builders.get("dali", builders["weak, eager"])
+    same = (m.from_views(x / 255, torch.arange(4), [u / 255] * 2, guess) for m in (weak, dali))
+    first, second = same
+    assert torch.equal(first.inputs, second.inputs)  # the same mixing, whatever the engine
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": 0}, "size must be an integer of at least 1, got 0"),
+        ({"batch_size": 2.5}, "batch_size must be an integer"),
+        ({"num_augmentations": -1}, "num_augmentations must be an integer of at least 1"),
+        ({"model": "resnet"}, "name must be one of"),
+    ],
+)
+def test_bench_refuses_what_it_cannot_build(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        bench.bench(**arguments)
+
+
+def test_a_training_step_trains_the_model():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 10))
+    before = model[1].weight.clone()
+    mixmatch = MixMatch(WeakAugment(1), 10)
+    x, u = augment.make_images(8, 4, CPU)
+    assert bench.time_training_step(model, mixmatch, (x, torch.arange(4), u)) > 0
+    assert not torch.equal(before, model[1].weight)
+    assert int(mixmatch.step) == 1 + bench._ROUNDS
+
+
+def test_importing_bench_loads_neither_engines_nor_benchmarks():
+    code = (
+        "import sys, gpu_mixmatch.bench; "
+        "print([n for n in ('kornia', 'nvidia.dali', 'rich', 'PIL', 'benchmarks', 'datasets') "
+        "if n in sys.modules])"
+    )
+    result = subprocess.run(
+        python(code), cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_goals_are_measured_next_to_what_is_wanted():
+    settings = replace(QUICK, device=torch.device("cuda"))
+    rows = ops.goal_rows(settings, lambda _: None)
+    assert {row["contender"] for row in rows} == set(ops.GOALS)
+    for row in rows:
+        assert row["value"] > 0
+        assert row["goal"] == ops.GOALS[row["contender"]]
+    schema.check(content_of("ops", rows))
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_the_profiler_counts_our_loops_without_waits():
+    device = torch.device("cuda")
+    data, policy = batch.make_data(32, 16), augment.policy_for("shift, flip", 32)
+    call = batch.ours_resident("triton", data, 8, policy, device)
+    counted = batch.device_work(call, device)
+    assert counted["synchronisations"] == 0
+    assert 4 <= counted["launches"] <= 8  # the builder's four, and the loader's gathers
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("kind", ["short", "heavy"])
+def test_the_watched_kernels_run(kind):
+    gpu.workload(kind)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("suite", ["augment", "scaling"])
+def test_suites_run_on_the_device(suite):
+    settings = replace(QUICK, device=torch.device("cuda"))
+    content = content_of(suite, SUITES[suite](settings, lambda _: None), settings)
+    schema.check(content)
+    assert content["gpu"]
+    assert any("triton" in row["contender"] for row in content["rows"])

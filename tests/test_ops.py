@@ -1,0 +1,271 @@
+"""The operations as torch.library ops: fakes, schemas, gradients, and compiled graphs."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck
+from torch.library import opcheck
+
+from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, functional, ops, sampling
+from gpu_mixmatch.types import AugmentPolicy
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+NUM_CLASSES = 5
+POLICY = AugmentPolicy(2, (0, 3), 0.5, (0.0, 0.6))
+
+both = pytest.mark.parametrize("impl", ["eager", "triton"])
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda]),
+]
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return values.to(DEVICE, dtype)
+
+
+def targets_of(*shape):
+    return random(*shape, seed=1).softmax(dim=-1)
+
+
+def mixup_params(num_x=2, num_u=3):
+    return [field.to(DEVICE) for field in sampling.draw_mixup(0, 0, num_x, num_u)]
+
+
+# What opcheck looks at: schema, mutation, aliases, fake tensors, autograd, symbolic shapes
+
+
+@both
+@pytest.mark.parametrize("policy", [None, POLICY, AugmentPolicy(padding=4)])
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_draw_batch_passes_opcheck(impl, policy, with_ids):
+    ids = (torch.tensor([7, 8]), torch.tensor([1, 2**40, 3])) if with_ids else (None, None)
+    ids = [None if each is None else each.to(DEVICE) for each in ids]
+    step = torch.tensor(4)
+    numbers = ops.flat_policy(policy)
+    switches = (2, numbers, 0.75, "sample", "all", DEVICE, impl)
+    opcheck(ops.draw_batch, (0, step, *ids, 2, 3, *switches))
+
+
+def test_a_policy_survives_becoming_numbers():
+    for policy in (None, POLICY, AugmentPolicy(), AugmentPolicy(3, (1, 4), 0.3)):
+        assert ops.policy_of(ops.flat_policy(policy)) == policy
+
+
+@both
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_augment_passes_opcheck(impl, per_channel, mixed):
+    generator = torch.Generator().manual_seed(0)
+    x, u = (
+        torch.randint(0, 256, (n, 3, 8, 9), generator=generator, dtype=torch.uint8).to(DEVICE)
+        for n in (2, 3)
+    )
+    params = sampling.draw_augment(0, 0, 8, 0, padding=2, crop_px=(0, 2), flip=0.5)
+    arguments = {
+        "sources": [x, u],
+        "params": [field.to(DEVICE) for field in params],
+        "mixup": mixup_params() if mixed else [],
+        "per_channel": [random(3), random(3)] if per_channel else [],
+        "scale": 2.0,
+        "bias": -1.0,
+        "padding": 2,
+        "padding_mode": "reflect",
+        "zoom": True,
+        "blur_radius": 0,
+        "channels_last_in": False,
+        "out": torch.zeros(8, 3, 8, 9, device=DEVICE),
+        "impl": impl,
+    }
+    opcheck(ops.augment, tuple(arguments.values()))
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_guess_labels_passes_opcheck(impl, dtype):
+    opcheck(ops.guess_labels, (random(2, 3, NUM_CLASSES, dtype=dtype), 0.5, impl))
+
+
+@both
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_batch_targets_passes_opcheck(impl, soft, mixed):
+    y = targets_of(2, NUM_CLASSES) if soft else torch.tensor([1, 4], device=DEVICE)
+    mixup = mixup_params() if mixed else []
+    out = torch.zeros(8, NUM_CLASSES, device=DEVICE)
+    opcheck(ops.batch_targets, (y, random(2, 3, NUM_CLASSES), 0.5, 0.1, mixup, out, impl))
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_mixup_passes_opcheck(impl, dtype, interleaved):
+    inputs, targets = random(8, 3, 4, 5, dtype=dtype), targets_of(8, NUM_CLASSES)
+    order = torch.arange(8, device=DEVICE).flip(0) if interleaved else None
+    outs = torch.zeros_like(inputs), torch.zeros_like(targets)
+    opcheck(ops.mixup, (inputs, targets, *mixup_params(), order, *outs, impl))
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_loss_passes_opcheck(impl, dtype):
+    logits = random(8, NUM_CLASSES, dtype=dtype).requires_grad_()
+    weight = torch.tensor(3.0)
+    opcheck(ops.mixmatch_loss, (logits, targets_of(8, NUM_CLASSES), 3, weight, impl))
+
+
+@both
+def test_the_backward_of_the_loss_passes_opcheck(impl):
+    tail = (random(8, NUM_CLASSES), targets_of(8, NUM_CLASSES), 3, torch.tensor(3.0), impl)
+    one = torch.ones((), device=DEVICE)
+    for grads in ((one, None, None), (None, one, 2 * one), (one, one, one)):
+        opcheck(ops.mixmatch_loss_backward, (*grads, *tail))
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("num_labelled", [0, 3, 6])
+@pytest.mark.parametrize("form", ["plain torch", "op, eager", "op, triton"])
+def test_the_loss_passes_gradcheck_in_float64(num_labelled, form):
+    logits = random(6, 4, dtype=torch.float64).requires_grad_()
+    targets, weight = targets_of(6, 4).double(), torch.tensor(3.0)
+
+    def losses(logits):
+        if form == "plain torch":
+            return functional.mixmatch_loss(logits, targets, num_labelled, weight, impl="eager")[:3]
+        return ops.mixmatch_loss(logits, targets, num_labelled, weight, form.removeprefix("op, "))
+
+    # a part without rows is a constant in plain torch
+    assert gradcheck(
+        lambda logits: tuple(part + 0 * logits.sum() for part in losses(logits)), logits
+    )
+
+
+@pytest.mark.parametrize("num_labelled", [0, 3, 6])
+def test_gradients_of_the_op_equal_those_of_plain_torch(num_labelled):
+    targets, weight = targets_of(6, 4), torch.tensor(75.0)
+    factors = (0.5, -2.0, 30.0)
+    grads = []
+    for impl in ("plain", "eager", "triton"):
+        logits = random(6, 4).requires_grad_()
+        if impl == "plain":
+            parts = functional.mixmatch_loss(logits, targets, num_labelled, weight, impl="eager")[
+                :3
+            ]
+        else:
+            parts = ops.mixmatch_loss(logits, targets, num_labelled, weight, impl)
+        sum(factor * part for factor, part in zip(factors, parts, strict=True)).backward()
+        grads.append(logits.grad)
+    plain, *others = grads
+    for grad in others:
+        torch.testing.assert_close(grad, plain, rtol=1e-5, atol=1e-6)
+
+
+# Compiled
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.dense = nn.Linear(4, NUM_CLASSES)
+
+    def forward(self, images):
+        return self.dense(self.norm(self.conv(images)).mean(dim=(2, 3)))
+
+
+def data(device):
+    generator = torch.Generator().manual_seed(0)
+    x, u = (
+        torch.randint(0, 256, (n, 3, 12, 12), generator=generator, dtype=torch.uint8).to(device)
+        for n in (4, 6)
+    )
+    return x, torch.randint(0, NUM_CLASSES, (4,), generator=generator).to(device), u
+
+
+POLICIES = {
+    "plain": {"padding": 2},
+    "zoom": {"padding": 0, "crop_px": (0, 3)},
+    "blur": {"padding": 1, "blur_sigma": (0.0, 0.6), "mean": (0.4, 0.5, 0.6)},
+}
+
+
+def trained(device, impl, backend, num_steps=4, policy="plain", **switches):
+    """Batches, losses and BatchNorm's statistics of some steps, built and trained on."""
+    torch.manual_seed(0)
+    model = Net().to(device)
+    augment = WeakAugment(**POLICIES[policy], impl=impl)
+    mixmatch = MixMatch(augment, NUM_CLASSES, seed=3, impl=impl, **switches).to(device)
+    criterion = MixMatchLoss(75.0, rampup_steps=3).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def step(x, y, u):
+        batch = mixmatch(x, y, u, model)
+        return batch, criterion(model(batch.inputs), batch)
+
+    if backend:
+        step = torch.compile(step, fullgraph=True, backend=backend)
+    history = []
+    for _ in range(num_steps):
+        batch, losses = step(*data(device))
+        losses.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append((batch.inputs.clone(), batch.targets, batch.step, *losses[:3]))
+    assert int(mixmatch.step) == num_steps
+    assert model.norm.num_batches_tracked == num_steps  # of training, not of guessing
+    return history, model.norm.running_mean
+
+
+def assert_equal_histories(compiled, plain):
+    torch.testing.assert_close(compiled[1], plain[1], rtol=1e-4, atol=1e-5)
+    for step, (mine, theirs) in enumerate(zip(compiled[0], plain[0], strict=True)):
+        assert int(mine[2]) == int(theirs[2]) == step
+        for left, right in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@both
+@pytest.mark.parametrize(
+    ("policy", "switches"),
+    [
+        ("plain", {}),
+        ("zoom", {"guess_forward": "separate", "mix": "separate", "label_smoothing": 0.1}),
+        ("blur", {"reuse_buffers": True, "guess_bn": "eval", "lam": "batch"}),
+    ],
+    ids=["plain", "zoom", "blur"],
+)
+def test_a_training_step_is_one_graph(device, impl, policy, switches):
+    if impl == "triton" and device == "cpu":
+        if torch.cuda.is_available():
+            pytest.skip("kernels run on CUDA here, without the interpreter")
+        if policy == "blur":
+            pytest.skip("the interpreter takes too long; test_triton.py holds blur")
+    plain = trained(device, impl, None, policy=policy, **switches)
+    compiled = trained(device, impl, "aot_eager", policy=policy, **switches)
+    assert_equal_histories(compiled, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("impl", ["auto"])
+def test_inductor_compiles_a_training_step(device, impl):
+    plain = trained(device, impl, None)
+    with warnings.catch_warnings():  # inductor's own imports warn
+        warnings.simplefilter("ignore")
+        compiled = trained(device, impl, "inductor")
+    assert_equal_histories(compiled, plain)
