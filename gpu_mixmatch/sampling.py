@@ -260,6 +260,23 @@ def generator_seed(seed: int, step: int) -> int:
     return int(words[0, 0, 0]) | int(words[1, 0, 0]) << 32
 
 
+def batch_seed(seed: int, step: int, ids_x: Tensor | int, ids_u: Tensor | int) -> int:
+    """Return a 64-bit seed for a foreign generator that draws for a whole batch by position.
+
+    The first ids of x and u enter it, so that the ranks of a distributed run, whose batches begin
+    with different positions or images, do not draw alike; no other id does.
+    """
+    firsts = np.array([_first(ids_x), _first(ids_u)]).view(np.uint64)
+    counter = np.concatenate([firsts & _MASK, firsts >> _SHIFT32])
+    words = philox(counter[:, None], generator_seed(seed, step))
+    return int(words[0, 0]) | int(words[1, 0]) << 32
+
+
+def _first(ids: Tensor | int) -> int:
+    """The first id; an integer M stands for 0 .. M - 1."""
+    return 0 if isinstance(ids, int) or len(ids) == 0 else int(ids[0])
+
+
 class _Rows:
     """Counter words of some rows, each ``[R]`` uint64: ids, low and high, and view · 256.
 

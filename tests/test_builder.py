@@ -1083,8 +1083,9 @@ HEAVY = {
     "accelerate": ("integrations/accelerate.py",),
     "transformers": ("integrations/transformers.py",),
 }
-# A kernel needs its decorator, and is itself only imported at the moment of use.
-HEAVY_AT_MODULE_LEVEL = ("impl/triton/",)
+# A kernel needs its decorator and a trainer's glue its base class; these modules are themselves
+# only imported at the moment of use, or by the user.
+HEAVY_AT_MODULE_LEVEL = ("impl/triton/", "integrations/")
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

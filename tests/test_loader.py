@@ -893,3 +893,16 @@ def test_pinned_buffers_are_reused_on_cuda():
     take(loader, 20)
     assert buffers == [t.data_ptr() for slot in loader._upload.buffers for t in slot.values()]
     assert all(t.is_pinned() for slot in loader._upload.buffers for t in slot.values())
+
+
+def test_a_loader_made_before_the_process_group_is_refused(monkeypatch):
+    loader = SemiSupervisedLoader(torch.zeros(8, 3, 4, 4, dtype=torch.uint8), torch.zeros(8), 2)
+    given = SemiSupervisedLoader(
+        torch.zeros(8, 3, 4, 4, dtype=torch.uint8), torch.zeros(8), 2, rank=0, world_size=1
+    )
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="made for rank 0 of 1, got rank 1 of 2"):
+        iter(loader)
+    assert given.order.steps_left() == range(4)

@@ -1,7 +1,7 @@
 """Augmentation engines: what `MixMatch` asks of one, and how a plain callable becomes one."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -51,17 +51,12 @@ class Augment(Protocol):
         """Return W: x once, then u K times, view-major, ``[B + K·M, C, H, W]``."""
 
 
-class _Key(NamedTuple):
-    seed: int
-    step: int
-
-
 class CallableAugment:
     """Any function or module that maps float images to float images of any one size.
 
     It gets NCHW float32 images in [0, 1], x once and u once per view, and normalises them itself
     if it should. Whatever it draws from torch's global generators becomes a function of
-    (seed, step); the generators are left as they were.
+    (seed, step) and of the first ids, by which ranks differ; the generators are left as they were.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -74,27 +69,26 @@ class CallableAugment:
         ids_x: Tensor | int,
         ids_u: Tensor | int,
         num_augmentations: int,
-    ) -> _Key:
-        """Return the key of the call. Ids do not enter: the function draws by position."""
-        return _Key(seed, step)
+    ) -> int:
+        """Return the seed of the call: of (seed, step) and the first ids of x and u."""
+        return sampling.batch_seed(seed, step, ids_x, ids_u)
 
     def build(
         self,
         x: Tensor,
         u: Tensor,
-        draws: _Key,
+        draws: int,
         num_augmentations: int,
         workspace: Workspace | None = None,
     ) -> Tensor:
-        """Call the function on x, then K times on u, under a generator keyed by (seed, step)."""
+        """Call the function on x, then K times on u, under a generator of that seed."""
         devices = [x.device] if x.device.type == "cuda" else []
         # copies, for a function that writes in place
         sources = [float_images(images).clone() for images in (x, *[u] * num_augmentations)]
         with torch.random.fork_rng(devices=devices):
-            key = sampling.generator_seed(draws.seed, draws.step)
-            torch.default_generator.manual_seed(key)
+            torch.default_generator.manual_seed(draws)
             if devices:  # torch.manual_seed would reach devices that were not forked
-                torch.cuda.default_generators[x.device.index or 0].manual_seed(key)
+                torch.cuda.default_generators[x.device.index or 0].manual_seed(draws)
             views = [self.function(source) for source in sources]
         for source, view in zip(sources, views, strict=True):
             if not isinstance(view, Tensor) or not view.is_floating_point():

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -78,10 +77,7 @@ class KorniaAugment(NormalizedViews):
         num_augmentations: int,
     ) -> int:
         """Return the seed of the call: of (seed, step) and the first ids of x and u."""
-        firsts = np.array([_first(ids_x), _first(ids_u)]).view(np.uint64)
-        counter = np.concatenate([firsts & np.uint64(0xFFFF_FFFF), firsts >> np.uint64(32)])
-        words = sampling.philox(counter[:, None], sampling.generator_seed(seed, step))
-        return int(words[0, 0]) | int(words[1, 0]) << 32
+        return sampling.batch_seed(seed, step, ids_x, ids_u)
 
     def build(
         self,
@@ -278,11 +274,6 @@ def _seeded_generators(seed: int) -> Iterator[None]:
         for device in devices:
             torch.cuda.default_generators[device].manual_seed(seed)
         yield
-
-
-def _first(ids: Tensor | int) -> int:
-    """The first id; an integer M stands for 0 .. M - 1."""
-    return 0 if isinstance(ids, int) or len(ids) == 0 else int(ids[0])
 
 
 def _boxes(top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:

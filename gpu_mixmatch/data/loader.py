@@ -68,6 +68,7 @@ class BatchOrder:
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
+        self._asked = rank is None
         rank, world_size = _rank_and_world_size(rank, world_size)
         for name, value in (
             ("the length of the labelled data set", num_labelled),
@@ -98,7 +99,19 @@ class BatchOrder:
         return self.step // self.steps_per_epoch
 
     def steps_left(self) -> range:
-        """The steps from the next one to the end of its epoch."""
+        """The steps from the next one to the end of its epoch.
+
+        Raises:
+            RuntimeError: If torch.distributed was initialised after the loader was made: all ranks
+                would take the same samples.
+        """
+        now = _rank_and_world_size(None, None)
+        if self._asked and now != (self.rank, self.world_size) and now[1] > 1:
+            raise RuntimeError(
+                f"this loader was made for rank {self.rank} of {self.world_size}, got rank "
+                f"{now[0]} of {now[1]}: make it after torch.distributed (Accelerator(), a "
+                "Trainer) is initialised, or give rank and world_size"
+            )
         return range(self.step, (self.epoch + 1) * self.steps_per_epoch)
 
     def set_epoch(self, epoch: int) -> None:
