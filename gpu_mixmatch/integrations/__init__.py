@@ -1,0 +1,1 @@
+"""MixMatch in the trainers that people have: glue only, one file for each."""

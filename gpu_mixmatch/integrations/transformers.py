@@ -1,0 +1,266 @@
+"""MixMatch in Hugging Face's Trainer. This module imports transformers, the package never does."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from gpu_mixmatch.builder import MixMatch, get_logits
+from gpu_mixmatch.data.collate import collate
+from gpu_mixmatch.data.loader import SemiSupervisedLoader
+from gpu_mixmatch.loss import MixMatchLoss
+
+try:
+    from transformers import Trainer, TrainingArguments
+except ImportError as error:
+    raise ImportError(
+        'MixMatchTrainer needs transformers: pip install "gpu-mixmatch[transformers]"'
+    ) from error
+
+_LOSSES = ("loss_x", "loss_u", "weight_u")
+
+
+class MixMatchTrainer(Trainer):
+    """Train an image classifier with MixMatch: a `Trainer` with two training sets.
+
+    A step takes ``per_device_train_batch_size`` labelled images and ``ratio`` times as many
+    unlabelled ones on each device, from a `SemiSupervisedLoader`; an epoch is one pass over the
+    unlabelled images. Order and shards are the loader's, keyed by ``data_seed`` (or ``seed``).
+    Under gradient accumulation each micro-batch is a batch of its own, and losses are averaged.
+
+    The builder's step is the number of the micro-batch, so that a checkpoint holds nothing of it:
+    a run that resumes with the same arguments ends with the same weights, and no batch that it
+    skips is fetched. ``loss_x``, ``loss_u`` and ``weight_u`` are logged with the loss, averaged as
+    it is, with no synchronisation in between.
+
+    Evaluation calls the model as `Trainer` does, with ``pixel_values`` and ``labels``. Images of 8
+    bits are normalised by the builder's augmentation, on the device; images that a
+    ``data_collator`` has made floats are taken as they are.
+
+    Args:
+        model: Maps ``[n, C, H, W]`` to what the builder's ``logits_getter`` takes logits from.
+        args: With ``remove_unused_columns=False``, since `Trainer` would remove the images.
+        mixmatch: The builder; it is moved to the device.
+        criterion: The loss; its ramp counts micro-batches.
+        train_dataset: Labelled samples, for instance a ``datasets.Dataset``.
+        unlabelled_dataset: Unlabelled samples, likewise; labels are not looked at.
+        ratio: Unlabelled images per labelled one.
+        image: Name of the image in samples that are dicts.
+        label: Name of the label in samples that are dicts.
+        data_collator: Of evaluation; None stacks images and labels with `collate`.
+        options: Further arguments of `Trainer`.
+
+    Raises:
+        ValueError: If an argument is one that `Trainer` would use and this class cannot.
+    """
+
+    loss_is_scaled_for_ga = False  # a mean per micro-batch: Trainer divides by their number
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        args: TrainingArguments,
+        *,
+        mixmatch: MixMatch,
+        criterion: MixMatchLoss,
+        train_dataset: Any = None,
+        unlabelled_dataset: Any = None,
+        ratio: int = 1,
+        image: str = "image",
+        label: str = "label",
+        data_collator: Any = None,
+        **options: Any,
+    ) -> None:
+        _check_arguments(args, options)
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator or _EvaluationCollator(image, label),
+            train_dataset=train_dataset,
+            **options,
+        )
+        self.mixmatch = mixmatch.to(args.device)
+        self.criterion = criterion
+        self.unlabelled_dataset = unlabelled_dataset
+        self.ratio = ratio
+        self.image = image
+        self.label = label
+        # of the losses since they were last logged
+        self._sums: dict[str, Tensor | float] = dict.fromkeys(_LOSSES, 0.0)
+        self._num_batches = 0
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the steps of both training sets as one `DataLoader`; see `SemiSupervisedLoader`.
+
+        It is not prepared by Accelerate, which would shard it once more.
+        """
+        for name in ("train_dataset", "unlabelled_dataset"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} must be a data set to train with, got None")
+        args = self.args
+        loader = SemiSupervisedLoader(
+            self.train_dataset,
+            self.unlabelled_dataset,
+            self._train_batch_size,
+            ratio=self.ratio,
+            image=self.image,
+            label=self.label,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            device=args.device,
+            num_workers=args.dataloader_num_workers,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+        return _StepLoader(loader)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Build the batch of this step and return its loss; in evaluation, that of the model."""
+        if "step" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.mixmatch.step.fill_(inputs["step"])
+        batch = self.mixmatch(inputs["x"], inputs["y"], inputs["u"], model)
+        outputs = model(batch.inputs)
+        losses = self.criterion(get_logits(outputs, self.mixmatch.logits_getter), batch)
+        # not one tensor, since weight_u is on the CPU
+        self._sums = {name: self._sums[name] + getattr(losses, name).detach() for name in _LOSSES}
+        self._num_batches += 1
+        return (losses.loss, outputs) if return_outputs else losses.loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Normalise images of 8 bits on the device, then predict as `Trainer` does."""
+        images = inputs.get("pixel_values")
+        if isinstance(images, Tensor) and images.dtype == torch.uint8:
+            normalize = getattr(self.mixmatch.augment, "normalize", None)
+            if normalize is None:
+                raise ValueError(
+                    "pixel_values must be normalised by a data_collator of yours, since "
+                    f"{self.mixmatch.augment!r} has no normalize, got uint8"
+                )
+            inputs = {**inputs, "pixel_values": normalize(images.to(self.args.device))}
+        step: tuple[Tensor | None, Tensor | None, Tensor | None] = super().prediction_step(
+            model, inputs, prediction_loss_only, ignore_keys
+        )
+        return step
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the means of loss_x, loss_u and weight_u where a training loss is logged."""
+        if "loss" in logs and self._num_batches > 0:
+            totals = torch.tensor(list(map(float, self._sums.values())), device=self.args.device)
+            means = self.accelerator.reduce(totals / self._num_batches, "mean")
+            logs.update(zip(self._sums, means.tolist(), strict=True))
+            self._sums, self._num_batches = dict.fromkeys(_LOSSES, 0.0), 0
+        super().log(logs, start_time)
+
+
+def _check_arguments(args: TrainingArguments, options: Mapping[str, Any]) -> None:
+    if args.remove_unused_columns:
+        raise ValueError(
+            "args.remove_unused_columns must be False, since Trainer would remove the column of "
+            "the images, which the model has no argument for, got True: pass "
+            "TrainingArguments(remove_unused_columns=False)"
+        )
+    if args.ignore_data_skip:
+        raise ValueError(
+            "args.ignore_data_skip must be False, since a resumed run would repeat batches and "
+            "their draws, got True: nothing is fetched here to be skipped"
+        )
+    if args.label_smoothing_factor != 0:
+        raise ValueError(
+            "args.label_smoothing_factor must be 0, got "
+            f"{args.label_smoothing_factor}: pass MixMatch(label_smoothing=...)"
+        )
+    if options.get("compute_loss_func") is not None:
+        raise ValueError("compute_loss_func must be None, since criterion is the loss")
+
+
+class _EvaluationCollator:
+    """Makes a batch of images as they are, and labels, by the names that models take."""
+
+    def __init__(self, image: str, label: str) -> None:
+        self.image = image
+        self.label = label
+
+    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
+        fields = collate(samples)
+        if not isinstance(fields, Mapping) or self.image not in fields:
+            came = list(fields) if isinstance(fields, Mapping) else type(samples[0]).__name__
+            raise ValueError(
+                f"samples to evaluate must be dicts with a field {self.image!r}, got {came}: say "
+                'which it is with image="..."'
+            )
+        batch = {"pixel_values": fields[self.image]}
+        return {**batch, "labels": fields[self.label]} if self.label in fields else batch
+
+
+class _StepLoader(DataLoader[Any]):
+    """The steps of a loader as a `DataLoader`, of which Trainer knows how to skip the first ones.
+
+    At resumption Trainer leaves out batches of the batch sampler. These are numbers of steps here,
+    and the loader goes to the step that it is asked for.
+    """
+
+    def __init__(self, loader: SemiSupervisedLoader) -> None:
+        super().__init__(
+            _Steps(loader), batch_sampler=_StepNumbers(len(loader)), collate_fn=_only_one
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to an epoch; Trainer calls this before each."""
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+class _StepNumbers(Sampler[list[int]]):
+    """The numbers of the steps of an epoch, each in a list of its own."""
+
+    def __init__(self, steps_per_epoch: int) -> None:
+        self.steps_per_epoch = steps_per_epoch
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.epoch * self.steps_per_epoch
+        return ([step] for step in range(first, first + self.steps_per_epoch))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to an epoch; where steps are skipped, Trainer finds this and not the loader's."""
+        self.epoch = epoch
+
+
+class _Steps(Dataset[dict[str, Any]]):
+    """The batches of a loader by their numbers; in a row they are fetched ahead."""
+
+    def __init__(self, loader: SemiSupervisedLoader) -> None:
+        self.loader = loader
+        self.batches: Iterator[Any] = iter(())
+
+    def __len__(self) -> int:
+        order = self.loader.order  # labelled images in an epoch, as Trainer counts examples
+        return order.steps_per_epoch * order.batch_size * order.world_size
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        state = self.loader.state_dict()
+        if state["step"] != step or step % len(self.loader) == 0:
+            self.loader.load_state_dict({**state, "step": step})
+            self.batches = iter(self.loader)
+        batch = next(self.batches)
+        return {"x": batch.x, "y": batch.y, "u": batch.u, "step": step}
+
+
+def _only_one(samples: Sequence[Any]) -> Any:
+    return samples[0]
