@@ -784,3 +784,15 @@ def test_on_a_gpu_half_precision_and_the_memory_format_are_kept(dtype):
 def test_on_a_gpu_kornia_equals_our_arithmetic_on_our_draws(policy):
     augment = WeakAugment(**{"padding": 3, **POLICIES[policy]}).to("cuda")
     assert_replayed(augment, images_of(6, 1).cuda(), augment.draw(0, 1, 6, [1, 2]))
+
+
+def test_shift_and_flip_take_the_settings_of_a_policy():
+    policy = WeakAugment.svhn(mean=0.2, std=0.3, channels_last=True)
+    engine = KorniaAugment.shift_and_flip(policy, 8, 10)
+    crop, flip = engine.module.children()
+    assert (crop.flags["size"], crop.flags["padding"]) == ((8, 10), 4)
+    assert crop.flags["padding_mode"] == "reflect"
+    assert flip.p == 0.0
+    assert (engine.mean, engine.std, engine.channels_last) == ((0.2,), (0.3,), True)
+    with pytest.raises(ValueError, match="policy must neither zoom nor blur"):
+        KorniaAugment.shift_and_flip(WeakAugment.blog(), 8, 8)

@@ -63,6 +63,39 @@ class KorniaAugment(NormalizedViews):
         # a tuple hides it from state_dict, to which RandAugment alone would add dozens of entries
         self._module = (module,)
 
+    @classmethod
+    def shift_and_flip(cls, policy: WeakAugment, height: int, width: int) -> Self:
+        """Return Kornia's RandomCrop and RandomHorizontalFlip with the settings of a policy.
+
+        They draw for themselves: other views than the policy's, of the same distribution.
+
+        Args:
+            policy: Its padding, flip, mean, std, dtype and memory format are taken.
+            height: Of the images, in pixels.
+            width: Of the images, in pixels.
+
+        Raises:
+            ValueError: If the policy zooms or blurs.
+        """
+        if policy.crop_px[1] or policy.blur_radius:
+            raise ValueError(
+                f"policy must neither zoom nor blur, got crop_px={policy.crop_px} and "
+                f"blur_sigma={policy.blur_sigma}"
+            )
+        augmentation = _kornia_augmentation()
+        mode = _PADDING_MODES[policy.padding_mode]
+        module = augmentation.AugmentationSequential(
+            augmentation.RandomCrop((height, width), padding=policy.padding, padding_mode=mode),
+            augmentation.RandomHorizontalFlip(p=policy.flip),
+        )
+        return cls(
+            module,
+            mean=policy.mean,
+            std=policy.std,
+            dtype=policy.dtype,
+            channels_last=policy.channels_last,
+        )
+
     @property
     def module(self) -> nn.Module:
         """The Kornia module."""

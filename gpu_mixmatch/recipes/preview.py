@@ -285,7 +285,7 @@ def _next_step(
     ids_u: Tensor | None,
 ) -> _Step:
     views, step = mixmatch.num_augmentations, mixmatch.step.clone()
-    guesser = mixmatch.teacher or model
+    guesser = model if mixmatch.teacher is None else mixmatch.teacher
     buffers = [(buffer, buffer.clone()) for buffer in guesser.buffers()]
     outputs: list[Tensor] = []
     # the guess is read off the builder's own passes: a second one would draw other dropout masks

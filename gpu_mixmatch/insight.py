@@ -1,0 +1,227 @@
+"""Look into a builder while it trains: how good its guesses are, and pictures of its batches.
+
+Both attach to the builder itself, so that they work in any trainer. They see calls of the builder,
+``mixmatch(x, y, u, model)``, and not `MixMatch.from_views` or captured graphs.
+"""
+
+import inspect
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gpu_mixmatch.builder import MixMatch, get_logits
+
+__all__ = ["GuessQuality", "GuessWatch", "TensorBoardInsight"]
+
+
+class GuessQuality(NamedTuple):
+    """How good the guessed labels of some steps were.
+
+    Attributes:
+        confidence: Mean of the largest class probability of a guess, before sharpening.
+        accuracy: Share of guesses whose most probable class is the true one, in [0, 1]; None where
+            the truth is not known.
+        num_guesses: Number of images that were guessed.
+    """
+
+    confidence: float
+    accuracy: float | None
+    num_guesses: int
+
+
+class GuessWatch:
+    """Watch what a builder guesses, without waiting for the device until it is read.
+
+    The guess is read off the model's own passes: nothing is computed twice but a softmax. Each
+    step leaves a few small tensors on the device, until the next `read`.
+
+    Args:
+        mixmatch: The builder.
+        truth: The true labels of the whole unlabelled data set, ``[n]`` integers, by sample id;
+            the builder must then be given ``ids_u``. They are for looking at, never for training.
+
+    Raises:
+        ValueError: If ``truth`` is not ``[n]`` integers; in a step, if ``ids_u`` is missing.
+        TypeError: In a step, if the model that guesses is not an ``nn.Module``.
+    """
+
+    def __init__(self, mixmatch: MixMatch, truth: Tensor | None = None) -> None:
+        if truth is not None and (truth.dim() != 1 or truth.is_floating_point()):
+            raise ValueError(f"truth must be [n] integers, got {list(truth.shape)} {truth.dtype}")
+        self.mixmatch = mixmatch
+        self.truth = None if truth is None else truth.cpu()
+        self._confidences: list[Tensor] = []  # [M] of each step, on the device
+        self._guesses: list[Tensor] = []  # [M] int64, likewise
+        self._ids: list[Tensor] = []  # [M] int64, as they were given
+        self._outputs: list[Any] = []  # of the model, in the step under way
+        self._model_hook: RemovableHandle | None = None
+        self._paused = False
+        self._handles: list[RemovableHandle] = [
+            mixmatch.register_forward_pre_hook(self._before, with_kwargs=True),
+            # also after an error, so that the model is left as it came
+            mixmatch.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+
+    def read(self) -> GuessQuality | None:
+        """Return the quality of all guesses since the last call, or None if there were none.
+
+        Here, and nowhere else, the device is waited for.
+        """
+        if not self._guesses:
+            return None
+        confidence = torch.cat(self._confidences).mean().item()
+        guesses = torch.cat(self._guesses).cpu()
+        accuracy = None
+        if self.truth is not None:
+            truth = self.truth[torch.cat([ids.cpu() for ids in self._ids])]
+            accuracy = (guesses == truth).double().mean().item()
+        for values in (self._confidences, self._guesses, self._ids):
+            values.clear()
+        return GuessQuality(confidence, accuracy, len(guesses))
+
+    def close(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, mixmatch: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._paused:
+            return
+        call = _arguments(args, kwargs)
+        guesser = call["model"] if self.mixmatch.teacher is None else self.mixmatch.teacher
+        if not isinstance(guesser, nn.Module):
+            raise TypeError(
+                "model must be an nn.Module for its guesses to be watched, got "
+                f"{type(guesser).__name__}"
+            )
+        if self.truth is not None:
+            if call.get("ids_u") is None:
+                raise ValueError(
+                    "ids_u must be passed to the builder where the truth is known: "
+                    "mixmatch(x, y, u, model, ids_u=ids_u)"
+                )
+            self._ids.append(call["ids_u"])
+        self._model_hook = guesser.register_forward_hook(
+            lambda _module, _inputs, output: self._outputs.append(output)
+        )
+
+    def _after(self, mixmatch: nn.Module, args: Any, kwargs: Any, batch: Any) -> None:
+        if self._paused:
+            return
+        if self._model_hook is not None:
+            self._model_hook.remove()
+        outputs, self._outputs = self._outputs, []
+        if batch is None:  # there was an error, which will be raised
+            del self._ids[len(self._guesses) :]
+            return
+        with torch.no_grad():
+            logits = torch.cat([get_logits(o, self.mixmatch.logits_getter) for o in outputs])
+            views = logits.float().view(self.mixmatch.num_augmentations, -1, logits.shape[-1])
+            probs = views.softmax(dim=-1).mean(dim=0)  # [M, L]
+            confidence, guess = probs.max(dim=-1)
+        self._confidences.append(confidence)
+        self._guesses.append(guess)
+
+
+class TensorBoardInsight:
+    """Write a preview of the batch and the quality of the guesses to TensorBoard.
+
+    Before each step that is a multiple of ``every_n_steps`` it writes the image
+    ``mixmatch/preview``, drawn by `recipes.preview.draw_preview`, and the scalars
+    ``mixmatch/confidence`` and ``mixmatch/accuracy`` of all guesses since the last time. Only then
+    is the device waited for. Training goes on as without it, to the last bit.
+
+    A preview calls the model: where its forward pass communicates (DDP, SyncBatchNorm), every rank
+    needs one of these, with a writer of its own.
+
+    Args:
+        mixmatch: The builder.
+        writer: A `SummaryWriter`, of torch or of tensorboardX.
+        every_n_steps: Steps of the builder from one time to the next.
+        truth: True labels, as for `GuessWatch`.
+        class_names: Names of the L classes, for the preview; None shows their numbers.
+        rows: Rows of the preview, of each kind.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        ImportError: In a step, if matplotlib is not installed.
+    """
+
+    def __init__(
+        self,
+        mixmatch: MixMatch,
+        writer: Any,
+        every_n_steps: int = 100,
+        *,
+        truth: Tensor | None = None,
+        class_names: Sequence[str] | None = None,
+        rows: int = 4,
+    ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        self.mixmatch = mixmatch
+        self.writer = writer
+        self.every_n_steps = every_n_steps
+        self.truth = truth
+        self.class_names = class_names
+        self.rows = rows
+        self._handle = mixmatch.register_forward_pre_hook(self._before, with_kwargs=True)
+        self._watch = GuessWatch(mixmatch, truth)
+
+    def close(self) -> None:
+        """Write what was guessed since the last time, and stop."""
+        self._write_quality()
+        self._handle.remove()
+        self._watch.close()
+
+    def _before(self, mixmatch: nn.Module, args: Any, kwargs: Any) -> None:
+        # the preview calls the builder, whose hooks must not see that
+        if self._watch._paused or int(self.mixmatch.step) % self.every_n_steps:
+            return
+        self._write_quality()
+        self._watch._paused = True
+        try:
+            self._write_preview(_arguments(args, kwargs))
+        finally:
+            self._watch._paused = False
+
+    def _write_quality(self) -> None:
+        quality = self._watch.read()
+        if quality is None:
+            return
+        step = int(self.mixmatch.step)
+        self.writer.add_scalar("mixmatch/confidence", quality.confidence, step)
+        if quality.accuracy is not None:
+            self.writer.add_scalar("mixmatch/accuracy", quality.accuracy, step)
+
+    def _write_preview(self, call: dict[str, Any]) -> None:
+        from gpu_mixmatch.recipes.preview import draw_preview
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = draw_preview(
+                self.mixmatch,
+                path=Path(folder, "preview.png"),
+                class_names=self.class_names,
+                rows=self.rows,
+                **call,
+            )
+            import matplotlib.image
+
+            picture = matplotlib.image.imread(path)  # [H, W, 4] float in [0, 1]
+        step = int(self.mixmatch.step)
+        self.writer.add_image("mixmatch/preview", picture, step, dataformats="HWC")
+
+
+_SIGNATURE = inspect.signature(MixMatch.forward)
+
+
+def _arguments(args: Any, kwargs: Any) -> dict[str, Any]:
+    """What `MixMatch.forward` was called with, by name."""
+    call = dict(_SIGNATURE.bind(None, *args, **kwargs).arguments)
+    del call["self"]
+    return call

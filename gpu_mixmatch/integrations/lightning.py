@@ -1,0 +1,224 @@
+"""MixMatch in a Lightning module: a mixin, and a callback that shows what is guessed."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu_mixmatch.builder import MixMatch, get_logits
+from gpu_mixmatch.data import AugmentedBatch, KeyedLoader
+from gpu_mixmatch.insight import TensorBoardInsight
+from gpu_mixmatch.loss import MixMatchLoss
+from gpu_mixmatch.types import LossOutput, MixMatchBatch, SemiSupervisedBatch
+
+__all__ = ["MixMatchMixin", "insight_callback"]
+
+_LOADER_KEY = "mixmatch_loader"
+
+
+class MixMatchMixin:
+    """Trains a LightningModule with MixMatch; it stands before `LightningModule`.
+
+    The module sets ``self.mixmatch`` and ``self.criterion``, and its ``forward`` maps images to
+    logits; validation, test and prediction stay its own. Where it has a hook that is also defined
+    here, it calls ``super()``'s.
+
+    Example:
+        >>> class Classifier(MixMatchMixin, L.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.model = ...
+        ...         self.mixmatch = MixMatch(WeakAugment.cifar10(), num_classes=10)
+        ...         self.criterion = MixMatchLoss()
+        ...
+        ...     def forward(self, images):
+        ...         return self.model(images)
+
+    Batches come from a `SemiSupervisedLoader`, `ResidentLoader` or `DaliLoader`, or from a
+    `CombinedLoader` of two DataLoaders, ``{"labelled": ..., "unlabelled": ...}`` or a list of both.
+    Make loaders of ours in a ``train_dataloader`` method, of the module or of a data module: there
+    the process group stands, so that each rank takes its own share. Lightning leaves their order
+    alone, and gives a `DistributedSampler` to the DataLoaders of a `CombinedLoader`.
+
+    The builder is part of the module, so that a checkpoint has its seed and step, and its step
+    counts batches, also where gradients are accumulated. With a loader of ours a run resumes
+    through ``Trainer.fit(ckpt_path=...)`` to the last bit, in mid-epoch too; a checkpoint holds no
+    gradients, so that with accumulation it has to be made between two optimizer steps.
+
+    Attributes:
+        mixmatch: The builder, set by the module.
+        criterion: The loss, set by the module.
+    """
+
+    mixmatch: MixMatch
+    criterion: MixMatchLoss
+    trainer: Any  # this and log_dict are the LightningModule's
+    log_dict: Any
+    _loader_state: Mapping[str, int] | None = None  # of the checkpoint that was loaded
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Move a batch, but leave sample ids on the CPU, where draws are made from them."""
+        if isinstance(batch, SemiSupervisedBatch | AugmentedBatch):
+            fields = batch._asdict().items()
+            return batch._replace(
+                **{
+                    name: value.to(device, non_blocking=True)
+                    for name, value in fields
+                    if name not in ("ids_x", "ids_u")
+                }
+            )
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)  # type: ignore[misc]
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Turn a training batch into a `MixMatchBatch`; leave all other batches as they are."""
+        if not self.trainer.training:
+            return batch
+        model: Any = self
+        # Lightning enters it for training_step only, and the guess is a forward pass as well
+        with self.trainer.precision_plugin.forward_context():
+            # ids of u alone: few labelled images repeat within a batch, and by their positions
+            # each copy is drawn anew
+            if isinstance(batch, AugmentedBatch):
+                return self.mixmatch.from_views(
+                    batch.x, batch.y, batch.views, model, ids_u=batch.ids_u
+                )
+            if isinstance(batch, SemiSupervisedBatch):
+                return self.mixmatch(batch.x, batch.y, batch.u, model, ids_u=batch.ids_u)
+            return self.mixmatch(*_two_streams(batch), model)
+
+    def training_step(self, batch: MixMatchBatch, batch_idx: int) -> Tensor:
+        """Return the loss; log it and its parts as loss, loss_x, loss_u and weight_u."""
+        model: Any = self
+        logits = get_logits(model(batch.inputs), self.mixmatch.logits_getter)
+        output: LossOutput = self.criterion(logits, batch)
+        self.log_dict(output._asdict(), batch_size=len(batch.inputs))
+        return output.loss
+
+    def on_train_start(self) -> None:
+        """See to it that a loader of ours has this rank's share, and begins where it should.
+
+        Raises:
+            RuntimeError: If the loader was made for another rank or number of processes.
+        """
+        trainer, loader = self.trainer, self._keyed_loader()
+        if loader is None:
+            return
+        order, wanted = loader.order, (trainer.global_rank, trainer.world_size)
+        if (order.rank, order.world_size) != wanted:
+            raise RuntimeError(
+                f"the training loader must be of rank {wanted[0]} of {wanted[1]} processes, got "
+                f"rank {order.rank} of {order.world_size}. Make it in train_dataloader() of the "
+                "module or of a LightningDataModule: Lightning calls that once the process group "
+                "stands"
+            )
+        if hasattr(loader, "sampler"):
+            # Lightning's count of epochs is ahead by one after some resumptions
+            loader.sampler.set_epoch = _keep_epoch
+        before = loader.state_dict()
+        if not (trainer.ckpt_path and self._loader_state):
+            loader.set_epoch(trainer.current_epoch)
+        elif self._loader_state != before:
+            loader.load_state_dict(self._loader_state)
+        if loader.state_dict() != before:
+            # Lightning has its iterator already; it restores loaders in mid-epoch only
+            iter(trainer.fit_loop._data_fetcher)
+
+    def on_train_epoch_end(self) -> None:
+        """Move a loader of ours on to its next epoch where ``limit_train_batches`` cut this one."""
+        loader = self._keyed_loader()
+        if loader is not None and self._state_of(loader) != loader.state_dict():
+            loader.load_state_dict(self._state_of(loader))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the state of a loader of ours into the checkpoint; the builder's is there already."""
+        loader = self._keyed_loader()
+        if loader is not None:
+            checkpoint[_LOADER_KEY] = self._state_of(loader)
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Keep the loader's state until the loader is there."""
+        self._loader_state = checkpoint.get(_LOADER_KEY)
+
+    def _state_of(self, loader: KeyedLoader) -> dict[str, int]:
+        """State after the latest batch; if it was its epoch's last one, the next epoch's."""
+        state, length = loader.state_dict(), len(loader)
+        if self.trainer.is_last_batch:
+            state["step"] = -(-state["step"] // length) * length
+        return state
+
+    def _keyed_loader(self) -> KeyedLoader | None:
+        loader = self.trainer.train_dataloader
+        return loader if isinstance(loader, KeyedLoader) else None
+
+
+def insight_callback(
+    every_n_steps: int = 100,
+    *,
+    truth: Tensor | None = None,
+    class_names: Sequence[str] | None = None,
+    rows: int = 4,
+) -> Any:
+    """Return a callback that writes previews and the quality of guesses to TensorBoard.
+
+    It needs a `TensorBoardLogger`; see `TensorBoardInsight` for the arguments and what is written.
+
+    Raises:
+        ImportError: If lightning is not installed.
+        ValueError: If there is no TensorBoardLogger, or an argument is out of its range.
+    """
+    try:
+        from lightning.pytorch.callbacks import LambdaCallback
+        from lightning.pytorch.loggers import TensorBoardLogger
+    except ImportError as error:
+        raise ImportError(
+            'the callback needs Lightning: pip install "gpu-mixmatch[lightning]"'
+        ) from error
+    attached: list[TensorBoardInsight] = []
+
+    def attach(trainer: Any, module: Any) -> None:
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if not loggers:
+            raise ValueError(
+                "Trainer(logger=...) must have a TensorBoardLogger for the insight callback, got "
+                f"{[type(logger).__name__ for logger in trainer.loggers]}"
+            )
+        attached.append(
+            TensorBoardInsight(
+                module.mixmatch,
+                loggers[0].experiment,  # on other ranks a dummy: they only draw along
+                every_n_steps,
+                truth=truth,
+                class_names=class_names,
+                rows=rows,
+            )
+        )
+
+    def detach(*_: Any) -> None:
+        while attached:
+            attached.pop().close()
+
+    return LambdaCallback(on_train_start=attach, on_train_end=detach, on_exception=detach)
+
+
+def _keep_epoch(epoch: int) -> None:
+    """Stay where the loader is: its epochs follow each other."""
+
+
+def _two_streams(batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Take x, y and u out of what a `CombinedLoader` gives."""
+    if isinstance(batch, Mapping) and {"labelled", "unlabelled"} <= set(batch):
+        batch = batch["labelled"], batch["unlabelled"]
+    match batch:
+        case [[Tensor() as x, Tensor() as y, *_], Tensor() as u] | [
+            [Tensor() as x, Tensor() as y, *_],
+            [Tensor() as u, *_],
+        ]:
+            return x, y, u
+    raise TypeError(
+        "a training batch must be one of gpu_mixmatch's loaders, or of a CombinedLoader of "
+        '{"labelled": (images, labels), "unlabelled": images}, got '
+        f"{type(batch).__name__}"
+    )

@@ -1,0 +1,368 @@
+"""GuessWatch and TensorBoardInsight: right numbers, no reads in the step, nothing disturbed."""
+
+import pytest
+import torch
+from torch import nn
+
+from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, functional
+from gpu_mixmatch.insight import GuessWatch, TensorBoardInsight
+from gpu_mixmatch.recipes.train import parameter_digest
+from tests.test_no_sync import NUM_CLASSES, Net, NoExport, NoSync, data, train_step
+
+NUM_UNLABELLED = 20
+NUM_STEPS = 5
+
+
+class Writer:
+    """Keeps what it is given."""
+
+    def __init__(self):
+        self.scalars, self.images = [], []
+
+    def add_scalar(self, name, value, step):
+        self.scalars.append((name, value, step))
+
+    def add_image(self, name, image, step, dataformats):
+        assert dataformats == "HWC"
+        self.images.append((name, image, step))
+
+
+def new_net():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Net()
+
+
+def builder_of(**options):
+    return MixMatch(WeakAugment(padding=1), NUM_CLASSES, **options)
+
+
+def ids_of(step):
+    return (torch.arange(6) * 7 + step) % NUM_UNLABELLED
+
+
+def truth_of():
+    return torch.randint(0, NUM_CLASSES, (NUM_UNLABELLED,), generator=torch.Generator())
+
+
+def train(mixmatch, model, steps=NUM_STEPS):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        x, y, u = data()
+        batch = mixmatch(x, y, u, model, ids_u=ids_of(int(mixmatch.step)))
+        MixMatchLoss(1.0, 0)(model(batch.inputs), batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def guesses_by_hand(mixmatch, model):
+    """Largest probability and class of each guess of the next step, from the views themselves."""
+    x, _, u = data()
+    step, ids = int(mixmatch.step), ids_of(int(mixmatch.step))
+    draws = mixmatch.augment.draw_batch(mixmatch.seed, step, len(x), ids, 2)
+    views = mixmatch.augment.build(x, u, draws, 2)[len(x) :]
+    twin = new_net()
+    twin.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        logits = twin.train()(views).view(2, len(u), NUM_CLASSES)
+    probs = logits.softmax(dim=-1).mean(dim=0)
+    return probs.max(dim=-1)
+
+
+# The numbers
+
+
+@pytest.mark.parametrize("guess_forward", ["joint", "separate"])
+def test_quality_is_that_of_the_guesses(guess_forward):
+    mixmatch, model, truth = builder_of(guess_forward=guess_forward), new_net(), truth_of()
+    if guess_forward == "separate":  # BatchNorm sees the views apart, which is not done by hand
+        model.norm = nn.Identity()
+    watch = GuessWatch(mixmatch, truth)
+    confidences, rights = [], []
+    for _ in range(3):
+        ids = ids_of(int(mixmatch.step))
+        if guess_forward == "joint":
+            confidence, guess = guesses_by_hand(mixmatch, model)
+            confidences.append(confidence)
+            rights.append(guess == truth[ids])
+        train(mixmatch, model, steps=1)
+    quality = watch.read()
+    assert quality.num_guesses == 18
+    if guess_forward == "joint":
+        assert quality.confidence == pytest.approx(torch.cat(confidences).mean().item(), rel=1e-5)
+        assert quality.accuracy == pytest.approx(torch.cat(rights).float().mean().item())
+        assert 0 < quality.accuracy < 1
+
+
+def test_joint_and_separate_guesses_have_the_same_quality_without_batch_norm():
+    qualities = []
+    for guess_forward in ("joint", "separate"):
+        mixmatch, model = builder_of(guess_forward=guess_forward), new_net()
+        model.norm = nn.Identity()
+        watch = GuessWatch(mixmatch, truth_of())
+        train(mixmatch, model)
+        qualities.append(watch.read())
+    assert qualities[0].confidence == pytest.approx(qualities[1].confidence, rel=1e-5)
+    assert qualities[0].accuracy == qualities[1].accuracy
+
+
+class Oracle(nn.Module):
+    """Reads the class off the brightness of an image, whatever was done to it."""
+
+    def forward(self, images):
+        level = (images.mean(dim=(1, 2, 3)) + 1) / 2 * (NUM_CLASSES - 1)
+        return -10 * (level[:, None] - torch.arange(NUM_CLASSES)).abs()
+
+
+def test_guesses_of_a_model_that_knows_are_all_right():
+    labels = torch.arange(10) % NUM_CLASSES
+    images = (labels * 255 // (NUM_CLASSES - 1)).to(torch.uint8)[:, None, None, None]
+    images = images.expand(10, 3, 8, 8).contiguous()
+    mixmatch = builder_of()
+    watch = GuessWatch(mixmatch, labels)
+    ids = torch.tensor([3, 1, 4, 0, 9, 7])
+    mixmatch(images, labels, images[ids], Oracle(), ids_u=ids)
+    right = watch.read()
+    assert right.accuracy == 1.0
+    assert right.confidence > 0.99
+    mixmatch(images, labels, images[ids], Oracle(), ids_u=(ids + 1) % 10)
+    assert watch.read().accuracy == 0.0
+
+
+def test_without_the_truth_there_is_confidence_alone_and_no_need_for_ids():
+    mixmatch, (x, y, u) = builder_of(), data()
+    watch = GuessWatch(mixmatch)
+    mixmatch(x, y, u, new_net())
+    quality = watch.read()
+    assert quality.accuracy is None
+    assert 1 / NUM_CLASSES < quality.confidence < 1
+
+
+def test_reading_begins_anew():
+    mixmatch, model = builder_of(), new_net()
+    watch = GuessWatch(mixmatch, truth_of())
+    assert watch.read() is None
+    train(mixmatch, model, steps=2)
+    assert watch.read().num_guesses == 12
+    assert watch.read() is None
+    train(mixmatch, model, steps=1)
+    assert watch.read().num_guesses == 6
+
+
+def test_the_teacher_is_watched_where_there_is_one():
+    teacher = new_net()
+    with torch.no_grad():
+        teacher.dense.bias[2] += 100  # it always says 2, and is sure
+    mixmatch, model = builder_of(teacher=teacher), new_net()
+    watch = GuessWatch(mixmatch, torch.full((NUM_UNLABELLED,), 2))
+    train(mixmatch, model)
+    assert watch.read() == (pytest.approx(1.0), 1.0, 6 * NUM_STEPS)
+
+
+def test_compiled_model_is_watched_as_the_model_itself():
+    torch._dynamo.reset()
+    builders, model = (builder_of(), builder_of()), new_net()
+    watches = [GuessWatch(builder, truth_of()) for builder in builders]
+    for builder, guesser in zip(
+        builders, (model, torch.compile(model, backend="eager")), strict=True
+    ):
+        x, y, u = data()
+        builder(x, y, u, guesser, ids_u=ids_of(0))
+    first, second = (watch.read() for watch in watches)
+    assert second.num_guesses == first.num_guesses == 6
+    assert second.confidence == pytest.approx(first.confidence, rel=1e-5)
+    assert second.accuracy == first.accuracy
+    torch._dynamo.reset()
+
+
+def test_logits_getter_is_heeded():
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = new_net()
+
+        def forward(self, images):
+            return {"logits": self.net(images)}
+
+    wanted, got = builder_of(), builder_of(logits_getter=lambda output: output["logits"])
+    watches = GuessWatch(wanted, truth_of()), GuessWatch(got, truth_of())
+    x, y, u = data()
+    wanted(x, y, u, new_net(), ids_u=ids_of(0))
+    got(x, y, u, Wrapped(), ids_u=ids_of(0))
+    assert watches[0].read() == watches[1].read()
+
+
+# What it costs, and what it leaves
+
+
+@pytest.mark.parametrize("with_truth", [False, True])
+def test_watching_reads_nothing_back_in_the_step(monkeypatch, with_truth):
+    # labels on a device are not checked
+    monkeypatch.setattr(functional, "_check_classes", lambda *_: None)
+    mixmatch, model = builder_of(), new_net()
+    watch = GuessWatch(mixmatch, truth_of() if with_truth else None)
+    x, y, u = data()
+    ids_u = ids_of(0)
+    with NoSync(mixmatch.step) as mode:
+        train_step(mixmatch, MixMatchLoss(), model, x, y, u, ids_u=ids_u)
+        train_step(mixmatch, MixMatchLoss(), model, x, y, u, ids_u=ids_u)
+    assert mode.calls > 0
+    with NoSync(), pytest.raises(AssertionError, match="waits for the device"):
+        watch.read()
+    hook = next(iter(mixmatch._forward_hooks.values()))
+    pre_hook = next(iter(mixmatch._forward_pre_hooks.values()))
+    kwargs = {"ids_u": ids_u}
+    with NoExport(), NoSync(mixmatch.step):  # the draws of the eager CPU builder do export ids
+        pre_hook(mixmatch, (x, y, u, model), kwargs)
+        model(torch.rand(12, 3, 12, 12))
+        hook(mixmatch, (x, y, u, model), kwargs, object())
+
+
+def test_watching_takes_a_few_small_operations_and_no_second_guess(monkeypatch):
+    monkeypatch.setattr(functional, "_check_classes", lambda *_: None)
+    mixmatch, model, (x, y, u) = builder_of(), new_net(), data()
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    counts = []
+    for watched in (False, True):
+        if watched:
+            GuessWatch(mixmatch)
+        with NoSync(mixmatch.step) as mode, torch.no_grad():
+            mixmatch(x, y, u, model)
+        counts.append(mode.calls)
+    assert len(passes) == 2
+    assert counts[1] - counts[0] <= 6
+
+
+@pytest.mark.parametrize("insight", ["watch", "tensorboard"])
+def test_training_goes_on_as_without_it_to_the_last_bit(insight):
+    plain, watched = new_net(), new_net()
+    train(builder_of(), plain)
+    mixmatch = builder_of()
+    if insight == "tensorboard":
+        pytest.importorskip("matplotlib")
+        TensorBoardInsight(mixmatch, Writer(), 2, truth=truth_of(), rows=1)
+    else:
+        GuessWatch(mixmatch, truth_of())
+    train(mixmatch, watched)
+    assert parameter_digest(watched) == parameter_digest(plain)
+    assert parameter_digest(plain) != parameter_digest(new_net())
+    assert int(mixmatch.step) == NUM_STEPS
+    assert not watched._forward_hooks
+
+
+def test_closing_ends_the_watch():
+    mixmatch, model = builder_of(), new_net()
+    watch = GuessWatch(mixmatch, truth_of())
+    watch.close()
+    train(mixmatch, model, steps=1)
+    assert watch.read() is None
+
+
+def test_error_in_a_step_leaves_the_model_as_it_came_and_the_watch_intact():
+    mixmatch, model, (x, y, u) = builder_of(), new_net(), data()
+    watch = GuessWatch(mixmatch, truth_of())
+    train(mixmatch, model, steps=1)
+    with pytest.raises(ValueError, match="y must have a label per image"):
+        mixmatch(x, y[:2], u, model, ids_u=ids_of(1))
+    with pytest.raises(ValueError, match="model must return logits"):
+        mixmatch(x, y, u, nn.Sequential(model, nn.Linear(5, 3)), ids_u=ids_of(1))
+    assert not model._forward_hooks
+    train(mixmatch, model, steps=1)
+    assert watch.read().num_guesses == 12
+
+
+# What is refused
+
+
+def test_truth_without_ids_is_refused():
+    mixmatch, (x, y, u) = builder_of(), data()
+    GuessWatch(mixmatch, truth_of())
+    with pytest.raises(ValueError, match="ids_u must be passed"):
+        mixmatch(x, y, u, new_net())
+
+
+@pytest.mark.parametrize("truth", [torch.zeros(4), torch.zeros(4, 2, dtype=torch.int64)])
+def test_truth_that_is_no_row_of_integers_is_refused(truth):
+    with pytest.raises(ValueError, match=r"truth must be \[n\] integers"):
+        GuessWatch(builder_of(), truth)
+
+
+def test_function_for_a_model_is_refused():
+    mixmatch, model, (x, y, u) = builder_of(), new_net(), data()
+    GuessWatch(mixmatch)
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module .* got function"):
+        mixmatch(x, y, u, lambda images: model(images))
+
+
+def test_interval_below_one_is_refused():
+    with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
+        TensorBoardInsight(builder_of(), Writer(), 0)
+
+
+# TensorBoard
+
+
+def test_previews_and_quality_come_every_n_steps():
+    pytest.importorskip("matplotlib")
+    mixmatch, model, writer = builder_of(), new_net(), Writer()
+    insight = TensorBoardInsight(mixmatch, writer, 2, truth=truth_of(), rows=1)
+    train(mixmatch, model)
+    insight.close()
+    assert [(name, step) for name, _, step in writer.images] == [
+        ("mixmatch/preview", step) for step in (0, 2, 4)
+    ]
+    assert [step for name, _, step in writer.scalars if name == "mixmatch/accuracy"] == [2, 4, 5]
+    for _, image, _ in writer.images:
+        height, width, channels = image.shape
+        assert min(height, width) > 300
+        assert channels in (3, 4)
+        assert 0 <= image.min() < image.max() <= 1
+    assert not (writer.images[0][1] == writer.images[1][1]).all()
+
+    twin, other = builder_of(), new_net()
+    watch = GuessWatch(twin, truth_of())
+    for steps, at in ((2, 2), (2, 4), (1, 5)):  # the previews' own guesses are not counted
+        train(twin, other, steps)
+        quality = watch.read()
+        assert ("mixmatch/confidence", quality.confidence, at) in writer.scalars
+        assert ("mixmatch/accuracy", quality.accuracy, at) in writer.scalars
+    train(mixmatch, model, steps=2)
+    assert len(writer.images) == 3  # it was closed
+
+
+def test_events_are_those_that_tensorboard_reads(tmp_path):
+    pytest.importorskip("matplotlib")
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    mixmatch, writer = builder_of(), tensorboard.SummaryWriter(str(tmp_path))
+    insight = TensorBoardInsight(mixmatch, writer, 3, truth=truth_of(), rows=1)
+    train(mixmatch, new_net())
+    insight.close()
+    writer.close()
+    events = accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    images = events.Images("mixmatch/preview")
+    assert [image.step for image in images] == [0, 3]
+    assert images[0].encoded_image_string.startswith(b"\x89PNG")
+    assert [event.step for event in events.Scalars("mixmatch/accuracy")] == [3, 5]
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_watching_does_not_synchronise_on_a_gpu():
+    mixmatch, model = builder_of().to("cuda"), new_net().to("cuda")
+    watch = GuessWatch(mixmatch, truth_of())
+    x, y, u = data("cuda")
+    mixmatch(x, y, u, model, ids_u=ids_of(0).pin_memory())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mixmatch(x, y, u, model, ids_u=ids_of(1).pin_memory())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    quality = watch.read()
+    assert quality.num_guesses == 12
+    assert 0 <= quality.accuracy <= 1
