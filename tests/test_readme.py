@@ -45,6 +45,8 @@ def test_readme_has_code_to_run():
     assert len(BLOCKS) >= 9
 
 
+# Lightning's own, of torch's private names
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")
 def test_readme_code_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for part in ("labelled", "unlabelled"):
@@ -55,9 +57,10 @@ def test_readme_code_runs_from_top_to_bottom(tmp_path, monkeypatch):
             exec(compile(block, f"README block {number}", "exec"), names)
         except Exception as error:
             pytest.fail(f"README's block {number} raised {error!r}:\n{block}")
-    assert names["loader"].skipped == []
+        if "DaliLoader(" in block:
+            assert names["loader"].skipped == []
     batch = names["batch"]
-    assert batch.inputs.shape == (64 + 2 * 64, 3, 32, 32)  # of DaliLoader's last images
+    assert batch.inputs.shape == (64 + 2 * 64, 3, 32, 32)
     torch.testing.assert_close(batch.targets.sum(dim=1), torch.ones(3 * 64))
 
 
