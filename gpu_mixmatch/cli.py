@@ -1,5 +1,6 @@
-"""The command line: ``gpu-mixmatch train | preview | ablate | demo | check-images | doctor``."""
+"""The command line: ``gpu-mixmatch train | preview | ablate | demo | check-images | bench | doctor``."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,10 +27,13 @@ except ImportError as error:
 
 import torch
 
+from gpu_mixmatch.bench import as_text
+from gpu_mixmatch.bench import bench as compare
 from gpu_mixmatch.data import check_images as check
 from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.doctor import examine
 from gpu_mixmatch.recipes import ablate as recipe
+from gpu_mixmatch.recipes.distributed import is_launched, process_group, rank
 from gpu_mixmatch.recipes.preview import preview as draw
 from gpu_mixmatch.recipes.train import TrainConfig, choose_preset, make_augment, make_weak
 from gpu_mixmatch.recipes.train import train as run
@@ -76,7 +80,9 @@ LoaderOption = Annotated[
     ),
 ]
 StepsOption = Annotated[int, typer.Option(help="Length of a run in batches.")]
-BatchOption = Annotated[int, typer.Option(help="Labelled, and as many unlabelled, images a step.")]
+BatchOption = Annotated[
+    int, typer.Option(help="Labelled, and as many unlabelled, images a step and process.")
+]
 ModelOption = Annotated[str, typer.Option(help="cnn (small and quick) or wrn-28-2 (the paper's).")]
 PresetOption = Annotated[
     str,
@@ -109,6 +115,12 @@ def train(
     ] = 2,
     seed: Annotated[int, typer.Option(help="Of weights, labels, order and draws.")] = 0,
     device: DeviceOption = "auto",
+    sync_batchnorm: Annotated[
+        bool,
+        typer.Option(
+            "--sync-batchnorm", help="One BatchNorm over all processes of torchrun; on CUDA."
+        ),
+    ] = False,
     supervised: Annotated[
         bool, typer.Option("--supervised", help="Train on the labelled images alone.")
     ] = False,
@@ -121,7 +133,10 @@ def train(
     ] = None,
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations; 0: a 20th.")] = 0,
 ) -> None:
-    """Train a classifier with MixMatch, or supervised only, and draw its curves."""
+    """Train a classifier with MixMatch, or supervised only, and draw its curves.
+
+    Under torchrun, in several processes: torchrun --nproc-per-node=2 -m gpu_mixmatch.cli train ...
+    """
     config = TrainConfig(
         dataset=dataset,
         root=root,
@@ -136,27 +151,15 @@ def train(
         num_workers=workers,
         seed=seed,
         device=_device(device),
+        sync_batchnorm=sync_batchnorm,
         supervised=supervised,
         lambda_u=lambda_u,
         rampup_steps=rampup_steps,
         eval_every=eval_every,
     )
-    tested_on = "test" if _has_test(dataset, root) else "labelled"
-    if tested_on == "labelled":
-        console.print(f"There is no {root}/test: errors are those on the labelled images.")
-    with _progress() as progress:
-        task = progress.add_task("training", total=steps, note="")
-
-        def on_step(step: int, metrics: dict[str, float]) -> None:
-            note = f"error {metrics['error']:.2f} %" if metrics else ""
-            progress.update(task, completed=step, note=note)
-
-        summary = run(config, out, resume=resume, on_step=on_step)
-    console.print(
-        f"{tested_on} error {summary.error:.2f} %, median of the last 20 evaluations "
-        f"{summary.median_error:.2f} %, {steps / max(summary.seconds, 1e-9):.1f} steps/s"
-    )
-    typer.echo(f"wrote {out}/curves.png, metrics.jsonl and checkpoint.pt")
+    with process_group(config.device):
+        console.quiet = rank() > 0
+        _train(config, out, resume)
 
 
 @app.command()
@@ -286,6 +289,28 @@ def demo(
 
 
 @app.command()
+def bench(
+    size: Annotated[int, typer.Option(help="Height and width of the images, in pixels.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Labelled images, and as many unlabelled.")] = 64,
+    k: Annotated[int, typer.Option("--k", help="Views of an unlabelled image.")] = 2,
+    model: ModelOption = "wrn-28-2",
+    device: DeviceOption = "auto",
+) -> None:
+    """Compare the engines on this machine: what a batch costs, and what share of a step that is."""
+    with _progress() as progress:
+        task = progress.add_task("bench", total=None, note="")
+        result = compare(
+            size,
+            batch_size,
+            k,
+            model,
+            _device(device),
+            on_part=lambda part: progress.update(task, note=part),
+        )
+    typer.echo(as_text(result))
+
+
+@app.command()
 def doctor() -> None:
     """Show which engines and devices are usable here and, for each that is not, why."""
     table = Table(title="gpu-mixmatch doctor")
@@ -303,8 +328,29 @@ def main() -> None:
     try:
         app()
     except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        where = f" on rank {os.environ['RANK']}" if is_launched() else ""
+        typer.echo(f"error{where}: {error}", err=True)
         sys.exit(2)
+
+
+def _train(config: TrainConfig, out: Path, resume: bool) -> None:
+    tested_on = "test" if _has_test(config.dataset, config.root) else "labelled"
+    if tested_on == "labelled":
+        console.print(f"There is no {config.root}/test: errors are those on the labelled images.")
+    with _progress() as progress:
+        task = progress.add_task("training", total=config.steps, note="")
+
+        def on_step(step: int, metrics: dict[str, float]) -> None:
+            note = f"error {metrics['error']:.2f} %" if metrics else ""
+            progress.update(task, completed=step, note=note)
+
+        summary = run(config, out, resume=resume, on_step=on_step)
+    console.print(
+        f"{tested_on} error {summary.error:.2f} %, median of the last 20 evaluations "
+        f"{summary.median_error:.2f} %, {config.steps / max(summary.seconds, 1e-9):.1f} steps/s"
+    )
+    if rank() == 0:
+        typer.echo(f"wrote {out}/curves.png, metrics.jsonl and checkpoint.pt")
 
 
 def _compare(config: TrainConfig, rows: list[recipe.Row], seeds: str) -> list[recipe.Result]:

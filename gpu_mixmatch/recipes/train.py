@@ -2,7 +2,7 @@
 
 Every batch is a function of (seed, step), so that a checkpoint holds two integers of the loader and
 no generator: a run that is killed at any moment and resumed ends with the same weights to the last
-bit.
+bit. In a process group every rank takes its part of each batch, and rank 0 alone writes.
 """
 
 import dataclasses
@@ -24,9 +24,11 @@ from torch.utils.data import TensorDataset
 from gpu_mixmatch import presets
 from gpu_mixmatch.augment import Augment, DaliAugment, KorniaAugment, WeakAugment
 from gpu_mixmatch.builder import MixMatch
+from gpu_mixmatch.capture import positions
 from gpu_mixmatch.data import DaliLoader, KeyedLoader, ResidentLoader, SemiSupervisedLoader
 from gpu_mixmatch.data.datasets import FolderData, ImageData, ImageFiles, load_dataset
 from gpu_mixmatch.loss import MixMatchLoss
+from gpu_mixmatch.recipes import distributed
 from gpu_mixmatch.recipes.wideresnet import build_model, kernel_parameters
 from gpu_mixmatch.types import SemiSupervisedBatch
 
@@ -45,7 +47,7 @@ class TrainConfig:
         size: Height and width that the images of a folder are brought to, in pixels.
         labels: Number of labelled images, balanced over the classes; None takes all there are.
         steps: Length of the run in batches.
-        batch_size: B, and M = B.
+        batch_size: B, and M = B, of each process.
         model: A name that `build_model` knows.
         preset: "paper", "yu1ut" or "usb"; "fast" is the paper's with one joint guess and one
             forward pass over the whole batch.
@@ -54,7 +56,8 @@ class TrainConfig:
         num_workers: Processes of the loader "dataloader", for each of its two data sets; 0 fetches
             in the training process.
         seed: Of the initial weights, the labelled subset, the order and all draws.
-        device: Where to train, as torch names it.
+        device: Where to train, as torch names it; "cuda" is the GPU of each process.
+        sync_batchnorm: Take BatchNorm's statistics over the batches of all processes; on CUDA.
         supervised: Train on the labelled images alone, augmented but not mixed.
         lr: Learning rate; None takes the preset's.
         lambda_u: λ_U; None takes the preset's.
@@ -79,6 +82,7 @@ class TrainConfig:
     num_workers: int = 2
     seed: int = 0
     device: str = "cpu"
+    sync_batchnorm: bool = False
     supervised: bool = False
     lr: float | None = None
     lambda_u: float | None = None
@@ -107,6 +111,11 @@ class TrainConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if self.sync_batchnorm and torch.device(self.device).type != "cuda":
+            raise ValueError(
+                "sync_batchnorm must be off where torch's SyncBatchNorm does not run, which is "
+                f"anywhere but on CUDA, got device {self.device!r}"
+            )
 
 
 class Summary(NamedTuple):
@@ -127,13 +136,16 @@ class Summary(NamedTuple):
 
 
 class Job:
-    """The parts of a run: what a checkpoint saves, and what a step needs."""
+    """The parts of a run: what a checkpoint saves, and what a step needs.
+
+    In a process group, ranks hold the same model after every step; ``network`` is its DDP wrapper.
+    """
 
     def __init__(self, config: TrainConfig, data: ImageData | FolderData | None = None) -> None:
         data = data or load_dataset(config.dataset, config.root, config.size)
         self.config = config
         self.preset = preset = choose_preset(config.preset, config.dataset)
-        self.device = torch.device(config.device)
+        self.device = distributed.current_device(config.device)
         self.loader = make_loader(config, data)
         self.test_images = data.test_images.to(self.device)
         self.test_labels = data.test_labels.to(self.device)
@@ -143,6 +155,8 @@ class Job:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = build_model(config.model, data.num_classes, channels)
+        if config.sync_batchnorm:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         self.model = model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         decay = config.ema_decay
         if decay is None:
@@ -169,7 +183,9 @@ class Job:
         self.criterion = MixMatchLoss(lambda_u, rampup_steps)
         self.kernels = kernel_parameters(self.model)
         self.optimizer = self._optimizer()
+        self.network = distributed.replicate(self.model, self.device)
         self.step = 0
+        self.metrics: list[dict[str, float]] = []
 
     def _optimizer(self) -> torch.optim.Optimizer:
         settings = self.preset.optimizer
@@ -188,15 +204,15 @@ class Job:
 
     def train_step(self, batch: SemiSupervisedBatch) -> dict[str, Tensor]:
         """Take one step; return its losses, still on the device."""
-        self.model.train()
+        self.network.train()
         if self.config.supervised:
             losses = {"loss": self._supervised_loss(batch.x, batch.y.to(self.device))}
         else:
             mixed = self.mixmatch(batch.x, batch.y, batch.u, self.model)
             if self.config.preset == "fast":
-                logits = self.model(mixed.inputs)
+                logits = self.network(mixed.inputs)
             else:
-                logits = self.preset.forward(self.model, mixed)
+                logits = self.preset.forward(self.network, mixed)
             losses = self.criterion(logits, mixed)._asdict()
         self.optimizer.zero_grad()
         losses["loss"].backward()  # type: ignore[no-untyped-call]
@@ -204,13 +220,14 @@ class Job:
         with torch.no_grad():
             for kernel in self.kernels:
                 kernel.mul_(1 - self.preset.optimizer.get("decay", 0.0))
+        distributed.average_buffers(self.model)
         self.ema.update_parameters(self.model)
         self.step += 1
         return {name: value.detach() for name, value in losses.items()}
 
     def _supervised_loss(self, x: Tensor, y: Tensor) -> Tensor:
-        draws = self.augment.draw_batch(self.config.seed, self.step, len(x), 0, 1)
-        return F.cross_entropy(self.model(self.augment.build(x, x[:0], draws, 1)), y)
+        draws = self.augment.draw_batch(self.config.seed, self.step, positions(len(x)), 0, 1)
+        return F.cross_entropy(self.network(self.augment.build(x, x[:0], draws, 1)), y)
 
     @torch.no_grad()
     def test_error(self) -> float:
@@ -228,13 +245,14 @@ class Job:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, of tensors and plain values."""
         return {
-            "config": dataclasses.asdict(self.config),
+            "config": self._settings(),
             "step": self.step,
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "mixmatch": dict(self.mixmatch.state_dict()),
             "loader": self.loader.state_dict(),
+            "metrics": self.metrics,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -243,7 +261,7 @@ class Job:
         Raises:
             ValueError: If it is of another configuration; the message lists what differs.
         """
-        mine = dataclasses.asdict(self.config)
+        mine = self._settings()
         theirs = state["config"]
         names = sorted(mine.keys() | theirs.keys())
         different = [
@@ -261,6 +279,10 @@ class Job:
         self.optimizer.load_state_dict(state["optimizer"])
         self.mixmatch.load_state_dict(state["mixmatch"])
         self.loader.load_state_dict(state["loader"])
+        self.metrics = list(state["metrics"])
+
+    def _settings(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self.config), "world_size": distributed.world_size()}
 
 
 def train(
@@ -272,6 +294,8 @@ def train(
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Summary:
     """Train a classifier, evaluate it as it goes, and write what happened.
+
+    In a process group every rank calls this alike, and rank 0 alone looks at ``out``.
 
     Args:
         config: What to train.
@@ -288,21 +312,24 @@ def train(
         ValueError: If ``out`` exists and ``resume`` is not asked for, or its checkpoint is of
             another configuration.
     """
-    if out is not None and out.exists() and not resume:
+    if out is not None and not resume and distributed.from_first_rank(out.exists):
         raise ValueError(
             f"out must be a folder that does not exist yet, got {out}; or use --resume"
         )
     job = Job(config, data)
-    log = MetricsLog(out, job) if out is not None else None
-    metrics: list[dict[str, float]] = log.metrics if log else []
+    if out is not None:
+        _load_checkpoint(job, out / "checkpoint.pt")
+    log = MetricsLog(out, job) if out is not None and distributed.rank() == 0 else None
+    metrics = job.metrics
     eval_every = config.eval_every or max(1, config.steps // 20)
     seconds = metrics[-1]["seconds"] if metrics else 0.0
     began = time.perf_counter()
     for batch in islice(job.loader, config.steps - job.step):
         losses = job.train_step(batch)
         if job.step % eval_every == 0 or job.step == config.steps:
-            values = {name: float(value) for name, value in losses.items()}  # waits for the device
+            values = distributed.average_values(losses, job.device)  # waits for the device
             seconds += time.perf_counter() - began
+            # every rank has the same weights and finds the same error
             metrics.append(
                 {"step": job.step, "error": job.test_error(), "seconds": seconds, **values}
             )
@@ -315,6 +342,20 @@ def train(
     if log:
         log.close()
     return Summary(errors[-1], statistics.median(errors[-20:]), min(errors), seconds)
+
+
+def _load_checkpoint(job: Job, path: Path) -> None:
+    """Continue from a checkpoint, if there is one; the other ranks get it from rank 0."""
+
+    def read() -> dict[str, Any] | None:
+        if not path.exists():
+            return None
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return state
+
+    state = distributed.from_first_rank(read)
+    if state is not None:
+        job.load_state_dict(state)
 
 
 def choose_preset(name: str, dataset: str) -> presets.Preset:
@@ -347,14 +388,7 @@ def make_augment(name: str, weak: WeakAugment, height: int, width: int) -> Augme
         return weak
     if name == "dali":
         return DaliAugment(weak)
-    import kornia.augmentation as K
-
-    mode = {"reflect": "reflect", "zeros": "constant", "edge": "replicate"}[weak.padding_mode]
-    module = K.AugmentationSequential(
-        K.RandomCrop((height, width), padding=weak.padding, padding_mode=mode),
-        K.RandomHorizontalFlip(p=weak.flip),
-    )
-    return KorniaAugment(module, mean=weak.mean, std=weak.std, channels_last=weak.channels_last)
+    return KorniaAugment.shift_and_flip(weak, height, width)
 
 
 def make_loader(config: TrainConfig, data: ImageData | FolderData) -> KeyedLoader:
@@ -369,7 +403,7 @@ def make_loader(config: TrainConfig, data: ImageData | FolderData) -> KeyedLoade
         ValueError: If "dali" is wanted and the images are in memory.
     """
     labelled, unlabelled = data.split(config.labels, config.seed)
-    device = torch.device(config.device)
+    device = distributed.current_device(config.device)
     order: dict[str, Any] = {"steps_per_epoch": config.steps, "seed": config.seed}
     if config.loader == "dataloader":
         return SemiSupervisedLoader(
@@ -394,7 +428,7 @@ def make_loader(config: TrainConfig, data: ImageData | FolderData) -> KeyedLoade
         unlabelled.index,
         config.batch_size,
         config.size,
-        device_id=device.index or 0 if device.type == "cuda" else None,
+        device_id=device.index if device.type == "cuda" else None,
         **order,
     )
 
@@ -418,14 +452,8 @@ class MetricsLog:
                 'writing events needs TensorBoard: pip install "gpu-mixmatch[cli]"'
             ) from error
         self.out = out
-        self.metrics: list[dict[str, float]] = []
+        self.metrics = job.metrics  # they travel in the checkpoint: the two cannot disagree
         out.mkdir(parents=True, exist_ok=True)
-        checkpoint = out / "checkpoint.pt"
-        if checkpoint.exists():
-            # the metrics travel in the checkpoint: the two cannot disagree
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            job.load_state_dict(state)
-            self.metrics = state["metrics"]
         config = json.dumps(dataclasses.asdict(job.config), indent=2) + "\n"
         write_atomically(out / "config.json", config.encode())
         self._write_metrics()
@@ -440,7 +468,7 @@ class MetricsLog:
                 self.writer.add_scalar(name, value, job.step)
         self._write_metrics()
         temporary = self.out / "checkpoint.pt.partial"
-        torch.save({**job.state_dict(), "metrics": self.metrics}, temporary)
+        torch.save(job.state_dict(), temporary)
         os.replace(temporary, self.out / "checkpoint.pt")
 
     def close(self) -> None:

@@ -1,0 +1,134 @@
+"""What several processes add to the training loop; each of these does nothing in a single one.
+
+Every rank builds batches of its own rows, whose ids key its draws. DDP averages the gradients, and
+`average_buffers` BatchNorm's running statistics: after every step the ranks are equal to the last
+bit, so that one checkpoint serves them all.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+
+def is_launched() -> bool:
+    """Whether ``torchrun`` started this process."""
+    return distributed.is_available() and distributed.is_torchelastic_launched()
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[None]:
+    """Join the processes that ``torchrun`` started, and leave them at the end.
+
+    Args:
+        device: "cpu" joins through gloo, "cuda" through nccl, each rank with the GPU of its
+            ``LOCAL_RANK``, which becomes the current one.
+
+    Raises:
+        ValueError: If one GPU is named for all, or there are fewer GPUs than processes.
+    """
+    if not is_launched():
+        yield
+        return
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(_gpu_of_rank(device))
+        gpu = torch.device("cuda", torch.cuda.current_device())
+        distributed.init_process_group("nccl", device_id=gpu)
+    else:
+        distributed.init_process_group("gloo")
+    yield
+    # not after an error: with a rank gone, leaving in good order can wait for it
+    distributed.destroy_process_group()
+
+
+def rank() -> int:
+    """Return the number of this process among all, 0 in a single one."""
+    return distributed.get_rank() if _is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes."""
+    return distributed.get_world_size() if _is_initialized() else 1
+
+
+def current_device(name: str) -> torch.device:
+    """Return the device of that name; "cuda" is the current one, as `process_group` set it."""
+    if name == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(name)
+
+
+def replicate(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the model in DDP, to train with; one process gets it as it is.
+
+    Guess with the model itself: DDP has nothing to add to a pass without gradients.
+    """
+    if not _is_initialized():
+        return model
+    network = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+    # `average_buffers` keeps them equal. The argument of this name is deprecated since torch 2.13,
+    # and what replaces it is not in 2.11
+    network.broadcast_buffers = False
+    return network
+
+
+@torch.no_grad()
+def average_buffers(model: nn.Module) -> None:
+    """Give every rank the mean of the ranks' running statistics, in one all-reduce.
+
+    DDP by itself would broadcast rank 0's, before every forward pass: three times a step where
+    the forward is interleaved, and too late for a guess or a checkpoint that comes before.
+    """
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    if world_size() == 1 or not buffers:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    distributed.all_reduce(flat)
+    flat /= world_size()
+    parts = torch.split(flat, [buffer.numel() for buffer in buffers])
+    for buffer, part in zip(buffers, parts, strict=True):
+        buffer.copy_(part.view_as(buffer))
+
+
+def average_values(values: Mapping[str, Tensor], device: torch.device) -> dict[str, float]:
+    """Return the mean of each 0-d tensor over the ranks; waits for the device."""
+    numbers = [float(value) for value in values.values()]
+    if world_size() > 1:
+        total = torch.tensor(numbers, dtype=torch.float64, device=device)
+        distributed.all_reduce(total)
+        numbers = (total / world_size()).tolist()
+    return dict(zip(values, numbers, strict=True))
+
+
+def from_first_rank(find: Callable[[], T]) -> T:
+    """Return on every rank what ``find`` returns on rank 0, which alone looks at files."""
+    if world_size() == 1:
+        return find()
+    found = [find() if rank() == 0 else None]
+    distributed.broadcast_object_list(found)
+    return found[0]  # type: ignore[return-value]
+
+
+def _gpu_of_rank(device: str) -> int:
+    if device != "cuda":
+        raise ValueError(
+            "device must be 'cuda' under torchrun, where each process has a GPU of its own, "
+            f"got {device!r}"
+        )
+    gpu, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if gpu >= count:
+        raise ValueError(
+            f"--nproc-per-node must be at most {count}, the number of GPUs here, got "
+            f"{os.environ['LOCAL_WORLD_SIZE']}"
+        )
+    return gpu
+
+
+def _is_initialized() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
