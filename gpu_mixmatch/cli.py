@@ -1,4 +1,4 @@
-"""The command line: ``gpu-mixmatch train | preview | ablate | demo | check-images | bench | doctor``."""
+"""The command line: train, preview, ablate, demo, bench, check-images and doctor."""
 
 import os
 import sys
