@@ -177,6 +177,8 @@ def test_prepare_data_loader_refuses_our_loader():
 
 
 TWO_RANKS = """
+    import os
+
     import accelerate
     import torch
     from accelerate.utils import gather, set_seed, synchronize_rng_states
@@ -227,6 +229,7 @@ TWO_RANKS = """
     assert torch.equal(weights(again.model), weights(run.model))
     print("done", flush=True)
     accelerator.end_training()
+    os._exit(0)  # torch's threads have been seen to abort an interpreter that was ending
 """
 
 

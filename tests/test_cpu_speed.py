@@ -198,6 +198,7 @@ def test_batches_in_reused_buffers_cause_no_page_faults(images, set_threads, cap
 
 def test_fresh_memory_causes_page_faults():
     def fresh():
-        return torch.zeros(64 * 2**20, dtype=torch.uint8)  # more than the heap keeps
+        # more than the heap keeps, and touched: zeros may come from pages that nobody wrote
+        return torch.empty(64 * 2**20, dtype=torch.uint8).fill_(1)
 
     assert faults_per_call(fresh, calls=5) > MOST_FAULTS_PER_CALL
