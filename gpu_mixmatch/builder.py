@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gpu_mixmatch import functional, sampling
 from gpu_mixmatch.augment import WeakAugment, as_augment
 from gpu_mixmatch.capture import CapturedMixMatch, positions
-from gpu_mixmatch.impl import eager, implementation
+from gpu_mixmatch.impl import asks_for_triton, eager, implementation
 from gpu_mixmatch.types import (
     AugmentParams,
     AugmentPolicy,
@@ -136,8 +136,9 @@ class MixMatch(nn.Module):
 
     @property
     def runs_kernels(self) -> bool:
-        """Whether fused kernels run, rather than plain torch."""
-        return implementation(self.impl, self.device) is not eager
+        """Whether Triton's kernels run."""
+        running = implementation(self.impl, self.device)
+        return asks_for_triton(self.impl, self.device) and running is not eager
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -185,7 +186,7 @@ class MixMatch(nn.Module):
         engine = self.augment
         draws, mixup = self._draw(ids, getattr(engine, "policy", None))
         scratch = self._workspaces[0] if self._workspaces else None
-        if isinstance(engine, WeakAugment) and draws and engine.blends_on(self.device):
+        if isinstance(engine, WeakAugment) and draws and engine.mixes_bytes(x, len(mixup.lam)):
             # W is not needed: the guess reads the views of u, and MixUp the images
             draws_u = AugmentParams(*(draw[len(x) :] for draw in draws))
             views = engine.apply(u, draws_u, workspace=scratch)
@@ -432,7 +433,7 @@ class MixMatch(nn.Module):
             shown.append("reuse_buffers=True")
         if not isinstance(self.augment, nn.Module):
             shown.append(f"augment={self.augment!r}")
-        running = "triton" if self.runs_kernels else "eager"
+        running = implementation(self.impl, self.device).__name__.rsplit(".", 1)[-1]
         shown += [f"step={int(self.step)}", f"impl={self.impl!r} -> {running} on {self.device}"]
         return ", ".join(shown)
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from gpu_mixmatch.impl import implementation
+from gpu_mixmatch.impl import asks_for_numba, implementation
 
 __all__ = ["Finding", "examine", "report"]
 
@@ -77,6 +77,7 @@ def examine() -> list[Finding]:
         ("torch", _torch),
         ("CUDA device", _cuda_devices),
         ("impl eager", _eager),
+        ("impl numba", _numba),
         ("impl triton", _triton),
         ("kornia", _kornia),
         ("DALI", _dali),
@@ -223,7 +224,10 @@ def _triton() -> Finding:
     version = _version("triton", "triton")
     installed = f"triton {version} is installed" if version else "triton is not installed"
     device = _device()
-    running = implementation("auto", device).__name__.rsplit(".", 1)[-1]
+    if asks_for_numba("auto", device):
+        running = "numba"  # without importing it
+    else:
+        running = implementation("auto", device).__name__.rsplit(".", 1)[-1]
     auto = f'impl="auto" runs {running} on {device}'
     try:
         implementation("triton", device)
@@ -231,6 +235,14 @@ def _triton() -> Finding:
         why = str(error).split(". ")[0]
         return Finding("impl triton", False, f"{why}; {auto}; {installed}", None)
     return Finding("impl triton", True, f"{auto}; {installed}", None)
+
+
+def _numba() -> Finding:
+    version = _version("numba", "numba")
+    if version is None:
+        detail = "not installed; for faster batches on the CPU"
+        return Finding("impl numba", False, detail, 'pip install "gpu-mixmatch[cpu]"')
+    return Finding("impl numba", True, f'numba {version}: impl="auto" runs it on the CPU', None)
 
 
 def _kornia() -> Finding:

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Impl = Literal["auto", "eager", "triton"]
+Impl = Literal["auto", "eager", "numba", "triton"]
 PaddingMode = Literal["reflect", "zeros", "edge"]
 MixMode = Literal["all", "separate", "labelled", "unlabelled", "none"]
 LamMode = Literal["sample", "batch"]

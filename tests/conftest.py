@@ -12,6 +12,29 @@ if not torch.cuda.is_available():  # before anything imports the kernels
 torch.set_num_threads(1)
 
 
+def _choose_numba(monkeypatch, installed):
+    from gpu_mixmatch import impl
+
+    monkeypatch.setattr(impl, "_NUMBA_INSTALLED", installed)
+    impl.implementation.cache_clear()
+    yield
+    impl.implementation.cache_clear()
+
+
+@pytest.fixture
+def without_numba(monkeypatch):
+    """As where Numba is not installed: "auto" is eager on a CPU."""
+    yield from _choose_numba(monkeypatch, installed=False)
+
+
+@pytest.fixture(params=["eager", "numba"])
+def each_cpu_impl(request, monkeypatch):
+    """What "auto" means on a CPU without Numba and with it."""
+    if request.param == "numba":
+        pytest.importorskip("numba")
+    yield from _choose_numba(monkeypatch, installed=request.param == "numba")
+
+
 @pytest.fixture
 def no_kernels_here(monkeypatch):
     """As on a user's machine: kernels need CUDA, the interpreter is off."""

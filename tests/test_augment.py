@@ -15,6 +15,8 @@ from gpu_mixmatch.types import AugmentParams, Workspace
 from tests import oracle
 from tests.tolerances import TOLERANCES
 
+pytestmark = pytest.mark.usefixtures("each_cpu_impl")
+
 NAN = float("nan")
 F_PAD_MODE = {"reflect": "reflect", "zeros": "constant", "edge": "replicate"}
 FORMATS = {False: torch.contiguous_format, True: torch.channels_last}

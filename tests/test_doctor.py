@@ -188,7 +188,7 @@ def test_a_device_is_usable_if_this_torch_was_built_for_it(
     assert ("none of which runs on it" in finding.detail) != usable
 
 
-@pytest.mark.usefixtures("no_kernels_here")
+@pytest.mark.usefixtures("no_kernels_here", "without_numba")
 def test_triton_kernels_are_not_claimed_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     finding = found("impl triton")
@@ -201,6 +201,16 @@ def test_triton_kernels_are_not_claimed_without_cuda(monkeypatch: pytest.MonkeyP
     assert "triton 9.8.7 is installed" in found("impl triton").detail
 
 
+def test_numba_is_reported_without_importing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, numba="9.8.7")
+    assert found("impl numba") == Finding(
+        "impl numba", True, 'numba 9.8.7: impl="auto" runs it on the CPU', None
+    )
+    hide(monkeypatch, "numba")
+    assert found("impl numba").remedy == 'pip install "gpu-mixmatch[cpu]"'
+
+
+@pytest.mark.usefixtures("without_numba")
 def test_triton_kernels_are_reported_once_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = SimpleNamespace(__name__="gpu_mixmatch.impl.triton")
     monkeypatch.setattr(doctor, "implementation", lambda impl, device: kernels)
@@ -322,12 +332,12 @@ def test_whatever_fails_is_a_finding_and_not_an_error(
 
 
 @pytest.mark.usefixtures("no_kernels_here")
-@pytest.mark.parametrize("blocked", ["kornia", "matplotlib", "rich", "triton"])
+@pytest.mark.parametrize("blocked", ["kornia", "matplotlib", "rich", "numba", "triton"])
 def test_a_module_that_python_refuses_to_find_is_not_installed(
     monkeypatch: pytest.MonkeyPatch, blocked: str
 ) -> None:
     monkeypatch.setitem(sys.modules, blocked, None)
-    name = "impl triton" if blocked == "triton" else blocked
+    name = f"impl {blocked}" if blocked in ("numba", "triton") else blocked
     assert not found(name).usable
     assert "not installed" in found(name).detail
 

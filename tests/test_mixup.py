@@ -8,6 +8,8 @@ from gpu_mixmatch.functional import mixup
 from gpu_mixmatch.types import MixUpParams
 from tests import oracle
 
+pytestmark = pytest.mark.usefixtures("each_cpu_impl")
+
 # Largest error of a mixed value in [-1, 1] against float64, by dtype: rounding the result.
 ERROR = {torch.float32: 5e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 DTYPES = list(ERROR)

@@ -19,6 +19,9 @@ from gpu_mixmatch import (
     sampling,
 )
 
+# Numba's loops are for a CPU's own memory
+pytestmark = pytest.mark.usefixtures("without_numba")
+
 NUM_CLASSES = 5
 aten = torch.ops.aten
 # Operations whose result or size depends on values: on a device they wait for it.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gpu_mixmatch import functional, sampling
-from gpu_mixmatch.impl import asks_for_triton
+from gpu_mixmatch.impl import asks_for_numba, asks_for_triton
 from gpu_mixmatch.types import (
     AugmentParams,
     AugmentPolicy,
@@ -20,6 +20,9 @@ from gpu_mixmatch.types import (
 
 if TYPE_CHECKING:
     from gpu_mixmatch.augment.kornia import KorniaReplay
+
+# Values of W that do not stay in a CPU's cache.
+_LEAST_TO_MIX_BYTES = 2**21
 
 
 class NormalizedViews(nn.Module):
@@ -167,13 +170,18 @@ class WeakAugment(NormalizedViews):
         """Reach of the blur's kernel in pixels; 0 where there is no blur."""
         return math.ceil(3 * self.blur_sigma[1]) if self.blur_sigma else 0
 
-    def blends_on(self, device: torch.device) -> bool:
-        """Whether mixing views anew from the images costs less than reading them back.
+    def mixes_bytes(self, images: Tensor, num_rows: int) -> bool:
+        """Whether mixing ``num_rows`` views anew from the images costs less than reading them back.
 
-        It does in the kernels, where a view is one byte per value: without zoom and blur.
+        It may where a view is one byte per value, without zoom and blur: in Triton's kernels, and
+        in Numba's once the views of a batch do not stay in the cache.
         """
-        one_byte_a_value = self.crop_px[1] == 0 and self.blur_radius == 0
-        return one_byte_a_value and asks_for_triton(self.impl, device)
+        if self.crop_px[1] or self.blur_radius:
+            return False
+        if asks_for_triton(self.impl, images.device):
+            return True
+        num_values = num_rows * images[0].numel()
+        return asks_for_numba(self.impl, images.device) and num_values >= _LEAST_TO_MIX_BYTES
 
     def draw(
         self, seed: int, step: int, ids: Tensor | int, views: int | Sequence[int] = 0
