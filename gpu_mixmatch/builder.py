@@ -194,7 +194,7 @@ class MixMatch(nn.Module):
             with torch.no_grad():
                 targets = self._targets(y, logits, mixup)
                 out = self._output((len(mixup.lam), *views.shape[1:]), views)
-                inputs = engine.apply((x, u), draws, mixup=mixup, out=out)
+                inputs = engine.apply((x, u), draws, mixup=mixup, out=out, workspace=scratch)
             return self._finish(inputs, targets, len(x), mixup)
         foreign = draws or engine.draw_batch(
             self.seed, int(self.step), *ids, self.num_augmentations

@@ -221,6 +221,26 @@ def test_a_workspace_is_used_again_for_other_shapes():
         torch.testing.assert_close(found, wanted, atol=4e-6, rtol=0)
 
 
+@pytest.mark.parametrize(("field", "value"), [("top", 5), ("left", -1), ("left", 5), ("crop", -1)])
+def test_draws_that_leave_the_image_are_refused(field, value):
+    augment = WeakAugment(padding=2, crop_px=(0, 2), impl="numba")
+    params = augment.draw(seed=0, step=0, ids=3)
+    params = params._replace(**{field: torch.full_like(getattr(params, field), value)})
+    with pytest.raises(ValueError, match=rf"params.top and params.left .* got .*{value}"):
+        augment.apply(random_images(3, (3, 9, 7)), params)
+
+
+@pytest.mark.parametrize("index", [-1, 3])
+def test_partners_that_do_not_exist_are_refused(index):
+    params = MixUpParams(torch.ones(3), torch.tensor([0, 1, index]))
+    with pytest.raises(ValueError, match=r"params.index must be in 0 .. N - 1 = 2, got"):
+        functional.mixup(torch.ones(3, 4), torch.ones(3, 2), params, impl="numba")
+    augment = WeakAugment(padding=2, impl="numba")
+    draws = augment.draw(seed=0, step=0, ids=3)
+    with pytest.raises(ValueError, match=r"params.index must be in 0 .. N - 1 = 2, got"):
+        augment.apply(random_images(3, (3, 9, 7)), draws, mixup=params)
+
+
 def test_auto_is_the_compiled_path_on_a_cpu():
     assert implementation("auto", torch.device("cpu")) is compiled
     assert "impl='auto' -> numba on cpu" in repr(MixMatch(WeakAugment.cifar10(), 10))

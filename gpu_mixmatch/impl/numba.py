@@ -364,6 +364,14 @@ def _add_taps(sums, values, begin, stride, length, taps, reach):
 
 
 @_compiled
+def _lie_within(values, most):
+    for value in values:  # noqa: SIM110  # all() is no loop of Numba's
+        if value < 0 or value > most:
+            return False
+    return True
+
+
+@_compiled
 def _lines_at_once(height, width):
     return min(height, max(1, _VALUES_AT_ONCE // width))
 
@@ -415,6 +423,7 @@ def augment(
     images = [_lines_of(source, channels_last_in, values).numpy() for source in sources]
     factors = tuple(_per_value(factor, shape).numpy() for factor in (scale, bias))
     draws = tuple(draw.contiguous().numpy() for draw in params)
+    _check_draws(draws, 2 * padding)
     taps = _half_kernels(params.sigma, blur_radius).numpy() if filters else None
     tables = _line_tables(height, width, padding, padding_mode, blur_radius)
 
@@ -482,8 +491,8 @@ def _write_all(
 
     def work(part: int) -> None:
         row = 0
-        for source, count in zip(images, counts, strict=True):
-            is_last = source is images[-1]
+        for number, (source, count) in enumerate(zip(images, counts, strict=True), 1):
+            is_last = number == len(images)
             num_views = (len(draws[0]) - row) // max(count, 1) if is_last else 1
             share = count * part // num_threads, count * (part + 1) // num_threads
             where = out, row, num_views, source, wide[part], draws
@@ -517,6 +526,7 @@ def _mix_all(
     wide, out = widened.numpy(), target.numpy()
     num_threads = _num_threads(target.numel())
     mixed = mixup.lam.contiguous().numpy(), mixup.index.contiguous().numpy()
+    _check_partners(mixed[1])
     # a single source is drawn as often as there are rows
     num_x = 0 if len(images) == 1 else num_lines[0] // (shape.planes * shape.height)
     num_u = num_lines[-1] // (shape.planes * shape.height)
@@ -541,6 +551,7 @@ def _blend(rows: Tensor, params: MixUpParams, out: Tensor) -> None:
     """Write λ'·row + (1 - λ')·row[index] of ``[N, values]`` float32."""
     num_threads = _num_threads(rows.numel())
     arrays = [tensor.detach().contiguous().numpy() for tensor in (rows, *params)]
+    _check_partners(arrays[-1])
     written = out.numpy()
 
     def work(part: int) -> None:
@@ -548,6 +559,26 @@ def _blend(rows: Tensor, params: MixUpParams, out: Tensor) -> None:
         _mix_rows(written, *arrays, *share)
 
     _in_threads(work, num_threads)
+
+
+def _check_draws(draws: tuple[Any, ...], most: int) -> None:
+    """Raise before a compiled loop, which checks nothing, reads beyond an image."""
+    top, left, _, crop, _ = draws
+    least_cut = crop.min(initial=0)
+    if not (_lie_within(top, most) and _lie_within(left, most) and least_cut >= 0):
+        offsets = np.concatenate([top, left])
+        raise ValueError(
+            f"params.top and params.left must be in 0 .. 2·padding = {most} and params.crop at "
+            f"least 0, got offsets in {offsets.min()} .. {offsets.max()} and a cut of {least_cut}"
+        )
+
+
+def _check_partners(index: Any) -> None:
+    if not _lie_within(index, len(index) - 1):
+        raise ValueError(
+            f"params.index must be in 0 .. N - 1 = {len(index) - 1}, got {index.min()} .. "
+            f"{index.max()}"
+        )
 
 
 def _floats(name: str, like: Tensor, workspace: Workspace) -> Tensor:
