@@ -204,14 +204,11 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """Set the number of threads of torch, and of Numba, OpenCV and DALI where they are loaded."""
+    """Set the number of threads of torch, and of OpenCV and DALI where they are loaded."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     if "cv2" in sys.modules:
         sys.modules["cv2"].setNumThreads(count)
-    if "numba" in sys.modules:
-        limit = sys.modules["numba"].config.NUMBA_NUM_THREADS
-        sys.modules["numba"].set_num_threads(min(count, limit))
     if importlib.util.find_spec("nvidia") and "nvidia.dali" in sys.modules:
         importlib.import_module("nvidia.dali.experimental.dynamic").set_num_threads(count)
     try:

@@ -1,9 +1,10 @@
-"""Write README's result tables from the JSON under ``benchmarks/results``, and draw its plots.
+"""Write the result tables of the READMEs from the JSON under ``benchmarks/results``, and the plots.
 
 ``python -m benchmarks.report`` rewrites what stands between the markers
 ``<!-- results: NAME -->`` and ``<!-- /results -->`` and draws a PNG beside the results of each
-suite; with ``--check`` it only says whether README equals the results, and exits with 1 if not.
-``--draw FOLDER`` only draws, beside the results in that folder.
+suite; with ``--check`` it only says whether the READMEs equal the results, and exits with 1 if not.
+``NAME in brief`` shows the medians of a suite's first tables. ``--draw FOLDER`` only draws, beside
+the results in that folder.
 """
 
 import argparse
@@ -18,7 +19,11 @@ from benchmarks import schema
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "0.1.0"
-MARKED = re.compile(r"(<!-- results: (?P<name>[\w-]+) -->\n)(.*?)(<!-- /results -->)", re.DOTALL)
+MARKED = re.compile(
+    r"(<!-- results: (?P<name>[\w-]+)(?P<brief> in brief)? -->\n)(.*?)(<!-- /results -->)",
+    re.DOTALL,
+)
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 
 
 def speeds(content: dict[str, Any]) -> str:
@@ -72,18 +77,28 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def suite_part(content: dict[str, Any], file: Path) -> str:
-    """The tables of a suite's results, its plot if it has one, the command and the versions."""
+def suite_part(
+    content: dict[str, Any], file: Path, folder: Path = ROOT, *, brief: bool = False
+) -> str:
+    """The tables of a suite's results, its plot if it has one, the command and the versions.
+
+    Args:
+        content: The results.
+        file: Where they lie.
+        folder: That of the document, from which it links to the plot.
+        brief: Whether to show medians alone, and of several tables the first.
+    """
     if content["quick"]:
         raise ValueError(f"{file.name} must not be of --quick, whose times are no measurements")
-    parts = [title + "\n\n" + text for title, text in SUITE_TABLES[content["suite"]](content)]
+    tables = SUITE_TABLES[content["suite"]](_medians_alone(content) if brief else content)
+    if brief and content["suite"] != "augment":
+        tables = tables[:1]
+    parts = [title + "\n\n" + text for title, text in tables]
     if content["suite"] in PLOTS:
-        picture = file.with_suffix(".png").relative_to(ROOT)
+        picture = file.with_suffix(".png").relative_to(folder)
         parts.append(f"![{content['suite']} on {_machine(content)}]({picture})\n")
-    notes = {row["contender"]: row["note"] for row in content["rows"] if row["note"]}
     if content["suite"] in ("augment", "batch", "loader"):
-        lines = [f"{name}: {note}." for name, note in notes.items()]
-        parts.append("What is not equal, or to be known: " + " ".join(lines) + "\n")
+        parts += _notes(content["rows"], with_skipped=brief)
     versions = ", ".join(f"{name} {v}" for name, v in content["versions"].items() if v)
     bold = "" if content["suite"] == "ops" else " The fastest of a column is bold."
     parts.append(
@@ -91,6 +106,34 @@ def suite_part(content: dict[str, Any], file: Path) -> str:
         f"{content['date']}, {versions}.{bold}\n"
     )
     return "\n".join(parts)
+
+
+def _medians_alone(content: dict[str, Any]) -> dict[str, Any]:
+    """The results without quartiles, and without those who could not run."""
+    rows = [
+        {name: value for name, value in row.items() if name not in ("low_ms", "high_ms")}
+        for row in content["rows"]
+        if "skipped" not in row
+    ]
+    return content | {"rows": rows}
+
+
+def _notes(rows: list[dict[str, Any]], *, with_skipped: bool) -> list[str]:
+    """What contenders do not do equally, those of one note together; and who could not run."""
+    parts = []
+    starts = {"note": "What is not equal, or to be known:", "skipped": "Left out:"}
+    for field, start in starts.items():
+        if field == "skipped" and not with_skipped:
+            continue
+        names: dict[str, list[str]] = {}
+        for row in rows:
+            found = names.setdefault(row.get(field) or "", [])
+            if row["contender"] not in found and not (field == "note" and "skipped" in row):
+                found.append(row["contender"])
+        lines = [f"- {' / '.join(of)}: {note}" for note, of in names.items() if note and of]
+        if lines:
+            parts.append("\n".join([start, "", *lines, ""]))
+    return parts
 
 
 def _machine(content: dict[str, Any]) -> str:
@@ -152,8 +195,19 @@ def _milliseconds(row: dict[str, Any]) -> float:
 
 
 def _thousand_views(row: dict[str, Any]) -> str:
-    low, median, high = (row["views"] / row[f"{name}_ms"] for name in ("high", "median", "low"))
-    return f"{_number(median)} ({_number(low)} to {_number(high)})"
+    return _rate(row, row["views"])
+
+
+def _rate(row: dict[str, Any], count: float) -> str:
+    """How many a millisecond: the median, and the quartiles if they are shown."""
+    median = _number(count / row["median_ms"])
+    if "low_ms" not in row:
+        return median
+    return f"{median} ({_number(count / row['high_ms'])} to {_number(count / row['low_ms'])})"
+
+
+def _of_quartiles(rows: list[dict[str, Any]]) -> str:
+    return " (quartiles)" if any("low_ms" in row for row in rows) else ""
 
 
 def _size_and_threads(row: dict[str, Any]) -> str:
@@ -165,7 +219,7 @@ def augment_tables(content: dict[str, Any]) -> list[tuple[str, str]]:
     rows = content["rows"]
     return [
         (
-            f"Thousand views/s (quartiles): {policy}, normalise",
+            f"Thousand views/s{_of_quartiles(rows)}: {policy}, normalise",
             pivot(
                 [row for row in rows if row["policy"] == policy],
                 _size_and_threads,
@@ -188,7 +242,7 @@ def batch_tables(content: dict[str, Any]) -> list[tuple[str, str]]:
     faults = [row for row in measured if row["threads"] == content["threads"][0]]
     parts = [
         (
-            "Thousand views/s (quartiles), from uint8 in a data set to the mixed batch",
+            f"Thousand views/s{_of_quartiles(rows)}, from uint8 in a data set to the mixed batch",
             pivot(timed, _size_and_threads, _thousand_views, "batches", _milliseconds),
         )
     ]
@@ -227,14 +281,11 @@ def loader_tables(content: dict[str, Any]) -> list[tuple[str, str]]:
     table = pivot(
         content["rows"],
         lambda row: row["case"],
-        lambda row: (
-            f"{_number(row['images_per_s'])} ({_number(2e3 * row['batch'] / row['high_ms'])} to "
-            f"{_number(2e3 * row['batch'] / row['low_ms'])})"
-        ),
+        lambda row: _rate(row, 2e3 * row["batch"]),
         "loader",
         _milliseconds,
     )
-    return [("Images/s (quartiles), decoded and augmented", table)]
+    return [(f"Images/s{_of_quartiles(content['rows'])}, decoded and augmented", table)]
 
 
 def scaling_tables(content: dict[str, Any]) -> list[tuple[str, str]]:
@@ -411,8 +462,8 @@ def draw_all(folder: Path) -> list[Path]:
     return drawn
 
 
-def rendered(readme: str) -> str:
-    """README with every marked part written anew."""
+def rendered(readme: str, folder: Path = ROOT) -> str:
+    """A document that lies in ``folder``, with every marked part written anew."""
 
     def fill(match: re.Match[str]) -> str:
         files = sorted(RESULTS.glob(f"{match['name']}--*.json"))
@@ -422,10 +473,11 @@ def rendered(readme: str) -> str:
         for file in files:
             content = json.loads(file.read_text())
             if "suite" in content:
-                tables.append(suite_part(schema.load(file), file))
+                brief = match["brief"] is not None
+                tables.append(suite_part(schema.load(file), file, folder, brief=brief))
             else:
                 tables.append(speeds(content) if "columns" in content else table(content))
-        return match[1] + "\n".join(tables) + match[4]
+        return match[1] + "\n".join(tables) + match[5]
 
     return MARKED.sub(fill, readme)
 
@@ -440,13 +492,16 @@ def main() -> None:
         for picture in draw_all(arguments.draw):
             print(f"wrote {picture}")
         return
-    path = ROOT / "README.md"
-    before = path.read_text()
-    after = rendered(before)
-    if arguments.check:
-        sys.exit(0 if after == before else "README.md is stale: run python -m benchmarks.report")
-    path.write_text(after)
-    draw_all(RESULTS)
+    for path in DOCUMENTS:
+        before = path.read_text()
+        after = rendered(before, path.parent)
+        if not arguments.check:
+            path.write_text(after)
+        elif after != before:
+            name = path.relative_to(ROOT)
+            sys.exit(f"{name} is stale: run python -m benchmarks.report")
+    if not arguments.check:
+        draw_all(RESULTS)
 
 
 if __name__ == "__main__":

@@ -398,6 +398,18 @@ def test_a_suites_part_names_machine_versions_notes_and_plot(ran):
     assert "last offset never drawn" in text
 
 
+def test_in_brief_a_suite_shows_medians_alone(ran):
+    content = ran("batch") | {"quick": False}
+    file = common.RESULTS / "batch--cpu-2c.json"
+    whole = report.suite_part(content, file)
+    brief = report.suite_part(content, file, brief=True)
+    assert "(quartiles)" in whole
+    assert "(quartiles)" not in brief
+    row = next(row for row in content["rows"] if "views" in row)
+    assert f" {report._number(row['views'] / row['median_ms'])} " in brief.replace("*", " ")
+    assert whole.count("|---") > brief.count("|---")
+
+
 def test_plots_are_drawn_on_an_opaque_light_ground(ran, tmp_path):
     for suite in report.PLOTS:
         schema.dump(ran(suite), tmp_path / f"{suite}--here.json")
