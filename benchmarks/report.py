@@ -385,6 +385,8 @@ def draw_bars(content: dict[str, Any], path: Path) -> None:
 
 def draw_sweeps(content: dict[str, Any], path: Path) -> None:
     """Time against what grows, a panel per sweep."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     rows = [row for row in content["rows"] if "median_ms" in row]
     figure, axes = _figure(len(SWEEP_TITLES), 8)
     for axis, (sweep, title) in zip(axes, SWEEP_TITLES.items(), strict=False):
@@ -404,6 +406,12 @@ def draw_sweeps(content: dict[str, Any], path: Path) -> None:
                 alpha=0.2,
             )
         axis.set(xscale="log", yscale="log", xlabel=title, ylabel="ms per batch")
+        measured_at = sorted({row["at"] for row in of_sweep})
+        axis.set_xticks(measured_at, list(map(str, measured_at)))
+        axis.set_xticks([], minor=True)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(lambda value, _: _number(value))
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     _save(figure, axes[len(SWEEP_TITLES) :], f"{_machine(content)}, {_threads(rows[0])}", path)
