@@ -44,8 +44,8 @@ def images():
     return x, u
 
 
-def our_builder(x, u):
-    augment, workspace, steps = WeakAugment.cifar10(), Workspace(), iter(range(10**9))
+def our_builder(x, u, impl="auto"):
+    augment, workspace, steps = WeakAugment.cifar10(impl=impl), Workspace(), iter(range(10**9))
 
     def build():
         draws = augment.draw_batch(0, next(steps), BATCH, BATCH, VIEWS)
@@ -130,7 +130,7 @@ def test_views_are_built_several_times_faster_than_by_kornia(images, set_threads
     # as a training step does: freed memory then stays in the heap, and fresh views cost no faults.
     # Without it Kornia's are slower by a third, or not, by what ran before in this process
     torch.empty(30 * 2**20, dtype=torch.uint8)
-    ours, theirs = our_builder(*images), kornia_builder(*images)
+    ours, theirs = our_builder(*images, impl="eager"), kornia_builder(*images)
     undisturbed, best = 0, 0.0
     with torch.random.fork_rng(devices=[]):
         for _ in range(ATTEMPTS):
@@ -171,6 +171,7 @@ def faults_per_call(call, calls=200):
     return min(attempts)
 
 
+@pytest.mark.usefixtures("each_cpu_impl")
 def test_views_in_a_workspace_cause_no_page_faults(images, set_threads, capsys):
     set_threads(1)  # memory is the same, and other processes do not matter
     faults = faults_per_call(our_builder(*images))
@@ -179,6 +180,7 @@ def test_views_in_a_workspace_cause_no_page_faults(images, set_threads, capsys):
     assert faults <= MOST_FAULTS_PER_CALL
 
 
+@pytest.mark.usefixtures("each_cpu_impl")
 def test_batches_in_reused_buffers_cause_no_page_faults(images, set_threads, capsys):
     set_threads(1)
     x, u = images

@@ -75,6 +75,16 @@ class _Shape(NamedTuple):
         return (2 * (self.width + self.padding) - self.repeat + between) * self.values
 
 
+class _Task(NamedTuple):
+    """What the loops read, as numpy's arrays."""
+
+    images: tuple[Any, ...]  # flat, in the order of _Shape
+    draws: tuple[Any, ...]  # the fields of AugmentParams
+    factors: tuple[Any, ...]  # scale and bias per plane, or per value of a line
+    tables: tuple[Any, ...]  # of _line_tables
+    shape: _Shape
+
+
 @_compiled
 def _widen(wide, to, source, at, num_lines, shape, pitch):
     """Write lines of ``source`` as [padding, mirror image, (2 paddings), image, padding]."""
@@ -420,24 +430,25 @@ def augment(
         repeat=1 if padding_mode == "reflect" else 0,
         fill=["reflect", "edge", "zeros"].index(padding_mode),
     )
-    images = [_lines_of(source, channels_last_in, values).numpy() for source in sources]
+    images = tuple(_lines_of(source, channels_last_in, values).numpy() for source in sources)
     factors = tuple(_per_value(factor, shape).numpy() for factor in (scale, bias))
     draws = tuple(draw.contiguous().numpy() for draw in params)
     _check_draws(draws, 2 * padding)
     taps = _half_kernels(params.sigma, blur_radius).numpy() if filters else None
     tables = _line_tables(height, width, padding, padding_mode, blur_radius)
+    task = _Task(images, draws, factors, tables, shape)
 
     in_order = out.permute(0, 2, 3, 1) if channels_last else out
     direct = out.dtype == torch.float32 and channels_last == (values > 1)
     target = in_order.view(-1) if direct else _floats("views", out, workspace)
     if mixup is None:
-        _write_all(images, target, draws, taps, factors, tables, shape, workspace)
+        _write_all(task, target, taps, workspace)
     elif filters:
         views = _floats("unmixed", out, workspace)
-        _write_all(images, views, draws, taps, factors, tables, shape, workspace)
+        _write_all(task, views, taps, workspace)
         _blend(views.view(num_rows, -1), mixup, target.view(num_rows, -1))
     else:
-        _mix_all(images, target, draws, mixup, factors, tables, shape, workspace)
+        _mix_all(task, target, mixup, workspace)
     if not direct:
         written = target.view(num_rows, shape.planes, height, width, values)
         out.copy_(written.permute(0, 1, 4, 2, 3).flatten(1, 2))
@@ -459,17 +470,9 @@ def mixup(
     _blend(targets, params, mixed_targets)
 
 
-def _write_all(
-    images: list[Any],
-    target: Tensor,
-    draws: tuple[Any, ...],
-    taps: Any,
-    factors: tuple[Any, ...],
-    tables: tuple[Any, ...],
-    shape: _Shape,
-    workspace: Workspace,
-) -> None:
+def _write_all(task: _Task, target: Tensor, taps: Any, workspace: Workspace) -> None:
     """Write every view of every image; a thread has a share of the images of every source."""
+    images, draws, factors, tables, shape = task
     image_lines, pitch = shape.planes * shape.height, shape.pitch
     image_size = image_lines * shape.width * shape.values
     num_threads = _num_threads(target.numel() * (1 if taps is None else _FILTER_COST))
@@ -505,17 +508,9 @@ def _write_all(
     _in_threads(work, num_threads)
 
 
-def _mix_all(
-    images: list[Any],
-    target: Tensor,
-    draws: tuple[Any, ...],
-    mixup: MixUpParams,
-    factors: tuple[Any, ...],
-    tables: tuple[Any, ...],
-    shape: _Shape,
-    workspace: Workspace,
-) -> None:
+def _mix_all(task: _Task, target: Tensor, mixup: MixUpParams, workspace: Workspace) -> None:
     """Widen all images, then write every blend of two views."""
+    images, draws, factors, tables, shape = task
     pitch, num_rows = shape.pitch, len(draws[0])
     line = shape.width * shape.values
     num_lines = [len(source) // line for source in images]
@@ -656,7 +651,7 @@ def _in_threads(work: Callable[[int], None], num_threads: int) -> None:
 
     team = _torch_team()
     if team is not None:
-        team(_Task(run), None, num_threads, 0)
+        team(_Callback(run), None, num_threads, 0)
     else:
         others = [_threads(os.getpid()).submit(run) for _ in range(num_threads - 1)]
         run()
@@ -666,7 +661,7 @@ def _in_threads(work: Callable[[int], None], num_threads: int) -> None:
         raise errors[0]
 
 
-_Task = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_Callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 @lru_cache(maxsize=1)
@@ -681,7 +676,7 @@ def _torch_team() -> Any:
         team = library.GOMP_parallel  # (task, its argument, number of threads, flags)
     except (OSError, AttributeError):
         return None
-    team.argtypes = [_Task, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    team.argtypes = [_Callback, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     team.restype = None
     return team
 
