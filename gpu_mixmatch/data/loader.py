@@ -542,7 +542,13 @@ class _TensorRows(Dataset[Any]):
     def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
         """Return the batch of ``indices``, as `collate` would make it."""
         rows = np.asarray(indices)
-        return [as_leaf(torch.as_tensor(tensor[rows])) for tensor in self.tensors]
+        return [as_leaf(_rows_of(tensor, rows)) for tensor in self.tensors]
+
+
+def _rows_of(tensor: Any, rows: Any) -> Tensor:
+    if isinstance(tensor, Tensor):  # many times faster than tensor[rows], which goes value by value
+        return tensor.index_select(0, torch.as_tensor(rows, device=tensor.device))
+    return torch.as_tensor(tensor[rows])
 
 
 def _whole_tensors(dataset: Any) -> Sequence[Any] | None:
