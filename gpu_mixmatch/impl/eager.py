@@ -123,13 +123,13 @@ def _blend(rows: Tensor, params: MixUpParams, out: Tensor, order: Tensor | None 
     lam, index = params.lam[:, None], params.index
     mine = rows
     if order is not None:
-        mine, lam, index = rows[order], lam[order], index[order]
+        mine, lam, index = rows.index_select(0, order), lam[order], index[order]
     # lerp: partner + λ'·(row - partner)
     if rows.dtype == torch.float32:
         torch.index_select(rows, 0, index, out=out).lerp_(mine, lam)
         return
     for chunk in _chunks(rows):
-        partners = rows[index[chunk]].float()
+        partners = rows.index_select(0, index[chunk]).float()
         out[chunk] = partners.lerp_(mine[chunk].float(), lam[chunk])
 
 
@@ -141,7 +141,11 @@ def _dense_rows(tensor: Tensor) -> Tensor:
 
 
 def interleave(rows: Tensor, num_groups: int) -> Tensor:
-    return rows[interleave_index(len(rows), num_groups, rows.device)]
+    index = interleave_index(len(rows), num_groups, rows.device)
+    # index_select copies whole rows, rows[index] goes value by value on a CPU, but keeps the layout
+    if rows.dim() == 4 and rows.is_contiguous(memory_format=torch.channels_last):
+        return rows.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return rows.index_select(0, index)
 
 
 @_constant
