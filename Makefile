@@ -42,7 +42,7 @@ results: $(VENV)/.installed
 	$(RUN)/gpu-mixmatch demo --dataset fashion-mnist --root $(FASHION) --labels 100 --steps 4000 --seeds 0 --out runs/results/fashion-mnist-demo
 	$(RUN)/python -m benchmarks.tiles runs/results/tiles
 	$(RUN)/gpu-mixmatch demo --dataset folder --root runs/results/tiles --labels 24 --out runs/results/tiles-demo
-	$(RUN)/python -m benchmarks.engines
+	env -u OMP_NUM_THREADS $(RUN)/python -m benchmarks.engines
 	for name in digits-demo digits-ablation fashion-mnist-demo tiles-demo; do for kind in json png; do \
 	  cp runs/results/$$name/*.$$kind $(RESULTS)/$$name--$(MACHINE).$$kind; done; done
 	$(RUN)/gpu-mixmatch preview --out $(RESULTS)/digits-preview--$(MACHINE).png
