@@ -18,8 +18,9 @@ from tests.tolerances import TOLERANCES
 
 BATCH, VIEWS = 64, 2
 THREADS = 2
-# The suites measure 8 to 9; ratios on a shared machine hold to about 30 % (it has shown 6.6).
-LEAST_RATIO = 5
+# Of what "auto" runs with Numba. Plain torch has shown 6.6 to 9 times on a shared machine, where
+# ratios hold to about 30 %.
+LEAST_RATIOS = {"numba": 7, "eager": 5}
 ATTEMPTS = 6  # the machine has other tenants: the best attempt counts
 BLOCKS, CALLS = 9, 50  # a block is long enough for caches to settle: throughput, not latency
 
@@ -125,12 +126,17 @@ def seconds_of(build):
     return (time.perf_counter() - start) / CALLS
 
 
-def test_views_are_built_several_times_faster_than_by_kornia(images, set_threads, capsys):
+@pytest.mark.parametrize(("impl", "least_ratio"), LEAST_RATIOS.items())
+def test_views_are_built_several_times_faster_than_by_kornia(
+    images, set_threads, capsys, impl, least_ratio
+):
+    if impl == "numba":
+        pytest.importorskip("numba")
     set_threads(THREADS)
     # as a training step does: freed memory then stays in the heap, and fresh views cost no faults.
     # Without it Kornia's are slower by a third, or not, by what ran before in this process
     torch.empty(30 * 2**20, dtype=torch.uint8)
-    ours, theirs = our_builder(*images, impl="eager"), kornia_builder(*images)
+    ours, theirs = our_builder(*images, impl=impl), kornia_builder(*images)
     undisturbed, best = 0, 0.0
     with torch.random.fork_rng(devices=[]):
         for _ in range(ATTEMPTS):
@@ -145,14 +151,14 @@ def test_views_are_built_several_times_faster_than_by_kornia(images, set_threads
             with capsys.disabled():
                 print(
                     f"\n{BATCH * (1 + VIEWS)} views of 3x32x32, {THREADS} threads: Kornia "
-                    f"{kornia_time * 1e3:.2f} ms, ours {our_time * 1e3:.2f} ms, "
+                    f"{kornia_time * 1e3:.2f} ms, {impl} {our_time * 1e3:.2f} ms, "
                     f"ratio {kornia_time / our_time:.1f}"
                 )
-            if best >= LEAST_RATIO:
+            if best >= least_ratio:
                 return
     if not undisturbed:
         pytest.skip(f"other processes keep the {THREADS} cores busy: nothing can be timed")
-    assert best >= LEAST_RATIO
+    assert best >= least_ratio
 
 
 def faults_per_call(call, calls=200):
