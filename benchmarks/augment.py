@@ -58,7 +58,7 @@ def weak(policy: AugmentPolicy, impl: str, dtype: torch.dtype = torch.float32) -
     """Our engine for a policy."""
     return WeakAugment(
         policy.padding,
-        crop_px=policy.crop_px,
+        zoom_px=policy.zoom_px,
         flip=policy.flip,
         blur_sigma=policy.blur_sigma,
         mean=MEAN,

@@ -182,7 +182,7 @@ def workload(kind: str) -> None:
     from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment
 
     size, batch = (32, 8) if kind == "short" else (224, 64)
-    policies = [{"padding": 4, "crop_px": (0, 8)}]
+    policies = [{"padding": 4, "zoom_px": (0, 8)}]
     if kind == "short":
         policies += [{"padding": 4}, {"padding": 4, "blur_sigma": (0.0, 3.0)}]
     x = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device="cuda")

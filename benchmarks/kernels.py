@@ -32,8 +32,8 @@ NUM_AUGMENTATIONS = 2
 BATCH_SIZE = 64
 POLICIES: dict[str, dict[str, Any]] = {
     "shift": {"padding": 4},
-    "zoom": {"padding": 4, "crop_px": (0, 16)},
-    "zoom and blur": {"padding": 4, "crop_px": (0, 16), "blur_sigma": (0.0, 3.0)},
+    "zoom": {"padding": 4, "zoom_px": (0, 16)},
+    "zoom and blur": {"padding": 4, "zoom_px": (0, 16), "blur_sigma": (0.0, 3.0)},
 }
 
 

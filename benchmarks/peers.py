@@ -302,7 +302,7 @@ def numpy_sketch(images: Images, policy: AugmentPolicy, threads: int) -> BuildVi
     need("scipy", "pip install scipy")
     generator = np.random.default_rng(0)
     arrays = [np.ascontiguousarray(row.permute(1, 2, 0).numpy()) for row in images.rows()]
-    least, most = policy.crop_px
+    least, most = policy.zoom_px
     low, high = policy.blur_sigma or (0.0, 0.0)
 
     def transform(array: Any) -> Tensor:
@@ -349,7 +349,7 @@ def imgaug(images: Images, policy: AugmentPolicy, threads: int) -> BuildViews:
         raise Skipped(f"imgaug does not import: {type(error).__name__}: {error}") from error
     sequence = iaa.Sequential(
         [
-            iaa.Crop(px=policy.crop_px),
+            iaa.Crop(px=policy.zoom_px),
             iaa.Fliplr(policy.flip),
             iaa.GaussianBlur(sigma=policy.blur_sigma),
         ]

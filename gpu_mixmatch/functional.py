@@ -362,7 +362,7 @@ def augment(
         bias: Addend, likewise.
         padding: Pixels that images are padded by before the crop.
         padding_mode: "reflect" (without the edge), "zeros" (black) or "edge".
-        zoom: Whether to cut ``params.crop`` and resize back, bilinear.
+        zoom: Whether to cut ``params.zoom`` and resize back, bilinear.
         blur_radius: Radius of the sampled Gaussian in pixels; 0 is no blur.
         dtype: Of the result: float32, float16 or bfloat16. The arithmetic is float32.
         channels_last: Memory format of the result.

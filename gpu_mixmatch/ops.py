@@ -74,8 +74,8 @@ def flat_policy(policy: AugmentPolicy | None) -> list[float] | None:
     """Put a policy into numbers, which is what an op takes."""
     if policy is None:
         return None
-    padding, crop_px, flip, blur_sigma = policy
-    return [float(padding), *map(float, crop_px), flip, *(blur_sigma or ())]
+    padding, zoom_px, flip, blur_sigma = policy
+    return [float(padding), *map(float, zoom_px), flip, *(blur_sigma or ())]
 
 
 def policy_of(numbers: Sequence[float] | None) -> AugmentPolicy | None:

@@ -75,7 +75,7 @@ def draw_augment(
     views: int | Sequence[int],
     *,
     padding: int = 0,
-    crop_px: tuple[int, int] = (0, 0),
+    zoom_px: tuple[int, int] = (0, 0),
     flip: float = 0.0,
     blur_sigma: tuple[float, float] | None = None,
 ) -> AugmentParams:
@@ -89,7 +89,7 @@ def draw_augment(
         ids: Sample ids, ``[M]`` int64; an integer M stands for 0 .. M - 1.
         views: The views to draw: 0 is the labelled one, 1..K the unlabelled ones.
         padding: Pixels of padding; offsets are uniform on 0 .. 2·padding.
-        crop_px: Least and most pixels to cut per side, inclusive.
+        zoom_px: Least and most pixels to cut per side, inclusive.
         flip: Probability of a mirror image.
         blur_sigma: Least and greatest standard deviation of the blur in pixels; None is no blur.
 
@@ -100,7 +100,7 @@ def draw_augment(
         ValueError: If the seed, the step or the ids are out of range.
     """
     rows = _rows([(ids, views)])
-    policy = AugmentPolicy(padding, crop_px, flip, blur_sigma)
+    policy = AugmentPolicy(padding, zoom_px, flip, blur_sigma)
     words = _draw_words(seed, step, 1, _augment_requests(rows, policy))
     return AugmentParams(*map(torch.from_numpy, _of_step(_augment_arrays(words, policy), 0)))
 
@@ -245,8 +245,8 @@ def unpack(
     mixup = MixUpParams(lam.view(torch.float32), index.view(torch.int64))
     if not with_augment:
         return None, mixup
-    top, left, flip, crop, sigma = rest
-    return AugmentParams(top, left, flip, crop.view(num_rows, 4), sigma.view(torch.float32)), mixup
+    top, left, flip, zoom, sigma = rest
+    return AugmentParams(top, left, flip, zoom.view(num_rows, 4), sigma.view(torch.float32)), mixup
 
 
 def augment_to_device(params: AugmentParams, device: torch.device) -> AugmentParams:
@@ -410,7 +410,7 @@ def _uniform(words: Words) -> NDArray[np.float32]:
 
 
 def _augment_requests(rows: _Rows, policy: AugmentPolicy) -> list[tuple[_Rows, Purpose]]:
-    zoom = [(rows, Purpose.ZOOM)] if policy.crop_px[1] > 0 else []
+    zoom = [(rows, Purpose.ZOOM)] if policy.zoom_px[1] > 0 else []
     return [(rows, Purpose.SHIFT), *zoom]
 
 
@@ -418,16 +418,16 @@ def _augment_arrays(words: Iterator[Words], policy: AugmentPolicy) -> Arrays:
     top, left, flip, sigma = next(words)
     offsets = 2 * policy.padding + 1
     flipped = (flip >> np.uint64(8)) < np.uint64(round(policy.flip * 2**24))
-    least, most = policy.crop_px
+    least, most = policy.zoom_px
     if most > 0:
         sides = _below(next(words), most - least + 1) + np.uint64(least)
-        crop = np.moveaxis(sides, 0, -1).astype(np.int32)
+        zoom = np.moveaxis(sides, 0, -1).astype(np.int32)
     else:
-        crop = np.zeros((*flip.shape, 4), dtype=np.int32)
+        zoom = np.zeros((*flip.shape, 4), dtype=np.int32)
     low, high = policy.blur_sigma or (0.0, 0.0)
     blur = np.float32(low) + np.float32(high - low) * _uniform(sigma)
     integers = (_below(top, offsets), _below(left, offsets), flipped)
-    return *(array.astype(np.int32) for array in integers), crop, blur
+    return *(array.astype(np.int32) for array in integers), zoom, blur
 
 
 def shuffled_parts(num_rows: int, num_labelled: int, mix: MixMode) -> list[tuple[int, int, int]]:

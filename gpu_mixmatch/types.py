@@ -19,13 +19,13 @@ class AugmentPolicy(NamedTuple):
 
     Attributes:
         padding: Pixels of padding; offsets are uniform on 0 .. 2·padding.
-        crop_px: Least and most pixels to cut per side, inclusive.
+        zoom_px: Least and most pixels to cut per side, inclusive.
         flip: Probability of a mirror image.
         blur_sigma: Least and greatest standard deviation of the blur in pixels; None is no blur.
     """
 
     padding: int = 0
-    crop_px: tuple[int, int] = (0, 0)
+    zoom_px: tuple[int, int] = (0, 0)
     flip: float = 0.0
     blur_sigma: tuple[float, float] | None = None
 
@@ -34,17 +34,17 @@ class AugmentParams(NamedTuple):
     """What was drawn for the augmentation of R rows (a row is one view of one image).
 
     Attributes:
-        top: Row offset of the crop in the padded image, ``[R]`` int32, in pixels.
-        left: Column offset of the crop in the padded image, ``[R]`` int32, in pixels.
+        top: Row offset of the window in the padded image, ``[R]`` int32, in pixels.
+        left: Column offset of the window in the padded image, ``[R]`` int32, in pixels.
         flip: 1 where the view is mirrored left to right, else 0, ``[R]`` int32.
-        crop: Pixels cut off the top, bottom, left and right before resizing back, ``[R, 4]`` int32.
+        zoom: Pixels cut off the top, bottom, left and right before resizing back, ``[R, 4]`` int32.
         sigma: Standard deviation of the Gaussian blur, ``[R]`` float32, in pixels; 0 is no blur.
     """
 
     top: Tensor
     left: Tensor
     flip: Tensor
-    crop: Tensor
+    zoom: Tensor
     sigma: Tensor
 
 

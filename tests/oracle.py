@@ -228,13 +228,13 @@ def normalise(image: ArrayLike, mean: Sequence[float], std: Sequence[float]) -> 
 def augment(image: ArrayLike, params: Mapping[str, Any], policy: Mapping[str, Any]) -> Array:
     """Shift-crop, zoom-crop, flip, blur and normalise one image, in this order.
 
-    params: top, left, flip, crop = (top, bottom, left, right), sigma.
+    params: top, left, flip, zoom = (top, bottom, left, right), sigma.
     policy: padding, padding_mode, blur_radius, mean, std.
     """
     result = shift_crop(
         image, params["top"], params["left"], policy["padding"], policy["padding_mode"]
     )
-    result = zoom_crop(result, *params["crop"])
+    result = zoom_crop(result, *params["zoom"])
     if params["flip"]:
         result = flip(result)
     result = blur(result, params["sigma"], policy["blur_radius"])

@@ -24,7 +24,7 @@ PLAIN = {"mean": 0.0, "std": 1.0}
 # every option at once, for images of at least 7 px
 EVERYTHING = {
     "padding": 3,
-    "crop_px": (0, 3),
+    "zoom_px": (0, 3),
     "flip": 0.5,
     "blur_sigma": (0.0, 1.2),
     "mean": (0.5, 0.4, 0.45),
@@ -47,7 +47,7 @@ def still_params(rows, padding=0, **fields):
         top=torch.full((rows,), padding, dtype=torch.int32),
         left=torch.full((rows,), padding, dtype=torch.int32),
         flip=torch.zeros(rows, dtype=torch.int32),
-        crop=torch.zeros(rows, 4, dtype=torch.int32),
+        zoom=torch.zeros(rows, 4, dtype=torch.int32),
         sigma=torch.zeros(rows),
     )
     dtypes = {name: field.dtype for name, field in params._asdict().items()}
@@ -112,14 +112,14 @@ def oracle_rows(images, params, augment):
     }
     rows = np.zeros(images.shape, dtype=np.float64)
     for row, image in enumerate(images):
-        top, bottom, left, right = params.crop[row].tolist()
+        top, bottom, left, right = params.zoom[row].tolist()
         top, left = min(top, height - 1), min(left, width - 1)
         bottom, right = min(bottom, height - 1 - top), min(right, width - 1 - left)
         draws = {
             "top": int(params.top[row]),
             "left": int(params.left[row]),
             "flip": int(params.flip[row]),
-            "crop": (top, bottom, left, right),
+            "zoom": (top, bottom, left, right),
             "sigma": float(params.sigma[row]),
         }
         pixels = image.numpy() if image.dtype == torch.uint8 else image.double().numpy() * 255
@@ -216,18 +216,18 @@ def test_zeros_padding_is_black_before_it_is_normalised():
 def test_zoom_equals_interpolation_of_the_cut(shape, channels_last):
     images = random_images(16, *shape)
     most = (min(shape[1:]) - 1) // 2
-    augment = WeakAugment(0, crop_px=(0, most), flip=0.0, channels_last=channels_last, **PLAIN)
+    augment = WeakAugment(0, zoom_px=(0, most), flip=0.0, channels_last=channels_last, **PLAIN)
     params = augment.draw(0, 0, 16, 0)
-    assert params.crop.amax() == most
+    assert params.zoom.amax() == most
     expected = torch.stack(
-        [zoomed(i, c) for i, c in zip(to_unit(images), params.crop.tolist(), strict=True)]
+        [zoomed(i, c) for i, c in zip(to_unit(images), params.zoom.tolist(), strict=True)]
     )
     assert worst(augment.apply(images, params), expected) < 1e-5
 
 
 def test_a_zoom_that_cuts_nothing_leaves_the_image():
     images = random_images(3, 3, 9, 7)
-    augment = WeakAugment(0, crop_px=(0, 3), **PLAIN)
+    augment = WeakAugment(0, zoom_px=(0, 3), **PLAIN)
     assert worst(augment.apply(images, still_params(3)), to_unit(images)) < 1e-6
 
 
@@ -243,16 +243,16 @@ def test_a_zoom_that_cuts_nothing_leaves_the_image():
 )
 def test_a_zoom_leaves_at_least_one_pixel(cuts):
     images = random_images(1, 3, 8, 8)
-    augment = WeakAugment(0, crop_px=(0, 16), flip=0.0, **PLAIN)
-    view = augment.apply(images, still_params(1, crop=[cuts]))
+    augment = WeakAugment(0, zoom_px=(0, 16), flip=0.0, **PLAIN)
+    view = augment.apply(images, still_params(1, zoom=[cuts]))
     assert worst(view[0], zoomed(to_unit(images[0]), cuts)) < 1e-5
 
 
 @pytest.mark.parametrize("cuts", [(8, 0, 0, 0), (10, 3, 0, 0), (0, 0, 16, 16), (16, 16, 16, 16)])
 def test_a_zoom_past_the_far_edge_still_shows_the_image(cuts):
     images = torch.full((1, 3, 8, 8), 255, dtype=torch.uint8)
-    augment = WeakAugment(0, crop_px=(0, 16), flip=0.0, **PLAIN)
-    view = augment.apply(images, still_params(1, crop=[cuts]))
+    augment = WeakAugment(0, zoom_px=(0, 16), flip=0.0, **PLAIN)
+    view = augment.apply(images, still_params(1, zoom=[cuts]))
     assert worst(view, torch.ones(1, 3, 8, 8)) < 1e-6
 
 
@@ -307,8 +307,8 @@ def test_a_blur_wider_than_the_image_reflects_again_and_again():
 
 def test_steps_come_in_the_order_shift_zoom_flip_blur_normalise():
     images = random_images(1, 3, 12, 10)
-    augment = WeakAugment(4, "zeros", crop_px=(0, 5), blur_sigma=(0.0, 1.5), mean=0.4, std=0.2)
-    draws = still_params(1, top=[1], left=[7], flip=[1], crop=[(3, 0, 4, 1)], sigma=[1.1])
+    augment = WeakAugment(4, "zeros", zoom_px=(0, 5), blur_sigma=(0.0, 1.5), mean=0.4, std=0.2)
+    draws = still_params(1, top=[1], left=[7], flip=[1], zoom=[(3, 0, 4, 1)], sigma=[1.1])
     shift = lambda image: shifted(image[None], draws, 4, "zeros")[0]  # noqa: E731
     zoom = lambda image: zoomed(image, (3, 0, 4, 1))  # noqa: E731
     flip = lambda image: image.flip(-1)  # noqa: E731
@@ -479,7 +479,7 @@ def test_one_image_fills_as_many_rows_as_were_drawn():
     "fields",
     [
         {"padding": 4},
-        {**EVERYTHING, "crop_px": (0, 0)},
+        {**EVERYTHING, "zoom_px": (0, 0)},
         {**EVERYTHING, "blur_sigma": None},
         EVERYTHING,
     ],
@@ -598,7 +598,7 @@ def test_normalize_is_augmentation_that_changes_nothing():
 
 def test_presets_have_the_values_of_the_paper():
     def fields(augment):
-        return augment.padding, augment.padding_mode, augment.flip, augment.crop_px
+        return augment.padding, augment.padding_mode, augment.flip, augment.zoom_px
 
     assert fields(WeakAugment.cifar10()) == (4, "reflect", 0.5, (0, 0))
     assert fields(WeakAugment.cifar100()) == (4, "reflect", 0.5, (0, 0))
@@ -626,7 +626,7 @@ def test_a_preset_takes_other_fields():
 
 def test_the_blog_preset_zooms_flips_and_blurs():
     augment = WeakAugment.blog()
-    assert (augment.padding, augment.crop_px, augment.flip) == (0, (0, 16), 0.5)
+    assert (augment.padding, augment.zoom_px, augment.flip) == (0, (0, 16), 0.5)
     assert augment.blur_sigma == (0.0, 3.0)
     assert augment.blur_radius == 9
 
@@ -636,9 +636,9 @@ def test_the_blog_preset_equals_interpolation_flip_and_convolution(size):
     augment = WeakAugment.blog()
     images = random_images(12, 3, size, size)
     params = augment.draw(0, 0, 12, 1)
-    assert int(params.crop.max()) > 12
+    assert int(params.zoom.max()) > 12
     for row, view in enumerate(augment.apply(images, params)):
-        image = zoomed(to_unit(images[row]), params.crop[row].tolist())
+        image = zoomed(to_unit(images[row]), params.zoom[row].tolist())
         image = image.flip(-1) if params.flip[row] else image
         expected = blurred(image, float(params.sigma[row]), 9) * 2 - 1
         assert worst(view, expected) < 2e-5
@@ -658,7 +658,7 @@ def test_repr_shows_every_field():
     fields = {
         "padding": 7,
         "padding_mode": "edge",
-        "crop_px": (1, 2),
+        "zoom_px": (1, 2),
         "flip": 0.25,
         "blur_sigma": (0.5, 1.5),
         "mean": (0.125,),
@@ -808,10 +808,10 @@ def test_neither_engine_nor_callable_is_refused(value):
         ({"flip": 1.5}, r"flip must be a probability in \[0, 1\], got 1.5"),
         ({"flip": -0.1}, r"flip must be a probability in \[0, 1\], got -0.1"),
         ({"flip": NAN}, r"flip must be a probability in \[0, 1\], got nan"),
-        ({"crop_px": (3, 1)}, r"crop_px must be two integers, .*got \(3, 1\)"),
-        ({"crop_px": (-1, 1)}, r"crop_px must be two integers, .*got \(-1, 1\)"),
-        ({"crop_px": (0.5, 1)}, r"crop_px must be two integers, .*got \(0.5, 1\)"),
-        ({"crop_px": (1,)}, r"crop_px must be two integers, .*got \(1,\)"),
+        ({"zoom_px": (3, 1)}, r"zoom_px must be two integers, .*got \(3, 1\)"),
+        ({"zoom_px": (-1, 1)}, r"zoom_px must be two integers, .*got \(-1, 1\)"),
+        ({"zoom_px": (0.5, 1)}, r"zoom_px must be two integers, .*got \(0.5, 1\)"),
+        ({"zoom_px": (1,)}, r"zoom_px must be two integers, .*got \(1,\)"),
         ({"blur_sigma": (-1, 1)}, r"blur_sigma must be two numbers, .*got \(-1, 1\)"),
         ({"blur_sigma": (2.0, 1.0)}, r"blur_sigma must be two numbers, .*got \(2.0, 1.0\)"),
         ({"blur_sigma": (0, math.inf)}, r"blur_sigma must be two numbers, .*got \(0, inf\)"),

@@ -102,7 +102,7 @@ def engine_of(**fields):
     return WeakAugment(
         **{
             "padding": 2,
-            "crop_px": (0, 2),
+            "zoom_px": (0, 2),
             "blur_sigma": (0.0, 1.0),
             "mean": (0.4, 0.5, 0.6),
             "std": (0.2, 0.25, 0.3),
@@ -122,7 +122,7 @@ def oracle_rows(params):
             "top": int(params.top[row]),
             "left": int(params.left[row]),
             "flip": bool(params.flip[row]),
-            "crop": tuple(params.crop[row].tolist()),
+            "zoom": tuple(params.zoom[row].tolist()),
             "sigma": float(params.sigma[row]),
         }
         for row in range(len(params.top))
@@ -668,10 +668,10 @@ def test_builder_works_under_no_grad_and_inference_mode():
             assert_same_batch(builder_of()(x, y, u, LinearModel()), expected)
 
 
-PLAIN = {"crop_px": (0, 0), "blur_sigma": None}
+PLAIN = {"zoom_px": (0, 0), "blur_sigma": None}
 
 
-@pytest.mark.parametrize("policy", [PLAIN, {"blur_sigma": None}, {"crop_px": (0, 0)}, {}], ids=str)
+@pytest.mark.parametrize("policy", [PLAIN, {"blur_sigma": None}, {"zoom_px": (0, 0)}, {}], ids=str)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("enabled", [True, False])
 def test_targets_are_float32_and_sum_to_one_whatever_autocast(enabled, label_smoothing, policy):

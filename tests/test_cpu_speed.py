@@ -77,7 +77,7 @@ def kornia_params(recorded):
         top=crop["src"][:, 0, 1].int(),
         left=crop["src"][:, 0, 0].int(),
         flip=flip["batch_prob"].int(),
-        crop=torch.zeros(rows, 4, dtype=torch.int32),
+        zoom=torch.zeros(rows, 4, dtype=torch.int32),
         sigma=torch.zeros(rows),
     )
 
@@ -90,7 +90,7 @@ def test_kornia_does_the_same_work(images):
     policy |= {"mean": [0.5] * 3, "std": [0.5] * 3}
     for row in (0, 63, 64, 100, 191):
         params = {"top": int(draws.top[row]), "left": int(draws.left[row])}
-        params |= {"flip": int(draws.flip[row]), "crop": (0, 0, 0, 0), "sigma": 0.0}
+        params |= {"flip": int(draws.flip[row]), "zoom": (0, 0, 0, 0), "sigma": 0.0}
         expected = oracle.augment(sources[row].numpy(), params, policy)
         np.testing.assert_allclose(views[row], expected, atol=TOLERANCES[torch.float32], rtol=0)
 

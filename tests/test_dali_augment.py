@@ -89,12 +89,12 @@ def test_mean_and_std_per_channel_equal_eager():
 @pytest.mark.parametrize(
     "policy",
     [
-        {"padding": 0, "crop_px": (0, 7)},
-        {"padding": 0, "crop_px": (3, 3)},
+        {"padding": 0, "zoom_px": (0, 7)},
+        {"padding": 0, "zoom_px": (3, 3)},
         {"padding": 0, "blur_sigma": (0.0, 3.0)},
         {"padding": 0, "blur_sigma": (1.0, 8.0)},
-        {"padding": 3, "crop_px": (0, 5), "blur_sigma": (0.0, 2.0)},
-        {"padding": 3, "crop_px": (0, 5), "blur_sigma": (0.0, 2.0), "padding_mode": "zeros"},
+        {"padding": 3, "zoom_px": (0, 5), "blur_sigma": (0.0, 2.0)},
+        {"padding": 3, "zoom_px": (0, 5), "blur_sigma": (0.0, 2.0), "padding_mode": "zeros"},
     ],
     ids=str,
 )
@@ -108,7 +108,7 @@ def test_zoom_and_blur_are_within_a_fiftieth_of_a_grey_level(shape, source, poli
 
 def test_zoom_and_blur_are_within_that_bound_for_large_images_too():
     x, u = x_and_u((3, 224, 224), "NHWC", counts=(6, 3))
-    augment = WeakAugment(8, crop_px=(0, 30), blur_sigma=(0.0, 2.0), **PLAIN)
+    augment = WeakAugment(8, zoom_px=(0, 30), blur_sigma=(0.0, 2.0), **PLAIN)
     assert grey_levels_apart(*both(augment, x, u)) < BOUND
 
 
@@ -123,8 +123,8 @@ def test_a_sigma_of_zero_leaves_the_image_sharp():
 def test_cuts_that_overlap_leave_the_pixel_that_the_oracle_leaves(flip):
     x = random_images(4, 3, 12, 10)
     crop = [[11, 3, 2, 9], [6, 6, 5, 5], [20, 20, 20, 20], [0, 12, 0, 10]]
-    params = still_params(4, crop=crop, flip=[flip] * 4)
-    augment = WeakAugment(0, crop_px=(0, 20), **PLAIN)
+    params = still_params(4, zoom=crop, flip=[flip] * 4)
+    augment = WeakAugment(0, zoom_px=(0, 20), **PLAIN)
     views = DaliAugment(augment).build(x, x[:0], params, 1)
     assert grey_levels_apart(views, oracle_rows(x, params, augment)) < BOUND
 
@@ -144,7 +144,7 @@ def test_views_have_the_dtype_and_memory_format_of_the_policy(dtype, channels_la
 
 
 def test_a_view_does_not_depend_on_batch_size_or_order():
-    augment = WeakAugment(3, crop_px=(0, 3), blur_sigma=(0.0, 1.0))
+    augment = WeakAugment(3, zoom_px=(0, 3), blur_sigma=(0.0, 1.0))
     engine = DaliAugment(augment)
     images = random_images(12, 3, 16, 16)
     ids = torch.arange(100, 112)
@@ -252,7 +252,7 @@ def test_the_builder_makes_the_batch_that_weak_augment_makes():
 
 def test_a_policy_that_is_no_weak_augment_is_refused():
     for policy in ("cifar10", WeakAugment, WeakAugment().policy):
-        with pytest.raises(TypeError, match=r"policy must be a WeakAugment such as .* got"):
+        with pytest.raises(TypeError, match=r"weak must be a WeakAugment such as .* got"):
             DaliAugment(policy)
 
 
@@ -301,7 +301,7 @@ def test_repr_shows_the_policy():
     [
         ({"padding": 4}, EXACT),
         ({"padding": 4, "padding_mode": "zeros"}, EXACT),
-        ({"padding": 3, "crop_px": (0, 5), "blur_sigma": (0.0, 2.0)}, BOUND),
+        ({"padding": 3, "zoom_px": (0, 5), "blur_sigma": (0.0, 2.0)}, BOUND),
     ],
     ids=str,
 )

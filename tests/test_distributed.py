@@ -36,7 +36,7 @@ class Recording(MixMatch):
 
 
 def builder(**switches) -> Recording:
-    augment = WeakAugment(padding=1, crop_px=(0, 1), flip=0.5, blur_sigma=(0.2, 1.0))
+    augment = WeakAugment(padding=1, zoom_px=(0, 1), flip=0.5, blur_sigma=(0.2, 1.0))
     return Recording(augment, CLASSES, seed=3, **switches)
 
 
@@ -252,7 +252,7 @@ def test_two_processes_draw_for_every_sample_what_one_draws(found, by_id):
     whole = draws(2 * BATCH, by_id=by_id)
     for rank in range(2):
         for mine, both in zip(found[rank]["draws"][by_id], whole, strict=True):
-            for name in ("top", "left", "flip", "crop", "sigma", "lam"):
+            for name in ("top", "left", "flip", "zoom", "sigma", "lam"):
                 assert torch.equal(mine[name], of_rank(both[name], rank)), name
             # partners are not those of one process: a rank mixes its own rows
             assert mine["index"].sort().values.tolist() == list(range(3 * BATCH))

@@ -572,9 +572,9 @@ def test_a_missing_kornia_is_named_with_how_to_install_it(monkeypatch):
 POLICIES = {
     "shift": {"flip": 0.0},
     "shift, flip": {},
-    "zoom, flip": {"padding": 0, "crop_px": (0, 2)},
+    "zoom, flip": {"padding": 0, "zoom_px": (0, 2)},
     "blur": {"padding": 0, "flip": 0.0, "blur_sigma": (0.0, 1.2)},
-    "all": {"crop_px": (1, 2), "blur_sigma": (0.3, 1.2)},
+    "all": {"zoom_px": (1, 2), "blur_sigma": (0.3, 1.2)},
 }
 SHAPES = [(3, 32, 32), (1, 28, 28), (3, 9, 7), (4, 5, 13), (1, 8, 5), (2, 6, 9)]
 
@@ -605,7 +605,7 @@ def test_kornia_equals_our_arithmetic_on_our_draws(shape, mode, policy):
 
 @pytest.mark.parametrize("zoom", [0, 16])
 def test_kornia_equals_our_arithmetic_at_224_pixels(zoom):
-    augment = WeakAugment(12, crop_px=(0, zoom), blur_sigma=(0.0, 2.0))
+    augment = WeakAugment(12, zoom_px=(0, zoom), blur_sigma=(0.0, 2.0))
     images, params = images_of(4, 1, height=224, width=200), augment.draw(0, 1, 4, 1)
     difference = worst(augment.to_kornia().apply(images, params), augment.apply(images, params))
     # a zoom reads at positions of up to 224, rounded by 2^-17 pixels in float32 more than once
@@ -636,11 +636,11 @@ def test_kornia_replays_the_presets(preset):
 
 
 def test_kornia_replays_the_corners_of_what_can_be_drawn():
-    augment = WeakAugment(5, "zeros", crop_px=(0, 9), flip=0.0, blur_sigma=(0.0, 0.6))
+    augment = WeakAugment(5, "zeros", zoom_px=(0, 9), flip=0.0, blur_sigma=(0.0, 0.6))
     images = images_of(6, 1, height=3, width=4)  # smaller than padding and cuts
     params = augment.draw(0, 0, 6, 1)
     params.top[:2], params.left[:2] = torch.tensor([0, 10]), torch.tensor([10, 0])
-    params.crop[:3] = torch.tensor([[9, 9, 9, 9], [0, 9, 0, 9], [0, 0, 0, 0]])
+    params.zoom[:3] = torch.tensor([[9, 9, 9, 9], [0, 9, 0, 9], [0, 0, 0, 0]])
     params.sigma[:4] = torch.tensor([0.0, 1e-30, 0.009, 0.011])
     assert_replayed(augment, images, params)
 
@@ -661,7 +661,7 @@ def test_a_replay_has_the_dtype_of_the_policy(dtype):
         ({"padding": 0}, ["RandomHorizontalFlip", "Normalize"]),
         ({"padding": 1}, ["RandomCrop", "RandomHorizontalFlip", "Normalize"]),
         (
-            {"padding": 1, "crop_px": (0, 1), "blur_sigma": (0.0, 1.0)},
+            {"padding": 1, "zoom_px": (0, 1), "blur_sigma": (0.0, 1.0)},
             [
                 "RandomCrop",
                 "RandomResizedCrop",
@@ -686,7 +686,7 @@ def test_the_steps_are_modules_of_kornia_in_the_order_of_the_policy(policy, name
 
 
 def test_a_replay_draws_nothing_and_changes_no_params():
-    augment = WeakAugment(2, crop_px=(0, 3), blur_sigma=(0.0, 1.0))
+    augment = WeakAugment(2, zoom_px=(0, 3), blur_sigma=(0.0, 1.0))
     params = augment.draw(0, 0, 4, 1)
     before = [field.clone() for field in params]
     state = generators()
@@ -697,7 +697,7 @@ def test_a_replay_draws_nothing_and_changes_no_params():
 
 
 def test_a_replay_of_no_rows_has_no_rows():
-    augment = WeakAugment(2, crop_px=(0, 3), blur_sigma=(0.0, 1.0))
+    augment = WeakAugment(2, zoom_px=(0, 3), blur_sigma=(0.0, 1.0))
     replayed = augment.to_kornia().apply(images_of(0, 1), augment.draw(0, 0, 0, 1))
     assert replayed.shape == (0, 3, 8, 8)
 
@@ -794,5 +794,5 @@ def test_shift_and_flip_take_the_settings_of_a_policy():
     assert crop.flags["padding_mode"] == "reflect"
     assert flip.p == 0.0
     assert (engine.mean, engine.std, engine.channels_last) == ((0.2,), (0.3,), True)
-    with pytest.raises(ValueError, match="policy must neither zoom nor blur"):
+    with pytest.raises(ValueError, match="weak must neither zoom nor blur"):
         KorniaAugment.shift_and_flip(WeakAugment.blog(), 8, 8)

@@ -22,7 +22,7 @@ EAGER = {"plain": (9, 19), "blur": (17, 27), "zoom": (59, 69), "zeros": (10, 20)
 POLICIES = {
     "plain": {"padding": 4},
     "blur": {"padding": 4, "blur_sigma": (0.0, 3.0)},
-    "zoom": {"padding": 4, "crop_px": (0, 8)},
+    "zoom": {"padding": 4, "zoom_px": (0, 8)},
     "zeros": {"padding": 4, "padding_mode": "zeros"},
 }
 CUDA = torch.cuda.is_available()
@@ -110,7 +110,7 @@ def test_few_launches_give_the_same_views(size, layout, padding_mode, effects):
         8,
         0,
         padding=3,
-        crop_px=(0, 4) if zoom else (0, 0),
+        zoom_px=(0, 4) if zoom else (0, 0),
         flip=0.5,
         blur_sigma=(0.0, 1.3) if radius else None,
     )

@@ -118,8 +118,8 @@ POLICIES = {
         "dtype": torch.bfloat16,
         "channels_last": True,
     },
-    "zoom": {"padding": 0, "crop_px": (0, 3)},
-    "blog": {"padding": 0, "crop_px": (0, 3), "blur_sigma": (0.0, 1.0)},
+    "zoom": {"padding": 0, "zoom_px": (0, 3)},
+    "blog": {"padding": 0, "zoom_px": (0, 3), "blur_sigma": (0.0, 1.0)},
 }
 
 

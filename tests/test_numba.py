@@ -21,9 +21,9 @@ compiled = pytest.importorskip("gpu_mixmatch.impl.numba", reason="needs numba")
 SHAPES = [(3, 32, 32), (1, 31, 33), (4, 5, 13), (3, 3, 96), (3, 1, 1)]
 POLICIES = {
     "shift": {"padding": 2, "flip": 0.5},
-    "zoom": {"padding": 0, "crop_px": (0, 3), "flip": 0.5},
+    "zoom": {"padding": 0, "zoom_px": (0, 3), "flip": 0.5},
     "blur": {"padding": 2, "flip": 0.5, "blur_sigma": (0.0, 2.0)},
-    "all": {"padding": 2, "crop_px": (0, 3), "flip": 0.5, "blur_sigma": (0.0, 2.0)},
+    "all": {"padding": 2, "zoom_px": (0, 3), "flip": 0.5, "blur_sigma": (0.0, 2.0)},
 }
 PER_CHANNEL = {"mean": (0.5, 0.4, 0.45, 0.3), "std": (0.25, 0.3, 0.27, 0.5)}
 
@@ -221,9 +221,9 @@ def test_a_workspace_is_used_again_for_other_shapes():
         torch.testing.assert_close(found, wanted, atol=4e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("field", "value"), [("top", 5), ("left", -1), ("left", 5), ("crop", -1)])
+@pytest.mark.parametrize(("field", "value"), [("top", 5), ("left", -1), ("left", 5), ("zoom", -1)])
 def test_draws_that_leave_the_image_are_refused(field, value):
-    augment = WeakAugment(padding=2, crop_px=(0, 2), impl="numba")
+    augment = WeakAugment(padding=2, zoom_px=(0, 2), impl="numba")
     params = augment.draw(seed=0, step=0, ids=3)
     params = params._replace(**{field: torch.full_like(getattr(params, field), value)})
     with pytest.raises(ValueError, match=rf"params.top and params.left .* got .*{value}"):

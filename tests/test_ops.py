@@ -65,7 +65,7 @@ def test_augment_passes_opcheck(impl, per_channel, mixed):
         torch.randint(0, 256, (n, 3, 8, 9), generator=generator, dtype=torch.uint8).to(DEVICE)
         for n in (2, 3)
     )
-    params = sampling.draw_augment(0, 0, 8, 0, padding=2, crop_px=(0, 2), flip=0.5)
+    params = sampling.draw_augment(0, 0, 8, 0, padding=2, zoom_px=(0, 2), flip=0.5)
     arguments = {
         "sources": [x, u],
         "params": [field.to(DEVICE) for field in params],
@@ -191,7 +191,7 @@ def data(device):
 
 POLICIES = {
     "plain": {"padding": 2},
-    "zoom": {"padding": 0, "crop_px": (0, 3)},
+    "zoom": {"padding": 0, "zoom_px": (0, 3)},
     "blur": {"padding": 1, "blur_sigma": (0.0, 0.6), "mean": (0.4, 0.5, 0.6)},
 }
 

@@ -20,9 +20,9 @@ PLAIN_POLICY = {
 }
 
 
-def params(top=2, left=2, flip=False, crop=(0, 0, 0, 0), sigma=0.0):
+def params(top=2, left=2, flip=False, zoom=(0, 0, 0, 0), sigma=0.0):
     """Draws that leave an image padded by 2 as it is, unless told otherwise."""
-    return {"top": top, "left": left, "flip": flip, "crop": crop, "sigma": sigma}
+    return {"top": top, "left": left, "flip": flip, "zoom": zoom, "sigma": sigma}
 
 
 def random_image(seed, height=6, width=7):
@@ -349,7 +349,7 @@ def test_augment_with_nothing_drawn_only_normalises():
 
 def test_augment_shifts_then_zooms_then_flips_then_blurs():
     image = random_image(12)
-    drawn = params(top=0, left=3, flip=True, crop=(1, 0, 2, 1), sigma=0.7)
+    drawn = params(top=0, left=3, flip=True, zoom=(1, 0, 2, 1), sigma=0.7)
     expected = oracle.shift_crop(image, 0, 3, 2, "reflect")
     expected = oracle.flip(oracle.zoom_crop(expected, 1, 0, 2, 1))
     expected = oracle.blur(expected, 0.7, 1) / 127.5 - 1
@@ -369,7 +369,7 @@ class Batch:
         self.y = np.array([[0.0, 1.0], [1.0, 0.0]])
         self.params_x = [params(top=1), params(left=4, flip=True)]
         self.params_u = [
-            [params(left=k), params(flip=k == 1, sigma=1.0), params(crop=(k, 1, 0, 1))]
+            [params(left=k), params(flip=k == 1, sigma=1.0), params(zoom=(k, 1, 0, 1))]
             for k in range(2)
         ]
         self.lam = rng.uniform(size=8)

@@ -78,7 +78,7 @@ def test_paper_has_the_switches_of_the_reference(dataset):
 def test_augmentation_is_that_of_the_paper(name, dataset, padding, flip):
     augment = PRESETS[name](dataset).augment()
     assert (augment.padding, augment.padding_mode, augment.flip) == (padding, "reflect", flip)
-    assert (augment.crop_px, augment.blur_sigma) == ((0, 0), None)
+    assert (augment.zoom_px, augment.blur_sigma) == ((0, 0), None)
     assert set(augment.mean) == set(augment.std) == {0.5}  # pixels in [-1, 1]
 
 

@@ -309,7 +309,7 @@ def test_names_of_many_classes_are_left_to_the_text(tmp_path: Path, figures: lis
 def test_texts_meet_neither_each_other_nor_a_picture(
     tmp_path: Path, figures: list[Figure], views: int, num_classes: int
 ) -> None:
-    augment = WeakAugment(padding=2, crop_px=(1, 2), flip=1.0, blur_sigma=(0.5, 1.0))
+    augment = WeakAugment(padding=2, zoom_px=(1, 2), flip=1.0, blur_sigma=(0.5, 1.0))
     names = LONG_NAMES[:num_classes] if num_classes <= 12 else None
     mixmatch = builder(num_classes, augment, num_augmentations=views, mix="separate")
     draw(mixmatch, tmp_path / "preview.png", class_names=names, rows=2)
@@ -432,7 +432,7 @@ def test_engines_that_share_draws_show_the_same_views_and_captions(
 ) -> None:
     for weak in (
         WeakAugment(padding=2),
-        WeakAugment(padding=1, crop_px=(0, 2), blur_sigma=(0, 1), mean=0.3, std=0.7),
+        WeakAugment(padding=1, zoom_px=(0, 2), blur_sigma=(0, 1), mean=0.3, std=0.7),
     ):
         figures.clear()
         for engine in (weak, DaliAugment(weak)):

@@ -16,7 +16,7 @@ from gpu_mixmatch import sampling
 from gpu_mixmatch.types import AugmentParams, AugmentPolicy, MixUpParams
 
 LEAST_P = 1e-4
-POLICY = {"padding": 4, "crop_px": (0, 16), "flip": 0.5, "blur_sigma": (0.25, 3.0)}
+POLICY = {"padding": 4, "zoom_px": (0, 16), "flip": 0.5, "blur_sigma": (0.25, 3.0)}
 ALPHAS = (0.5, 0.75, 1.0, 2.0, 16.0)
 MILLION = 10**6
 FAR_IDS = [0, 1, 2**32 - 1, 2**32, 2**32 + 7, 5 * 2**32 + 3, 2**63 - 1]
@@ -96,7 +96,7 @@ def assert_same(left, right):
 
 def whole_rows(params):
     """Every field of an AugmentParams in one array [R, 8]."""
-    columns = [params.top, params.left, params.flip, *params.crop.unbind(1), params.sigma]
+    columns = [params.top, params.left, params.flip, *params.zoom.unbind(1), params.sigma]
     return torch.stack([column.double() for column in columns], dim=1).numpy()
 
 
@@ -140,7 +140,7 @@ def test_augment_draws_are_predicted_by_the_counter_layout(seed, step, view):
         assert int(params.top[row]) == (top * 9) >> 32
         assert int(params.left[row]) == (left * 9) >> 32
         assert int(params.flip[row]) == ((flip >> 8) * 2**-24 < 0.5)
-        assert params.crop[row].tolist() == [(side * 17) >> 32 for side in sides]
+        assert params.zoom[row].tolist() == [(side * 17) >> 32 for side in sides]
         assert float(params.sigma[row]) == pytest.approx(
             0.25 + 2.75 * (sigma >> 8) * 2**-24, abs=3e-7
         )
@@ -346,23 +346,23 @@ def test_flips_are_independent_of_the_offsets():
 @pytest.mark.parametrize("limits", [(0, 16), (2, 5), (0, 1), (3, 3)])
 def test_cuts_are_uniform_on_each_side_and_reach_both_ends(limits):
     least, most = limits
-    crop = augment_params(30_000, 1, crop_px=limits).crop
-    assert crop.dtype == torch.int32
-    assert crop.shape == (30_000, 4)
-    for side in crop.unbind(1):
+    cuts = augment_params(30_000, 1, zoom_px=limits).zoom
+    assert cuts.dtype == torch.int32
+    assert cuts.shape == (30_000, 4)
+    for side in cuts.unbind(1):
         assert (int(side.min()), int(side.max())) == limits
         if most > least:
             assert p_uniform(side - least, most - least + 1) > LEAST_P
 
 
 def test_cuts_of_two_sides_are_independent():
-    crop = augment_params(30_000, 1, crop_px=(0, 6)).crop
+    cuts = augment_params(30_000, 1, zoom_px=(0, 6)).zoom
     for one, other in combinations(range(4), 2):
-        assert p_uniform(crop[:, one] * 7 + crop[:, other], 49) > LEAST_P
+        assert p_uniform(cuts[:, one] * 7 + cuts[:, other], 49) > LEAST_P
 
 
-def test_without_a_crop_nothing_is_cut():
-    assert not augment_params(100, 1, padding=4, crop_px=(0, 0)).crop.any()
+def test_without_a_zoom_nothing_is_cut():
+    assert not augment_params(100, 1, padding=4, zoom_px=(0, 0)).zoom.any()
 
 
 @pytest.mark.parametrize("limits", [(0.0, 3.0), (0.5, 0.75), (2.0, 2.0)])

@@ -140,7 +140,7 @@ def assert_draws_equal(drawn, expected):
     (augment, mixup), (augment_expected, mixup_expected) = drawn, expected
     assert (augment is None) == (augment_expected is None)
     if augment is not None:
-        for name in ("top", "left", "flip", "crop"):
+        for name in ("top", "left", "flip", "zoom"):
             assert torch.equal(getattr(augment, name).cpu(), getattr(augment_expected, name)), name
         torch.testing.assert_close(augment.sigma.cpu(), augment_expected.sigma, rtol=3e-7, atol=0)
     assert torch.equal(mixup.index.cpu(), mixup_expected.index)
@@ -205,7 +205,7 @@ def augment_params(num_rows, height, width, padding, zoom, blur_radius, seed=3):
         num_rows,
         0,
         padding=padding,
-        crop_px=(0, max(height, width)) if zoom else (0, 0),
+        zoom_px=(0, max(height, width)) if zoom else (0, 0),
         flip=0.5,
         blur_sigma=(0.0, blur_radius / 3) if blur_radius else None,
     )
@@ -312,7 +312,7 @@ def test_augment_equals_the_oracle(channels, height, width, mode, backend):
     images = random_images(4, channels, height, width)
     params = augment_params(4, height, width, 2, zoom=False, blur_radius=2)
     crop = torch.tensor([[0, 0, 0, 0], [1, 2, 0, 1], [0, 1, 1, 1], [2, 1, 1, 0]])
-    params = params._replace(crop=crop.to(DEVICE, torch.int32))
+    params = params._replace(zoom=crop.to(DEVICE, torch.int32))
     mean, std = [0.5, 0.4, 0.45][:channels], [0.5, 0.55, 0.6][:channels]
     result = augmented(
         backend,
@@ -357,7 +357,7 @@ def test_mixing_while_augmenting_equals_augment_then_mixup(channels_last):
 def test_the_largest_zoom_leaves_one_pixel():
     images = random_images(2, 3, 7, 5)
     params = augment_params(2, 7, 5, 0, zoom=True, blur_radius=0)
-    params = params._replace(crop=torch.full((2, 4), 100, dtype=torch.int32, device=DEVICE))
+    params = params._replace(zoom=torch.full((2, 4), 100, dtype=torch.int32, device=DEVICE))
     options = {"scale": 1.0, "bias": 0.0, "zoom": True, "impl": "triton"}
     views = functional.augment(images, params, **options)
     assert torch.equal(views, images[:, :, -1:, -1:].float().expand_as(views))
@@ -609,7 +609,7 @@ class Net(nn.Module):
 POLICY_FIELDS = {
     "plain": {"padding": 2},
     "zeros": {"padding": 2, "padding_mode": "zeros", "mean": (0.4, 0.5, 0.6), "std": 0.5},
-    "zoom": {"padding": 1, "crop_px": (0, 3)},
+    "zoom": {"padding": 1, "zoom_px": (0, 3)},
     "blur": {"padding": 0, "blur_sigma": (0.0, 0.6)},
 }
 SMALL = (3, 8, 9)

@@ -32,22 +32,22 @@ class DaliAugment:
     would send them to the device first.
 
     Args:
-        policy: Says what is drawn and how it is applied: padding, zoom, flip, blur, mean, std,
+        weak: Says what is drawn and how it is applied: padding, zoom, flip, blur, mean, std,
             dtype and memory format. Its ``impl`` plays no part.
 
     Raises:
         ImportError: If DALI is not installed.
-        TypeError: If ``policy`` is not a `WeakAugment`.
+        TypeError: If ``weak`` is not a `WeakAugment`.
     """
 
-    def __init__(self, policy: WeakAugment) -> None:
-        if not isinstance(policy, WeakAugment):
+    def __init__(self, weak: WeakAugment) -> None:
+        if not isinstance(weak, WeakAugment):
             raise TypeError(
-                "policy must be a WeakAugment such as WeakAugment.cifar10(), got "
-                f"{policy!r} of type {type(policy).__name__}"
+                "weak must be a WeakAugment such as WeakAugment.cifar10(), got "
+                f"{weak!r} of type {type(weak).__name__}"
             )
         import_dali(_DYNAMIC_MODE)
-        self.weak = policy
+        self.weak = weak
 
     def draw_batch(
         self,
@@ -79,7 +79,7 @@ class DaliAugment:
             workspace: Not used: the result lies in memory of DALI, which the tensor holds.
 
         Returns:
-            ``[B + K·M, C, H, W]`` in the policy's dtype and memory format.
+            ``[B + K·M, C, H, W]`` in the dtype and memory format of ``weak``.
 
         Raises:
             ValueError: If x and u do not fit each other, the policy or the draws.
@@ -114,7 +114,7 @@ class DaliAugment:
             axes=[batch.layout.index("H"), batch.layout.index("W")],
             out_of_bounds_policy=_OUT_OF_BOUNDS[weak.padding_mode],
         )
-        if weak.crop_px[1] > 0:
+        if weak.zoom_px[1] > 0:
             views = ndd.resize(views, size=list(size), dtype=ndd.float32)
         if weak.blur_radius:
             views = ndd.gaussian_blur(
@@ -145,8 +145,8 @@ def _windows(draws: AugmentParams, padding: int, size: tuple[int, int]) -> tuple
         each.
     """
     limits = torch.tensor(size, dtype=torch.int32)
-    before = torch.minimum(draws.crop[:, 0::2], limits - 1)  # top, left
-    after = torch.minimum(draws.crop[:, 1::2], limits - 1 - before)
+    before = torch.minimum(draws.zoom[:, 0::2], limits - 1)  # top, left
+    after = torch.minimum(draws.zoom[:, 1::2], limits - 1 - before)
     start = torch.stack([draws.top, draws.left], dim=1) - padding + before
     return start, limits - before - after
 

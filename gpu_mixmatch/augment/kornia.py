@@ -64,36 +64,36 @@ class KorniaAugment(NormalizedViews):
         self._module = (module,)
 
     @classmethod
-    def shift_and_flip(cls, policy: WeakAugment, height: int, width: int) -> Self:
-        """Return Kornia's RandomCrop and RandomHorizontalFlip with the settings of a policy.
+    def shift_and_flip(cls, weak: WeakAugment, height: int, width: int) -> Self:
+        """Return Kornia's RandomCrop and RandomHorizontalFlip with those settings.
 
-        They draw for themselves: other views than the policy's, of the same distribution.
+        They draw for themselves: other views than its own, of the same distribution.
 
         Args:
-            policy: Its padding, flip, mean, std, dtype and memory format are taken.
+            weak: Its padding, flip, mean, std, dtype and memory format are taken.
             height: Of the images, in pixels.
             width: Of the images, in pixels.
 
         Raises:
-            ValueError: If the policy zooms or blurs.
+            ValueError: If it zooms or blurs.
         """
-        if policy.crop_px[1] or policy.blur_radius:
+        if weak.zoom_px[1] or weak.blur_radius:
             raise ValueError(
-                f"policy must neither zoom nor blur, got crop_px={policy.crop_px} and "
-                f"blur_sigma={policy.blur_sigma}"
+                f"weak must neither zoom nor blur, got zoom_px={weak.zoom_px} and "
+                f"blur_sigma={weak.blur_sigma}"
             )
         augmentation = _kornia_augmentation()
-        mode = _PADDING_MODES[policy.padding_mode]
+        mode = _PADDING_MODES[weak.padding_mode]
         module = augmentation.AugmentationSequential(
-            augmentation.RandomCrop((height, width), padding=policy.padding, padding_mode=mode),
-            augmentation.RandomHorizontalFlip(p=policy.flip),
+            augmentation.RandomCrop((height, width), padding=weak.padding, padding_mode=mode),
+            augmentation.RandomHorizontalFlip(p=weak.flip),
         )
         return cls(
             module,
-            mean=policy.mean,
-            std=policy.std,
-            dtype=policy.dtype,
-            channels_last=policy.channels_last,
+            mean=weak.mean,
+            std=weak.std,
+            dtype=weak.dtype,
+            channels_last=weak.channels_last,
         )
 
     @property
@@ -208,9 +208,9 @@ class KorniaReplay:
             crop = augmentation.RandomCrop(size, padding=augment.padding, padding_mode=mode)
             moved = whole + torch.stack([params.left, params.top], dim=1)[:, None]
             steps.append(KorniaStep(crop, {"src": moved, "dst": whole}))
-        if augment.crop_px[1] > 0:
+        if augment.zoom_px[1] > 0:
             zoom = augmentation.RandomResizedCrop(size, align_corners=False)
-            top, bottom, left, right = params.crop.unbind(1)
+            top, bottom, left, right = params.zoom.unbind(1)
             top, left = top.clamp_max(height - 1), left.clamp_max(width - 1)  # one pixel is left
             kept = (height - top - bottom).clamp_min(1), (width - left - right).clamp_min(1)
             steps.append(KorniaStep(zoom, {"src": _boxes(top, left, *kept), "dst": whole}))

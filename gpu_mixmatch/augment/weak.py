@@ -105,7 +105,7 @@ class NormalizedViews(nn.Module):
 class WeakAugment(NormalizedViews):
     """The weak augmentation of semi-supervised learning, all views of a batch in one buffer.
 
-    In this order: pad and cut a window of the image's size (shift), cut ``crop_px`` per side and
+    In this order: pad and cut a window of the image's size (shift), cut ``zoom_px`` per side and
     resize back (zoom), mirror (flip), blur, normalise. Drawing and applying are separate, and a
     sample's draws depend on (seed, step, sample id, view) alone.
 
@@ -115,7 +115,7 @@ class WeakAugment(NormalizedViews):
     Args:
         padding: Pixels of padding; the window is shifted by -padding .. padding.
         padding_mode: "reflect" (the reference), "zeros" (black) or "edge".
-        crop_px: Least and most pixels to cut off each side, drawn per side. At least one pixel
+        zoom_px: Least and most pixels to cut off each side, drawn per side. At least one pixel
             is left of small images.
         flip: Probability of a mirror image.
         blur_sigma: Least and greatest standard deviation of a Gaussian blur in pixels, drawn per
@@ -137,7 +137,7 @@ class WeakAugment(NormalizedViews):
         self,
         padding: int = 4,
         padding_mode: PaddingMode = "reflect",
-        crop_px: tuple[int, int] = (0, 0),
+        zoom_px: tuple[int, int] = (0, 0),
         flip: float = 0.5,
         blur_sigma: tuple[float, float] | None = None,
         mean: float | Sequence[float] = 0.5,
@@ -148,14 +148,14 @@ class WeakAugment(NormalizedViews):
     ) -> None:
         super().__init__(mean, std, dtype, channels_last)
         functional.check_padding(padding, padding_mode)
-        _check_range("crop_px", crop_px, integer=True)
+        _check_range("zoom_px", zoom_px, integer=True)
         if blur_sigma is not None:
             _check_range("blur_sigma", blur_sigma, integer=False)
         if not 0 <= flip <= 1:
             raise ValueError(f"flip must be a probability in [0, 1], got {flip}")
         self.padding = padding
         self.padding_mode = padding_mode
-        self.crop_px = (crop_px[0], crop_px[1])
+        self.zoom_px = (zoom_px[0], zoom_px[1])
         self.flip = flip
         self.blur_sigma = (blur_sigma[0], blur_sigma[1]) if blur_sigma else None
         self.impl = impl
@@ -163,7 +163,7 @@ class WeakAugment(NormalizedViews):
     @property
     def policy(self) -> AugmentPolicy:
         """What is drawn."""
-        return AugmentPolicy(self.padding, self.crop_px, self.flip, self.blur_sigma)
+        return AugmentPolicy(self.padding, self.zoom_px, self.flip, self.blur_sigma)
 
     @property
     def blur_radius(self) -> int:
@@ -176,7 +176,7 @@ class WeakAugment(NormalizedViews):
         It may where a view is one byte per value, without zoom and blur: in Triton's kernels, and
         in Numba's once the views of a batch do not stay in the cache.
         """
-        if self.crop_px[1] or self.blur_radius:
+        if self.zoom_px[1] or self.blur_radius:
             return False
         if asks_for_triton(self.impl, images.device):
             return True
@@ -193,7 +193,7 @@ class WeakAugment(NormalizedViews):
             ids,
             views,
             padding=self.padding,
-            crop_px=self.crop_px,
+            zoom_px=self.zoom_px,
             flip=self.flip,
             blur_sigma=self.blur_sigma,
         )
@@ -240,7 +240,7 @@ class WeakAugment(NormalizedViews):
             bias=bias,
             padding=self.padding,
             padding_mode=self.padding_mode,
-            zoom=self.crop_px[1] > 0,
+            zoom=self.zoom_px[1] > 0,
             blur_radius=self.blur_radius,
             dtype=self.dtype,
             channels_last=self.channels_last,
@@ -298,7 +298,7 @@ class WeakAugment(NormalizedViews):
         names = (
             "padding",
             "padding_mode",
-            "crop_px",
+            "zoom_px",
             "flip",
             "blur_sigma",
             "mean",
@@ -343,7 +343,7 @@ class WeakAugment(NormalizedViews):
     def blog(cls, **fields: Any) -> Self:
         """Zoom by 0..16 px per side, flip, blur by 0..3 px: the sketch this project grew from."""
         return cls(
-            **{"padding": 0, "crop_px": (0, 16), "flip": 0.5, "blur_sigma": (0.0, 3.0), **fields}
+            **{"padding": 0, "zoom_px": (0, 16), "flip": 0.5, "blur_sigma": (0.0, 3.0), **fields}
         )
 
 

@@ -228,7 +228,7 @@ def augment(
         scale, bias: A number or one per channel, ``[C]`` float32: value·scale + bias.
         padding: Pixels that the image is padded by before the crop.
         padding_mode: What the padding repeats.
-        zoom: Whether ``params.crop`` is to be used.
+        zoom: Whether ``params.zoom`` is to be used.
         blur_radius: Radius of the sampled Gaussian in pixels; 0 leaves ``params.sigma`` unused.
         channels_last_in: Whether sources are NHWC.
         out: ``[R, C, H, W]``, contiguous or channels_last.
@@ -588,7 +588,7 @@ def _axis_matrices(
     if not zoom:
         down = blur("down", height)
         return down, (down if height == width else blur("across", width))
-    top, bottom, left, right = params.crop.unbind(1)
+    top, bottom, left, right = params.zoom.unbind(1)
     top, bottom = _cuts(top, bottom, height)
     left, right = _cuts(left, right, width)
     # the image is mirrored already, and so is what is cut off it

@@ -229,7 +229,7 @@ def _filter_views(
     last,
 ):  # fmt: skip
     """Do what `_write_views` does, with zoom and blur in between; for planes only."""
-    top, left, flip, crop, _ = draws
+    top, left, flip, zoom, _ = draws
     lines, near_lines, near_columns = tables
     scale, bias = factors
     height, width = shape.height, shape.width
@@ -242,9 +242,9 @@ def _filter_views(
         for view in range(num_views):
             mine = row + view * num_images + image
             column = _column(mine, left, flip, shape, pitch)
-            _zoom_reads(line_reads, line_parts, crop[mine, 0], crop[mine, 1], False)
-            _zoom_reads(column_reads, column_parts, crop[mine, 2], crop[mine, 3], flip[mine])
-            zooms = crop[mine].any()
+            _zoom_reads(line_reads, line_parts, zoom[mine, 0], zoom[mine, 1], False)
+            _zoom_reads(column_reads, column_parts, zoom[mine, 2], zoom[mine, 3], flip[mine])
+            zooms = zoom[mine].any()
             for line in range(height):  # from lines of the window to lines of the image
                 line_reads[0, line] = lines[top[mine] + line_reads[0, line]]
                 line_reads[1, line] = lines[top[mine] + line_reads[1, line]]
@@ -558,12 +558,12 @@ def _blend(rows: Tensor, params: MixUpParams, out: Tensor) -> None:
 
 def _check_draws(draws: tuple[Any, ...], most: int) -> None:
     """Raise before a compiled loop, which checks nothing, reads beyond an image."""
-    top, left, _, crop, _ = draws
-    least_cut = crop.min(initial=0)
+    top, left, _, zoom, _ = draws
+    least_cut = zoom.min(initial=0)
     if not (_lie_within(top, most) and _lie_within(left, most) and least_cut >= 0):
         offsets = np.concatenate([top, left])
         raise ValueError(
-            f"params.top and params.left must be in 0 .. 2·padding = {most} and params.crop at "
+            f"params.top and params.left must be in 0 .. 2·padding = {most} and params.zoom at "
             f"least 0, got offsets in {offsets.min()} .. {offsets.max()} and a cut of {least_cut}"
         )
 

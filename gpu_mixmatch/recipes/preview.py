@@ -639,7 +639,7 @@ def _drawn(draws: Any, row: int, augment: Any) -> str:
         moves += [f"{'→' if right > 0 else '←'}{abs(right)}"] if right else []
         words.append(f"moved {' '.join(moves)} px" if moves else "not moved")
     words += ["mirrored"] if int(draws.flip[row]) else []
-    cut = draws.crop[row].tolist()
+    cut = draws.zoom[row].tolist()
     words += [f"cut {' '.join(map(str, cut))} px"] if any(cut) else []
     words += [f"blur {float(draws.sigma[row]):.1f} px"] if float(draws.sigma[row]) else []
     # a no-break space keeps each of them on one line

@@ -88,7 +88,7 @@ def _tile(
     top_ptr,
     left_ptr,
     flip_ptr,
-    crop_ptr,
+    zoom_ptr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDING: tl.constexpr,
@@ -109,10 +109,10 @@ def _tile(
     across = tl.where(tl.load(flip_ptr + row) > 0, WIDTH - 1 - across, across)
     off_top, off_bottom, off_left, off_right = 0, 0, 0, 0
     if ZOOM:
-        off_top = tl.load(crop_ptr + row * 4)
-        off_bottom = tl.load(crop_ptr + row * 4 + 1)
-        off_left = tl.load(crop_ptr + row * 4 + 2)
-        off_right = tl.load(crop_ptr + row * 4 + 3)
+        off_top = tl.load(zoom_ptr + row * 4)
+        off_bottom = tl.load(zoom_ptr + row * 4 + 1)
+        off_left = tl.load(zoom_ptr + row * 4 + 2)
+        off_right = tl.load(zoom_ptr + row * 4 + 3)
     line, next_line, line_distance = _between(down, off_top, off_bottom, HEIGHT, ZOOM)
     pixel, next_pixel, pixel_distance = _between(across, off_left, off_right, WIDTH, ZOOM)
 
@@ -200,7 +200,7 @@ def augment_kernel(
     top_ptr,
     left_ptr,
     flip_ptr,
-    crop_ptr,
+    zoom_ptr,
     sigma_ptr,
     lam_ptr,
     index_ptr,
@@ -237,7 +237,7 @@ def augment_kernel(
                 x_ptr, u_ptr, num_x, num_u,
                 stride_x_image, stride_x_channel, stride_x_line, stride_x_pixel,
                 stride_u_image, stride_u_channel, stride_u_line, stride_u_pixel,
-                top_ptr, left_ptr, flip_ptr, crop_ptr, HEIGHT, WIDTH, PADDING, MODE, ZOOM,
+                top_ptr, left_ptr, flip_ptr, zoom_ptr, HEIGHT, WIDTH, PADDING, MODE, ZOOM,
             )  # fmt: skip
             value += weight * pixels
         tl.store(out_ptr + offs, value / total, mask=mask)
@@ -247,7 +247,7 @@ def augment_kernel(
             x_ptr, u_ptr, num_x, num_u,
             stride_x_image, stride_x_channel, stride_x_line, stride_x_pixel,
             stride_u_image, stride_u_channel, stride_u_line, stride_u_pixel,
-            top_ptr, left_ptr, flip_ptr, crop_ptr, HEIGHT, WIDTH, PADDING, MODE, ZOOM,
+            top_ptr, left_ptr, flip_ptr, zoom_ptr, HEIGHT, WIDTH, PADDING, MODE, ZOOM,
         )  # fmt: skip
         if index_ptr is not None:
             # the rest is linear and per pixel, so that both rows can be blended before it
@@ -256,7 +256,7 @@ def augment_kernel(
                 x_ptr, u_ptr, num_x, num_u,
                 stride_x_image, stride_x_channel, stride_x_line, stride_x_pixel,
                 stride_u_image, stride_u_channel, stride_u_line, stride_u_pixel,
-                top_ptr, left_ptr, flip_ptr, crop_ptr, HEIGHT, WIDTH, PADDING, MODE, ZOOM,
+                top_ptr, left_ptr, flip_ptr, zoom_ptr, HEIGHT, WIDTH, PADDING, MODE, ZOOM,
             )  # fmt: skip
             value = partner + tl.load(lam_ptr + row) * (value - partner)
         value = _normalised(
@@ -377,7 +377,7 @@ def augment(
         params.top,
         params.left,
         params.flip,
-        params.crop,
+        params.zoom,
         params.sigma,
         mixup.lam if mixup else None,
         mixup.index if mixup else None,

@@ -70,7 +70,7 @@ def _folded_beta(word, beta_ptr, DEGREE: tl.constexpr, OF_POWER: tl.constexpr):
 _RUNTIME = [  # a value of 1 or a multiple of 16 must not make another kernel
     *("seed", "step", "num_x", "num_u", "num_rows", "boundary"),
     *(f"{name}_{part}" for name in ("grid_rows", "grid_columns", "num_rounds") for part in (0, 1)),
-    *("num_offsets", "least_crop", "num_crops", "flips_below"),
+    *("num_offsets", "least_zoom", "num_zooms", "flips_below"),
 ]
 
 
@@ -87,7 +87,7 @@ def draw_kernel(
     top_ptr,
     left_ptr,
     flip_ptr,
-    crop_ptr,
+    zoom_ptr,
     sigma_ptr,
     num_x,
     num_u,
@@ -100,8 +100,8 @@ def draw_kernel(
     grid_columns_1,
     num_rounds_1,
     num_offsets,
-    least_crop,
-    num_crops,
+    least_zoom,
+    num_zooms,
     flips_below,
     least_sigma,
     sigma_range,
@@ -152,12 +152,12 @@ def draw_kernel(
         else:
             word_0 = tl.zeros([BLOCK], tl.uint32)
             word_1, word_2, word_3 = word_0, word_0, word_0
-        bound = tl.zeros([BLOCK], tl.uint32) + num_crops.to(tl.uint32)
-        crop = crop_ptr + row * 4
-        tl.store(crop, least_crop + tl.umulhi(word_0, bound).to(tl.int32), mask=mask)
-        tl.store(crop + 1, least_crop + tl.umulhi(word_1, bound).to(tl.int32), mask=mask)
-        tl.store(crop + 2, least_crop + tl.umulhi(word_2, bound).to(tl.int32), mask=mask)
-        tl.store(crop + 3, least_crop + tl.umulhi(word_3, bound).to(tl.int32), mask=mask)
+        bound = tl.zeros([BLOCK], tl.uint32) + num_zooms.to(tl.uint32)
+        zoom = zoom_ptr + row * 4
+        tl.store(zoom, least_zoom + tl.umulhi(word_0, bound).to(tl.int32), mask=mask)
+        tl.store(zoom + 1, least_zoom + tl.umulhi(word_1, bound).to(tl.int32), mask=mask)
+        tl.store(zoom + 2, least_zoom + tl.umulhi(word_2, bound).to(tl.int32), mask=mask)
+        tl.store(zoom + 3, least_zoom + tl.umulhi(word_3, bound).to(tl.int32), mask=mask)
 
     # two parts of rows, each mixed within itself or, without rounds, not at all
     first = row < boundary
@@ -222,7 +222,7 @@ def draw_batch(
     ]
     degree, of_power, beta = _beta(alpha, device)
     seed, step = (0, 0) if isinstance(key, Tensor) else key
-    padding, (least_crop, most_crop), flip, sigmas = policy or AugmentPolicy()
+    padding, (least_zoom, most_zoom), flip, sigmas = policy or AugmentPolicy()
     low, high = sigmas or (0.0, 0.0)
     launch(
         draw_kernel,
@@ -243,8 +243,8 @@ def draw_batch(
         *grids[0],
         *grids[1],
         2 * padding + 1,
-        least_crop if most_crop else 0,
-        most_crop - least_crop + 1,
+        least_zoom if most_zoom else 0,
+        most_zoom - least_zoom + 1,
         round(flip * 2**24),
         low,
         high - low,
@@ -253,7 +253,7 @@ def draw_batch(
         OF_POWER=of_power,
         LAM_PER_BATCH=lam == "batch",
         HAS_POLICY=policy is not None,
-        HAS_ZOOM=most_crop > 0,
+        HAS_ZOOM=most_zoom > 0,
         BLOCK=_BLOCK,
         num_warps=1,
     )
