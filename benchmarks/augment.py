@@ -29,7 +29,8 @@ from benchmarks.common import (
 )
 from benchmarks.peers import MEAN, PEERS, SKETCH_PEERS, STD, VIEWS, BuildViews, Images, Peer
 from gpu_mixmatch import DaliAugment, WeakAugment, functional
-from gpu_mixmatch.types import AugmentParams, AugmentPolicy, Workspace
+from gpu_mixmatch._buffers import Workspace
+from gpu_mixmatch.types import AugmentParams, AugmentPolicy
 
 BLUR = (0.1, 3.0)
 EXACT = 2e-4  # of equal draws: a fiftieth of a grey level

@@ -47,8 +47,8 @@ from benchmarks.peers import (
     yu1ut_view,
 )
 from gpu_mixmatch import MixMatch, ResidentLoader, SemiSupervisedLoader, collate, functional
-from gpu_mixmatch.bench import fixed_logits, time_training_step
-from gpu_mixmatch.recipes.wideresnet import build_model
+from gpu_mixmatch.cli.bench import fixed_logits, time_training_step
+from gpu_mixmatch.recipes.models import build_model
 from gpu_mixmatch.types import AugmentPolicy, MixUpParams
 
 NUM_CLASSES = 10

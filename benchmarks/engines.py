@@ -32,7 +32,7 @@ from benchmarks.tiles import photographs
 from gpu_mixmatch import DaliLoader, ResidentLoader, SemiSupervisedLoader, WeakAugment
 from gpu_mixmatch.data.datasets import ImageFiles
 from gpu_mixmatch.data.images import open_images
-from gpu_mixmatch.recipes.train import make_augment
+from gpu_mixmatch.recipes.choices import make_augment
 
 RESULT = Path(__file__).parent / "results" / "0.1.0" / "engines--cpu-2c.json"
 SIZES = {32: 64, 96: 64, 224: 16}  # labelled images of a batch by their size in pixels

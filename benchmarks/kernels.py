@@ -26,7 +26,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from gpu_mixmatch import MixMatch, WeakAugment, builder, functional, ops
+from gpu_mixmatch import MixMatch, WeakAugment, functional
+from gpu_mixmatch.impl import library
+from gpu_mixmatch.methods import mixmatch as builder
 
 NUM_AUGMENTATIONS = 2
 BATCH_SIZE = 64
@@ -124,7 +126,7 @@ def recording() -> Iterator[list[Launch]]:
 
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(launch, "run", take_down))
-        for module in (functional, builder, ops):
+        for module in (functional, builder, library):
             patches.enter_context(mock.patch.object(module, "implementation", return_value=kernels))
         yield launches
 

@@ -36,9 +36,9 @@ from benchmarks.common import (
 from benchmarks.peers import MEAN, STD, VIEWS, usb_view
 from benchmarks.tiles import SIDE, write_tiles
 from gpu_mixmatch import DaliLoader, ResidentLoader, SemiSupervisedLoader, WeakAugment
+from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch.data.datasets import ImageFiles
 from gpu_mixmatch.data.images import ImageIndex, image_folder, open_images
-from gpu_mixmatch.types import Workspace
 
 SIZE = 32
 PADDING = 4

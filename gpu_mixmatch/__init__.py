@@ -4,8 +4,8 @@ Importing the package loads torch and numpy only.
 """
 
 from gpu_mixmatch import functional, presets, sampling
-from gpu_mixmatch.augment import Augment, DaliAugment, KorniaAugment, WeakAugment, as_augment
-from gpu_mixmatch.builder import MixMatch, interleaved_forward
+from gpu_mixmatch.augment import DaliAugment, KorniaAugment, WeakAugment, as_augment
+from gpu_mixmatch.augment.base import Augment
 from gpu_mixmatch.data import (
     DaliLoader,
     Indexed,
@@ -14,7 +14,9 @@ from gpu_mixmatch.data import (
     check_images,
     collate,
 )
-from gpu_mixmatch.loss import MixMatchLoss
+from gpu_mixmatch.losses import MixMatchLoss
+from gpu_mixmatch.methods.mixmatch import MixMatch
+from gpu_mixmatch.methods.passes import interleaved_forward
 from gpu_mixmatch.types import (
     AugmentParams,
     LossOutput,

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from gpu_mixmatch import functional
+from gpu_mixmatch._ranks import positions
+from gpu_mixmatch._validation import check_labels
 from gpu_mixmatch.types import MixMatchBatch
 
 if TYPE_CHECKING:
-    from gpu_mixmatch.builder import MixMatch, Model
+    from gpu_mixmatch.methods.mixmatch import MixMatch
+    from gpu_mixmatch.methods.passes import Model
 
 _WARM_UP = 3  # calls before the capture, as torch's own wrappers make them
 
@@ -86,7 +88,7 @@ class CapturedMixMatch:
         if not all(fits(new, held) for new, held in inputs):
             batch: MixMatchBatch = self.mixmatch(x, y, u, self.model, ids_x=ids_x, ids_u=ids_u)
             return batch
-        functional.check_labels(y, self.mixmatch.num_classes)
+        check_labels(y, self.mixmatch.num_classes)
         for new, held in inputs:
             held.copy_(new, non_blocking=True)
         self._send_ids(0, "ids_x", ids_x)
@@ -143,14 +145,6 @@ def check_capturable(mixmatch: MixMatch) -> None:
             "capture needs an engine whose draws are made on the device, such as WeakAugment, "
             f"got {type(mixmatch.augment).__name__}"
         )
-
-
-def positions(length: int) -> Tensor:
-    """Positions in the global batch, ``[length]`` int64: the ids of samples that have none."""
-    first = 0
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        first = torch.distributed.get_rank() * length
-    return torch.arange(first, first + length)
 
 
 def fits(new: Tensor, old: Tensor) -> bool:

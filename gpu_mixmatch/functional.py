@@ -1,16 +1,31 @@
 """The public operations: each validates its arguments, chooses an implementation and calls it."""
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from gpu_mixmatch import ops, sampling
+from gpu_mixmatch import sampling
+from gpu_mixmatch._buffers import Workspace
+from gpu_mixmatch._validation import (
+    IMAGE_DTYPES,
+    check_dense,
+    check_device,
+    check_float,
+    check_groups,
+    check_labels,
+    check_like,
+    check_mixup,
+    check_padding,
+    check_temperature,
+    dtype_name,
+    dtype_names,
+    image_layout,
+)
 from gpu_mixmatch.impl import asks_for_triton, eager, implementation
+from gpu_mixmatch.impl import library as ops
 from gpu_mixmatch.types import (
-    SUM_TOLERANCE,
     AugmentParams,
     AugmentPolicy,
     Impl,
@@ -19,10 +34,7 @@ from gpu_mixmatch.types import (
     MixMode,
     MixUpParams,
     PaddingMode,
-    Workspace,
 )
-
-IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def draw_batch(
@@ -113,8 +125,8 @@ def sharpen(probs: Tensor, temperature: float) -> Tensor:
     References:
         Berthelot et al. 2019, eq. 7.
     """
-    _check_temperature(temperature)
-    _check_float("probs", probs)
+    check_temperature(temperature)
+    check_float("probs", probs)
     return eager.sharpen(probs, temperature)
 
 
@@ -136,10 +148,10 @@ def guess_labels(logits: Tensor, temperature: float, *, impl: Impl = "auto") -> 
     References:
         Berthelot et al. 2019, eq. 6-7.
     """
-    _check_temperature(temperature)
+    check_temperature(temperature)
     if logits.dim() != 3 or len(logits) < 1:
         raise ValueError(f"logits must be [K, M, L] with K >= 1, got {list(logits.shape)}")
-    _check_float("logits", logits)
+    check_float("logits", logits)
     if torch.compiler.is_compiling():
         compiled: Tensor = ops.guess_labels(logits.detach(), temperature, impl)
         return compiled
@@ -172,17 +184,17 @@ def batch_targets(
     Raises:
         ValueError: As for `guess_labels`, and if labels or logits do not fit each other.
     """
-    _check_temperature(temperature)
+    check_temperature(temperature)
     if logits.dim() != 3 or len(logits) < 1:
         raise ValueError(f"logits must be [K, M, L] with K >= 1, got {list(logits.shape)}")
-    _check_float("logits", logits)
+    check_float("logits", logits)
     num_views, num_images, num_classes = logits.shape
     check_labels(y, num_classes)
-    _check_device("y", y, "logits", logits)
+    check_device("y", y, "logits", logits)
     shape = (len(y) + num_views * num_images, num_classes)
     if mixup is not None:
-        _check_mixup(mixup, shape[0], "y and logits")
-        _check_device("mixup.index", mixup.index, "logits", logits)
+        check_mixup(mixup, shape[0], "y and logits")
+        check_device("mixup.index", mixup.index, "logits", logits)
     out = torch.empty(shape, dtype=torch.float32, device=logits.device)
     if torch.compiler.is_compiling():
         ops.batch_targets(
@@ -222,21 +234,21 @@ def mixup(
         Berthelot et al. 2019, eq. 8-11.
     """
     length = len(inputs)
-    _check_float("inputs", inputs)
+    check_float("inputs", inputs)
     if targets.dim() != 2 or len(targets) != length:
         raise ValueError(
             f"targets must be [N, L] with N = {length} like inputs, got {list(targets.shape)}"
         )
     if targets.dtype != torch.float32:
-        raise ValueError(f"targets must be float32, got {_name(targets.dtype)}")
-    _check_mixup(params, length, "inputs")
-    _check_device("targets", targets, "inputs", inputs)
-    _check_device("params.index", params.index, "inputs", inputs)
-    _check_dense("inputs", inputs)
-    _check_dense("targets", targets)
+        raise ValueError(f"targets must be float32, got {dtype_name(targets.dtype)}")
+    check_mixup(params, length, "inputs")
+    check_device("targets", targets, "inputs", inputs)
+    check_device("params.index", params.index, "inputs", inputs)
+    check_dense("inputs", inputs)
+    check_dense("targets", targets)
     if out is not None:
-        _check_like("out", out, "inputs", inputs)
-    _check_groups(num_groups, length)
+        check_like("out", out, "inputs", inputs)
+    check_groups(num_groups, length)
     out = torch.empty_like(inputs) if out is None else out
     mixed_targets = torch.empty_like(targets)
     order = eager.interleave_index(length, num_groups, inputs.device) if num_groups > 1 else None
@@ -268,7 +280,7 @@ def interleave(rows: Tensor, num_groups: int) -> Tensor:
         google-research/mixmatch, ``libml/layers.py::interleave``, which this equals for N = (K+1)·B
         and ``num_groups`` = K + 1.
     """
-    _check_groups(num_groups, len(rows))
+    check_groups(num_groups, len(rows))
     return eager.interleave(rows, num_groups)
 
 
@@ -318,14 +330,14 @@ def mixmatch_loss(
     References:
         Berthelot et al. 2019, eq. 2-5.
     """
-    _check_float("logits", logits)
+    check_float("logits", logits)
     if logits.dim() != 2 or logits.shape != targets.shape:
         raise ValueError(
             f"logits must be [N, L] = {list(targets.shape)} like targets, got {list(logits.shape)}"
         )
     if not 0 <= num_labelled <= len(logits):
         raise ValueError(f"num_labelled must be in 0 .. N = {len(logits)}, got {num_labelled}")
-    _check_device("targets", targets, "logits", logits)
+    check_device("targets", targets, "logits", logits)
     weight = torch.as_tensor(weight_u, dtype=torch.float32).detach()
     if not asks_for_triton(impl, logits.device):  # plain torch, which autograd sees through
         return eager.mixmatch_loss(logits, targets.detach(), num_labelled, weight)
@@ -386,10 +398,10 @@ def augment(
         if other != first or image.dtype != sources[0].dtype:
             raise ValueError(
                 "x and u must have the same channels, height, width, layout and dtype, got "
-                f"{list(sources[0].shape)} {_name(sources[0].dtype)} and "
-                f"{list(image.shape)} {_name(image.dtype)}"
+                f"{list(sources[0].shape)} {dtype_name(sources[0].dtype)} and "
+                f"{list(image.shape)} {dtype_name(image.dtype)}"
             )
-        _check_device("u", image, "x", sources[0])
+        check_device("u", image, "x", sources[0])
     nhwc, (channels, height, width) = first
     check_padding(padding, padding_mode)
     if padding_mode == "reflect" and padding >= min(height, width):
@@ -398,8 +410,10 @@ def augment(
             f"images of {height} x {width} pixels"
         )
     if dtype not in IMAGE_DTYPES:
-        raise ValueError(f"dtype must be one of {_names(IMAGE_DTYPES)}, got {_name(dtype)}")
-    _check_device("params.top", params.top, "images", sources[0])
+        raise ValueError(
+            f"dtype must be one of {dtype_names(IMAGE_DTYPES)}, got {dtype_name(dtype)}"
+        )
+    check_device("params.top", params.top, "images", sources[0])
     rows = params.top.shape[0]
     *once, last = (source.shape[0] for source in sources)
     if rows < sum(once) or (rows - sum(once)) % max(last, 1):
@@ -413,19 +427,20 @@ def augment(
             raise ValueError(
                 f"{name} must be [C] with C = {channels} like images, got {list(factor.shape)}"
             )
-        _check_device(name, factor, "images", sources[0])
+        check_device(name, factor, "images", sources[0])
     shape = (rows, channels, height, width)
     if out is None:
         layout = torch.channels_last if channels_last else torch.contiguous_format
         out = torch.empty(shape, dtype=dtype, device=sources[0].device, memory_format=layout)
     elif tuple(out.shape) != shape or out.dtype != dtype:
         raise ValueError(
-            f"out must be {list(shape)} {_name(dtype)}, got {list(out.shape)} {_name(out.dtype)}"
+            f"out must be {list(shape)} {dtype_name(dtype)}, "
+            f"got {list(out.shape)} {dtype_name(out.dtype)}"
         )
-    _check_dense("out", out)
+    check_dense("out", out)
     if mixup is not None:
-        _check_mixup(mixup, rows, "params")
-        _check_device("mixup.index", mixup.index, "images", sources[0])
+        check_mixup(mixup, rows, "params")
+        check_device("mixup.index", mixup.index, "images", sources[0])
     if torch.compiler.is_compiling():
         factors = [
             factor if isinstance(factor, Tensor) else sources[0].new_full((channels,), factor)
@@ -466,150 +481,8 @@ def augment(
     return out
 
 
-def image_layout(name: str, images: Tensor) -> tuple[bool, tuple[int, int, int]]:
-    """Tell whether ``images`` are NHWC, and their channels, height and width.
-
-    Raises:
-        ValueError: If they are not a batch of images of a supported dtype.
-    """
-    if images.dim() != 4:
-        raise ValueError(f"{name} must be [M, C, H, W] or [M, H, W, C], got {list(images.shape)}")
-    if images.dtype != torch.uint8 and images.dtype not in IMAGE_DTYPES:
-        raise ValueError(
-            f"{name} must be uint8 or one of {_names(IMAGE_DTYPES)}, got {_name(images.dtype)}"
-        )
-    _, second, third, fourth = images.shape
-    nhwc = second not in (1, 3, 4) and fourth in (1, 3, 4)
-    return nhwc, ((fourth, second, third) if nhwc else (second, third, fourth))
-
-
-def check_padding(padding: int, padding_mode: PaddingMode) -> None:
-    """Raise a ValueError if ``padding`` is negative or ``padding_mode`` is unknown."""
-    if padding_mode not in get_args(PaddingMode):
-        raise ValueError(
-            f"padding_mode must be one of {list(get_args(PaddingMode))}, got {padding_mode!r}"
-        )
-    if padding < 0:
-        raise ValueError(f"padding must be at least 0, got {padding}")
-
-
-def check_labels(y: Tensor, num_classes: int) -> None:
-    """Raise if ``y`` are not labels. On a device their values cannot be looked at without waiting.
-
-    There a label out of range gives a row of zeros, which `MixMatchBatch.check` finds.
-
-    Args:
-        y: Integer labels, ``[B]``, or soft labels, ``[B, L]``.
-        num_classes: L.
-
-    Raises:
-        ValueError: If labels are out of range, of the wrong shape, or do not sum to one.
-    """
-    hard = y.dim() == 1 and not y.is_floating_point()
-    if not hard and not (y.dim() == 2 and y.shape[1] == num_classes and y.is_floating_point()):
-        raise ValueError(
-            f"y must be integer labels [B] or soft labels [B, L] with L = {num_classes}, "
-            f"got {list(y.shape)} {_name(y.dtype)}"
-        )
-    if y.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if hard:
-        _check_classes(y, num_classes)
-    else:
-        _check_distributions(y.float())
-
-
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Products stay in float32 where the caller's autocast would make them half precision."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
-
-
-def _check_classes(y: Tensor, num_classes: int) -> None:
-    if len(y) == 0:
-        return
-    least, most = (int(value) for value in y.aminmax())
-    if least < 0 or most >= num_classes:
-        raise ValueError(
-            f"y must be labels in 0 .. {num_classes - 1} (num_classes = {num_classes}), "
-            f"got {least if least < 0 else most}"
-        )
-
-
-def _check_distributions(targets: Tensor) -> None:
-    sums = targets.sum(dim=1)
-    fine = ((sums - 1).abs() <= SUM_TOLERANCE) & (targets >= 0).all(dim=1)
-    if not fine.all():
-        row = int((~fine).nonzero()[0])
-        raise ValueError(
-            "y must be soft labels that are not negative and sum to 1 in every row, got row "
-            f"{row} with the sum {float(sums[row]):.4g} and the least entry "
-            f"{float(targets[row].min()):.4g}"
-        )
-
-
-def _check_mixup(params: MixUpParams, length: int, like_name: str) -> None:
-    for name, tensor, dtype in zip(
-        ("lam", "index"), params, (torch.float32, torch.int64), strict=True
-    ):
-        if tuple(tensor.shape) != (length,) or tensor.dtype != dtype:
-            raise ValueError(
-                f"params.{name} must be [N] {_name(dtype)} with N = {length} like {like_name}, "
-                f"got {list(tensor.shape)} {_name(tensor.dtype)}"
-            )
-
-
-def _check_groups(num_groups: int, length: int) -> None:
-    if not 1 <= num_groups <= max(length, 1):
-        raise ValueError(f"num_groups must be in 1 .. N = {length}, got {num_groups}")
-
-
-def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-
-
-def _check_float(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} must be floating point, got {_name(tensor.dtype)}")
-
-
-def _check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
-    if tensor.device != like.device:
-        raise ValueError(
-            f"{name} must be on {like.device} like {like_name}, got it on {tensor.device}"
-        )
-
-
-def _check_dense(name: str, tensor: Tensor) -> None:
-    dense = tensor.is_contiguous() or (
-        tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    )
-    if not dense:
-        raise ValueError(
-            f"{name} must be contiguous or channels_last, got strides {list(tensor.stride())} for "
-            f"{list(tensor.shape)}"
-        )
-
-
-def _check_like(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
-    same_layout = all(
-        mine == theirs
-        for mine, theirs, size in zip(tensor.stride(), like.stride(), like.shape, strict=False)
-        if size > 1
-    )
-    if tensor.shape != like.shape or tensor.dtype != like.dtype or not same_layout:
-        raise ValueError(
-            f"{name} must be {list(like.shape)} {_name(like.dtype)} with strides "
-            f"{list(like.stride())} like {like_name}, got {list(tensor.shape)} "
-            f"{_name(tensor.dtype)} with strides {list(tensor.stride())}"
-        )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _names(dtypes: Sequence[torch.dtype]) -> str:
-    return ", ".join(map(_name, dtypes))

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from gpu_mixmatch.augment.weak import WeakAugment
-from gpu_mixmatch.builder import interleaved_forward
+from gpu_mixmatch.methods.passes import interleaved_forward
 from gpu_mixmatch.types import MixMatchBatch
 
 # Per data set: the augmentation's factory, λ_U and α of the paper (section 4 and appendix),

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from gpu_mixmatch import MixMatch, WeakAugment, sampling
-from gpu_mixmatch.data.datasets import split_labels
+from gpu_mixmatch.data.formats.common import split_labels
 from gpu_mixmatch.types import AugmentPolicy
 
 FILE = Path(__file__).with_suffix(".json")

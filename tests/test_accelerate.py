@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from gpu_mixmatch import MixMatch, MixMatchLoss, ResidentLoader, SemiSupervisedLoader, WeakAugment
 from gpu_mixmatch.data.datasets import load_dataset
-from gpu_mixmatch.recipes.wideresnet import SmallCNN
+from gpu_mixmatch.recipes.models import SmallCNN
 
 accelerate = pytest.importorskip("accelerate")
 state = pytest.importorskip("accelerate.state")

@@ -10,8 +10,10 @@ from torch import nn
 from torch.nn.functional import conv2d, interpolate, pad
 
 from gpu_mixmatch import WeakAugment, as_augment, functional
-from gpu_mixmatch.augment import Augment, CallableAugment
-from gpu_mixmatch.types import AugmentParams, Workspace
+from gpu_mixmatch._buffers import Workspace
+from gpu_mixmatch.augment import CallableAugment
+from gpu_mixmatch.augment.base import Augment
+from gpu_mixmatch.types import AugmentParams
 from tests import oracle
 from tests.tolerances import TOLERANCES
 

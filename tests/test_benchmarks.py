@@ -14,7 +14,8 @@ from PIL import Image
 from benchmarks import augment, batch, common, gpu, loader, ops, peers, report, scaling, schema
 from benchmarks.common import Contender, Settings, Skipped
 from benchmarks.report import ROOT
-from gpu_mixmatch import MixMatch, WeakAugment, bench
+from gpu_mixmatch import MixMatch, WeakAugment
+from gpu_mixmatch.cli import bench
 from gpu_mixmatch.types import AugmentParams, AugmentPolicy
 from tests.test_launches import EAGER
 

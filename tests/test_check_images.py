@@ -6,14 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_mixmatch.data.images import (
-    check_images,
-    file_list,
-    image_folder,
-    open_images,
-    tfrecords,
-    web_dataset,
-)
+from gpu_mixmatch.data.check import check_images
+from gpu_mixmatch.data.images import file_list, image_folder, open_images, tfrecords, web_dataset
 from tests import image_files
 from tests.image_files import encode, tile
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gpu_mixmatch import AugmentParams, MixMatch, WeakAugment
-from gpu_mixmatch.types import Workspace
+from gpu_mixmatch._buffers import Workspace
 from tests import oracle
 from tests.tolerances import TOLERANCES
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpu_mixmatch import MixMatch, WeakAugment
-from gpu_mixmatch.augment import Augment
+from gpu_mixmatch.augment.base import Augment
 from gpu_mixmatch.types import AugmentParams
 from tests.test_augment import oracle_rows, random_images, still_params
 from tests.tolerances import TOLERANCES

@@ -18,7 +18,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from gpu_mixmatch.data.datasets import load_dataset, read_idx, split_labels
+from gpu_mixmatch.data.datasets import load_dataset
+from gpu_mixmatch.data.formats.common import split_labels
+from gpu_mixmatch.data.formats.mnist import read_idx
 
 Bytes = NDArray[np.uint8]
 

@@ -176,7 +176,7 @@ KILLED = """
     import os
     import signal
 
-    from gpu_mixmatch import cli
+    from gpu_mixmatch.cli import app as cli
     from gpu_mixmatch.recipes.distributed import rank
     from gpu_mixmatch.recipes.train import Job
     from tests.test_distributed import KILLED_AT

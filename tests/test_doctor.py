@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_mixmatch import doctor
-from gpu_mixmatch.doctor import Finding, examine, report
+from gpu_mixmatch.cli import doctor
+from gpu_mixmatch.cli.doctor import Finding, examine, report
 
 ROOT = Path(__file__).parents[1]
 OPTIONAL = ("torchvision", "PIL", "scikit-learn", "matplotlib", "tensorboard", "typer", "rich")
@@ -377,7 +377,7 @@ def test_the_report_of_this_machine_is_plain_ascii_of_100_columns() -> None:
 @pytest.fixture(scope="module")
 def fresh() -> dict[str, str]:
     code = (
-        "import sys, time, gpu_mixmatch.doctor as doctor\n"
+        "import sys, time, gpu_mixmatch.cli.doctor as doctor\n"
         "before = set(sys.modules)\n"
         "start = time.perf_counter()\n"
         "doctor.examine()\n"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, functional
+from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, _validation
 from gpu_mixmatch.insight import GuessWatch, TensorBoardInsight
 from gpu_mixmatch.recipes.train import parameter_digest
 from tests.test_no_sync import NUM_CLASSES, Net, NoExport, NoSync, data, train_step
@@ -198,7 +198,7 @@ def test_logits_getter_is_heeded():
 @pytest.mark.parametrize("with_truth", [False, True])
 def test_watching_reads_nothing_back_in_the_step(monkeypatch, with_truth):
     # labels on a device are not checked
-    monkeypatch.setattr(functional, "_check_classes", lambda *_: None)
+    monkeypatch.setattr(_validation, "check_classes", lambda *_: None)
     mixmatch, model = builder_of(), new_net()
     watch = GuessWatch(mixmatch, truth_of() if with_truth else None)
     x, y, u = data()
@@ -219,7 +219,7 @@ def test_watching_reads_nothing_back_in_the_step(monkeypatch, with_truth):
 
 
 def test_watching_takes_a_few_small_operations_and_no_second_guess(monkeypatch):
-    monkeypatch.setattr(functional, "_check_classes", lambda *_: None)
+    monkeypatch.setattr(_validation, "check_classes", lambda *_: None)
     mixmatch, model, (x, y, u) = builder_of(), new_net(), data()
     passes = []
     model.register_forward_hook(lambda *_: passes.append(1))

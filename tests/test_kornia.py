@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import avg_pool2d
 
 from gpu_mixmatch import MixMatch, WeakAugment, as_augment, functional
-from gpu_mixmatch.augment import Augment
+from gpu_mixmatch.augment.base import Augment
 from gpu_mixmatch.augment.kornia import KorniaAugment
 
 HALF = {"mean": 0.5, "std": 0.5}
@@ -489,9 +489,7 @@ def test_what_the_module_returns_is_checked(value, error, message):
         views_of(engine, x, u)
 
 
-@pytest.mark.parametrize(
-    "module", ["RandAugment", None, torch.flip, K.RandomHorizontalFlip], ids=str
-)
+@pytest.mark.parametrize("module", ["RandAugment", None, torch.flip, K.RandomHorizontalFlip])
 def test_what_is_not_a_module_is_refused(module):
     with pytest.raises(TypeError, match=r"module must be an nn.Module such as .* got"):
         KorniaAugment(module, **HALF)

@@ -19,8 +19,8 @@ from gpu_mixmatch import MixMatch, MixMatchLoss, ResidentLoader, SemiSupervisedL
 from gpu_mixmatch.data import AugmentedBatch, SemiSupervisedBatch
 from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.integrations.lightning import MixMatchMixin, insight_callback
+from gpu_mixmatch.recipes.models import build_model
 from gpu_mixmatch.recipes.train import parameter_digest
-from gpu_mixmatch.recipes.wideresnet import build_model
 from gpu_mixmatch.types import MixMatchBatch
 
 L = pytest.importorskip("lightning", reason="needs lightning")

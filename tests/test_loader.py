@@ -23,9 +23,10 @@ from torch.utils.data import (
 )
 
 from gpu_mixmatch import MixMatch, WeakAugment
-from gpu_mixmatch.data import loader as loader_module
 from gpu_mixmatch.data.collate import collate
-from gpu_mixmatch.data.loader import BatchOrder, SemiSupervisedLoader
+from gpu_mixmatch.data.loader import SemiSupervisedLoader
+from gpu_mixmatch.data.order import BatchOrder
+from gpu_mixmatch.data.upload import Upload
 from gpu_mixmatch.sampling import epoch_order
 from gpu_mixmatch.types import SemiSupervisedBatch
 
@@ -692,7 +693,6 @@ def test_a_killed_worker_gives_an_error_in_seconds_and_the_loader_can_go_on(side
             "unlabelled must be a DataLoader with batch_size .* got SequentialSampler and NoneType",
         ),
     ],
-    ids=str,
 )
 def test_wrong_arguments_are_named(arguments, error, message):
     arguments = {
@@ -831,7 +831,7 @@ def test_no_buffer_is_filled_again_before_its_copy_is_done(monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "to", lambda tensor, device, non_blocking: lagging.to(tensor, non_blocking)
     )
-    upload = loader_module._Upload(torch.device("cpu"))
+    upload = Upload(torch.device("cpu"))
     expected = take(loader_of(), 10)
     handed_out = []
     for epoch in (expected[:5], expected[5:]):
@@ -848,7 +848,7 @@ def test_no_buffer_is_filled_again_before_its_copy_is_done(monkeypatch):
 def test_the_next_batch_is_sent_before_this_one_is_handed_out(monkeypatch):
     sent = []
 
-    class Recorded(loader_module._Upload):
+    class Recorded(Upload):
         def __init__(self):
             pass
 

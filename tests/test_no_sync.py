@@ -14,6 +14,7 @@ from gpu_mixmatch import (
     MixMatchLoss,
     MixUpParams,
     WeakAugment,
+    _validation,
     functional,
     interleaved_forward,
     sampling,
@@ -286,8 +287,8 @@ def test_operation_sends_its_constants_once(operation, monkeypatch):
 @pytest.fixture
 def unchecked_labels(monkeypatch):
     """Labels on a device are not checked: skip the checks that the CPU makes."""
-    monkeypatch.setattr(functional, "_check_classes", lambda *_: None)
-    monkeypatch.setattr(functional, "_check_distributions", lambda *_: None)
+    monkeypatch.setattr(_validation, "check_classes", lambda *_: None)
+    monkeypatch.setattr(_validation, "check_distributions", lambda *_: None)
 
 
 def train_step(builder, criterion, model, x, y, u, **ids):

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from gpu_mixmatch import MixMatch, WeakAugment, functional
+from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch.augment import weak
 from gpu_mixmatch.impl import implementation
-from gpu_mixmatch.types import AugmentPolicy, MixUpParams, Workspace
+from gpu_mixmatch.types import AugmentPolicy, MixUpParams
 from tests.tolerances import TOLERANCES
 
 compiled = pytest.importorskip("gpu_mixmatch.impl.numba", reason="needs numba")

@@ -8,7 +8,8 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.library import opcheck
 
-from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, functional, ops, sampling
+from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, functional, sampling
+from gpu_mixmatch.impl import library as ops
 from gpu_mixmatch.types import AugmentPolicy
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

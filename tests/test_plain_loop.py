@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gpu_mixmatch import MixMatch, MixMatchLoss, ResidentLoader, WeakAugment
 from gpu_mixmatch.data.datasets import load_dataset
-from gpu_mixmatch.recipes.wideresnet import build_model
+from gpu_mixmatch.recipes.models import build_model
 
 NUM_CLASSES = 5
 

@@ -18,10 +18,11 @@ from matplotlib.image import imread
 from torch import Tensor, nn
 
 from gpu_mixmatch import DaliAugment, MixMatch, WeakAugment, presets
-from gpu_mixmatch.data.datasets import ImageData, load_dataset
-from gpu_mixmatch.recipes.preview import CLASS_NAMES, draw_preview, preview
-from gpu_mixmatch.recipes.train import make_augment
-from gpu_mixmatch.recipes.wideresnet import SmallCNN
+from gpu_mixmatch.data.datasets import load_dataset
+from gpu_mixmatch.data.formats.common import ImageData
+from gpu_mixmatch.insight.preview import CLASS_NAMES, draw_preview, preview
+from gpu_mixmatch.recipes.choices import make_augment
+from gpu_mixmatch.recipes.models import SmallCNN
 from tests.image_files import CLASSES, write_folder
 
 ROOT = Path(__file__).parents[1]
@@ -415,7 +416,7 @@ def test_a_missing_matplotlib_says_what_to_install(
 
 
 def test_matplotlib_is_imported_only_to_draw() -> None:
-    code = "import sys, gpu_mixmatch.recipes.preview as p; print('matplotlib' in sys.modules)"
+    code = "import sys, gpu_mixmatch.insight.preview as p; print('matplotlib' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )

@@ -3,6 +3,7 @@
 The seeds are fixed, so that a p-value is a number and not a chance: it is asked to exceed 1e-4.
 """
 
+import importlib
 import random
 from collections import Counter
 from itertools import combinations, permutations
@@ -16,6 +17,7 @@ from gpu_mixmatch import sampling
 from gpu_mixmatch.types import AugmentParams, AugmentPolicy, MixUpParams
 
 LEAST_P = 1e-4
+philox_module = importlib.import_module("gpu_mixmatch.sampling.philox")
 POLICY = {"padding": 4, "zoom_px": (0, 16), "flip": 0.5, "blur_sigma": (0.25, 3.0)}
 ALPHAS = (0.5, 0.75, 1.0, 2.0, 16.0)
 MILLION = 10**6
@@ -431,7 +433,7 @@ def test_lam_is_the_quantile_to_a_millionth_at_every_word(alpha, monkeypatch):
         drawn[0, counter[3] & np.uint64(0xFF) == sampling.Purpose.LAM] = words
         return drawn
 
-    monkeypatch.setattr(sampling, "philox", philox_with_chosen_words)
+    monkeypatch.setattr(philox_module, "philox", philox_with_chosen_words)
     ids = torch.arange(len(words))
     lam = sampling.draw_mixup(0, 0, ids, 0, num_augmentations=1, alpha=alpha).lam.double().numpy()
     tail = 1 - (words >> np.uint64(8)) * 2.0**-24

@@ -15,15 +15,8 @@ import torch
 
 from gpu_mixmatch import DaliAugment, KorniaAugment, WeakAugment
 from gpu_mixmatch.data.datasets import load_dataset
-from gpu_mixmatch.recipes.train import (
-    AUGMENTS,
-    LOADERS,
-    Job,
-    TrainConfig,
-    make_augment,
-    parameter_digest,
-    train,
-)
+from gpu_mixmatch.recipes.choices import AUGMENTS, LOADERS, make_augment
+from gpu_mixmatch.recipes.train import Job, TrainConfig, parameter_digest, train
 from tests.image_files import write_folder
 
 SHORT = TrainConfig(steps=6, eval_every=2, batch_size=8)
@@ -366,9 +359,8 @@ def test_checkpoint_survives_a_failing_write(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fails)
-    from gpu_mixmatch.recipes.train import MetricsLog
+    from gpu_mixmatch.recipes.run_log import MetricsLog
 
-    job = Job(SHORT)
     with pytest.raises(OSError, match="disk full"):
-        MetricsLog(out, job)
+        MetricsLog(out, {}, [], 0, "test")
     assert (out / "checkpoint.pt").read_bytes() == before

@@ -14,7 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from gpu_mixmatch import MixMatch, MixMatchLoss, SemiSupervisedLoader, WeakAugment, collate
-from gpu_mixmatch.data.datasets import load_dataset, split_labels
+from gpu_mixmatch.data.datasets import load_dataset
+from gpu_mixmatch.data.formats.common import split_labels
 
 datasets = pytest.importorskip("datasets")
 pil = pytest.importorskip("PIL.Image")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm, conv2d, cross_entropy, leaky_relu
 
-from gpu_mixmatch.recipes.wideresnet import (
+from gpu_mixmatch.recipes.models import (
     ResidualBlock,
     SameConv2d,
     SmallCNN,

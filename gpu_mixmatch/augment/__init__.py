@@ -1,16 +1,10 @@
-"""Augmentation engines: what `MixMatch` asks of one, and how a plain callable becomes one."""
+"""Augmentation engines."""
 
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
-
-import torch
-from torch import Tensor
-
-from gpu_mixmatch import sampling
+from gpu_mixmatch.augment.base import Augment
+from gpu_mixmatch.augment.callable import CallableAugment, as_augment
 from gpu_mixmatch.augment.dali import DaliAugment
 from gpu_mixmatch.augment.kornia import KorniaAugment
-from gpu_mixmatch.augment.weak import WeakAugment, float_images
-from gpu_mixmatch.types import Workspace
+from gpu_mixmatch.augment.weak import WeakAugment
 
 __all__ = [
     "Augment",
@@ -20,111 +14,3 @@ __all__ = [
     "WeakAugment",
     "as_augment",
 ]
-
-
-@runtime_checkable
-class Augment(Protocol):
-    """An augmentation engine: it draws for a batch, then builds all views of it in one buffer.
-
-    An engine whose draws are an `AugmentParams` may have a ``policy``, an `AugmentPolicy`: the
-    builder then draws for it, in one pass with MixUp's draws, and does not call ``draw_batch``.
-    """
-
-    def draw_batch(
-        self,
-        seed: int,
-        step: int,
-        ids_x: Tensor | int,
-        ids_u: Tensor | int,
-        num_augmentations: int,
-    ) -> Any:
-        """Draw for x once, as view 0, and for u as views 1..K, on the CPU."""
-
-    def build(
-        self,
-        x: Tensor,
-        u: Tensor,
-        draws: Any,
-        num_augmentations: int,
-        workspace: Workspace | None = None,
-    ) -> Tensor:
-        """Return W: x once, then u K times, view-major, ``[B + K·M, C, H, W]``."""
-
-
-class CallableAugment:
-    """Any function or module that maps float images to float images of any one size.
-
-    It gets NCHW float32 images in [0, 1], x once and u once per view, and normalises them itself
-    if it should. Whatever it draws from torch's global generators becomes a function of
-    (seed, step) and of the first ids, by which ranks differ; the generators are left as they were.
-    """
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.function = function
-
-    def draw_batch(
-        self,
-        seed: int,
-        step: int,
-        ids_x: Tensor | int,
-        ids_u: Tensor | int,
-        num_augmentations: int,
-    ) -> int:
-        """Return the seed of the call: of (seed, step) and the first ids of x and u."""
-        return sampling.batch_seed(seed, step, ids_x, ids_u)
-
-    def build(
-        self,
-        x: Tensor,
-        u: Tensor,
-        draws: int,
-        num_augmentations: int,
-        workspace: Workspace | None = None,
-    ) -> Tensor:
-        """Call the function on x, then K times on u, under a generator of that seed."""
-        devices = [x.device] if x.device.type == "cuda" else []
-        # copies, for a function that writes in place
-        sources = [float_images(images).clone() for images in (x, *[u] * num_augmentations)]
-        with torch.random.fork_rng(devices=devices):
-            torch.default_generator.manual_seed(draws)
-            if devices:  # torch.manual_seed would reach devices that were not forked
-                torch.cuda.default_generators[x.device.index or 0].manual_seed(draws)
-            views = [self.function(source) for source in sources]
-        for source, view in zip(sources, views, strict=True):
-            if not isinstance(view, Tensor) or not view.is_floating_point():
-                raise TypeError(
-                    f"augment must return a floating point tensor, got {_described(view)}"
-                )
-            if view.dim() != 4 or len(view) != len(source):
-                raise ValueError(
-                    f"augment must return [{len(source)}, C, H, W] for images "
-                    f"{list(source.shape)}, got {list(view.shape)}"
-                )
-        return torch.cat(views)
-
-    def __repr__(self) -> str:
-        return f"CallableAugment({self.function!r})"
-
-
-def as_augment(augment: Any) -> Augment:
-    """Return ``augment`` if it is an engine, or a plain callable as one.
-
-    Raises:
-        TypeError: If it is neither; a name is only for the command line.
-    """
-    if isinstance(augment, Augment) and not isinstance(augment, type):
-        return augment
-    if callable(augment) and not isinstance(augment, type):
-        return CallableAugment(augment)
-    raise TypeError(
-        "augment must be an engine such as WeakAugment.cifar10(), or a callable that maps float "
-        f"images to float images, got {_described(augment)}"
-    )
-
-
-def _described(value: Any) -> str:
-    return (
-        f"{value!r} of type {type(value).__name__}"
-        if not isinstance(value, Tensor)
-        else (f"a tensor {list(value.shape)} {value.dtype}")
-    )

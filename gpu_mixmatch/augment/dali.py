@@ -2,15 +2,16 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpu_mixmatch import functional
+from gpu_mixmatch._buffers import Workspace
+from gpu_mixmatch._extras import import_dali
+from gpu_mixmatch._validation import image_layout
 from gpu_mixmatch.augment.weak import WeakAugment
-from gpu_mixmatch.types import AugmentParams, Workspace
+from gpu_mixmatch.types import AugmentParams
 
 _DYNAMIC_MODE = "experimental.dynamic"
 _OUT_OF_BOUNDS = {"reflect": "reflect_101", "zeros": "constant", "edge": "edge"}
@@ -153,7 +154,7 @@ def _windows(draws: AugmentParams, padding: int, size: tuple[int, int]) -> tuple
 
 def _checked_shape(x: Tensor, u: Tensor, weak: WeakAugment) -> tuple[int, int, int]:
     """Channels, height and width of the images."""
-    layout, other = functional.image_layout("x", x), functional.image_layout("u", u)
+    layout, other = image_layout("x", x), image_layout("u", u)
     if layout != other or x.dtype != u.dtype or x.device != u.device:
         raise ValueError(
             "x and u must have the same channels, height, width, layout, dtype and device, got "
@@ -173,13 +174,13 @@ def _checked_shape(x: Tensor, u: Tensor, weak: WeakAugment) -> tuple[int, int, i
 
 def _is_channels_last(images: Tensor) -> bool:
     """Whether the channels of a pixel lie together in memory, or an NHWC shape says so."""
-    nhwc, _ = functional.image_layout("x", images)
+    nhwc, _ = image_layout("x", images)
     return nhwc or not images.is_contiguous()
 
 
 def _dense(images: Tensor, channels_last: bool) -> Tensor:
     """Images as DALI reads them, ``[M, H, W, C]`` or ``[M, C, H, W]``, in place if that can be."""
-    nhwc, _ = functional.image_layout("x", images)
+    nhwc, _ = image_layout("x", images)
     if channels_last and not nhwc:
         images = images.permute(0, 2, 3, 1)
     images = images.float() if images.is_floating_point() else images
@@ -199,18 +200,3 @@ def _cuda_context(stream: torch.cuda.Stream) -> AbstractContextManager[Any]:
         device_id=stream.device.index, cuda_stream=stream
     )
     return context
-
-
-def import_dali(name: str) -> Any:
-    """Import a module of DALI by its name below ``nvidia.dali``, at the moment of use.
-
-    Raises:
-        ImportError: If DALI is not installed; the message says how to install it.
-    """
-    try:
-        return import_module(f"nvidia.dali.{name}")
-    except ImportError as error:
-        raise ImportError(
-            'NVIDIA DALI is needed here: pip install "gpu-mixmatch[dali]", or '
-            '"gpu-mixmatch[dali-cu12]" for CUDA 12'
-        ) from error

@@ -3,19 +3,17 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from gpu_mixmatch import sampling
-from gpu_mixmatch.augment.weak import NormalizedViews, WeakAugment, float_images
-from gpu_mixmatch.types import AugmentParams, Workspace
+from gpu_mixmatch._buffers import Workspace
+from gpu_mixmatch.augment.base import NormalizedViews, float_images
+from gpu_mixmatch.augment.weak import WeakAugment
 
-# Below this the taps beside the centre are zero in float32: such a blur is none.
-_LEAST_SIGMA = 0.01
-
-_PADDING_MODES = {"reflect": "reflect", "zeros": "constant", "edge": "replicate"}
+PADDING_MODES = {"reflect": "reflect", "zeros": "constant", "edge": "replicate"}
 
 
 class KorniaAugment(NormalizedViews):
@@ -82,8 +80,8 @@ class KorniaAugment(NormalizedViews):
                 f"weak must neither zoom nor blur, got zoom_px={weak.zoom_px} and "
                 f"blur_sigma={weak.blur_sigma}"
             )
-        augmentation = _kornia_augmentation()
-        mode = _PADDING_MODES[weak.padding_mode]
+        augmentation = kornia_augmentation()
+        mode = PADDING_MODES[weak.padding_mode]
         module = augmentation.AugmentationSequential(
             augmentation.RandomCrop((height, width), padding=weak.padding, padding_mode=mode),
             augmentation.RandomHorizontalFlip(p=weak.flip),
@@ -158,113 +156,8 @@ class KorniaAugment(NormalizedViews):
         return f"{self.module!r}, {fields}"
 
 
-class KorniaStep(NamedTuple):
-    """One module of a policy, and what was drawn for it: ``module(images, params=params)``.
-
-    Attributes:
-        module: A Kornia augmentation.
-        params: Its parameters by Kornia's names, of R rows each.
-    """
-
-    module: nn.Module
-    params: dict[str, Tensor]
-
-
-class KorniaReplay:
-    """A `WeakAugment` in Kornia's modules: RandomCrop, RandomResizedCrop, flip, blur, Normalize.
-
-    They do not draw, they replay the draws that are given to them. Nothing of the arithmetic is
-    shared with `functional.augment`, so that each checks the other. Kornia crops image by image:
-    this is an oracle, and not an engine to train with.
-
-    Args:
-        augment: The policy, with its mean and std, dtype and memory format.
-
-    Raises:
-        ImportError: If Kornia is missing.
-    """
-
-    def __init__(self, augment: WeakAugment) -> None:
-        _kornia_augmentation()
-        self.augment = augment
-
-    def steps(self, params: AugmentParams, height: int, width: int) -> list[KorniaStep]:
-        """Translate draws into Kornia's modules and their parameters, in the order of the policy.
-
-        Args:
-            params: Draws of R rows.
-            height: Of the images, in pixels.
-            width: Of the images, in pixels.
-
-        Returns:
-            Shift, zoom, flip, blur and normalise; no shift, zoom or blur that the policy lacks.
-        """
-        augmentation = _kornia_augmentation()
-        augment, size = self.augment, (height, width)
-        whole = _boxes(*(torch.full_like(params.top, edge) for edge in (0, 0, height, width)))
-        steps = []
-        if augment.padding > 0:
-            mode = _PADDING_MODES[augment.padding_mode]
-            crop = augmentation.RandomCrop(size, padding=augment.padding, padding_mode=mode)
-            moved = whole + torch.stack([params.left, params.top], dim=1)[:, None]
-            steps.append(KorniaStep(crop, {"src": moved, "dst": whole}))
-        if augment.zoom_px[1] > 0:
-            zoom = augmentation.RandomResizedCrop(size, align_corners=False)
-            top, bottom, left, right = params.zoom.unbind(1)
-            top, left = top.clamp_max(height - 1), left.clamp_max(width - 1)  # one pixel is left
-            kept = (height - top - bottom).clamp_min(1), (width - left - right).clamp_min(1)
-            steps.append(KorniaStep(zoom, {"src": _boxes(top, left, *kept), "dst": whole}))
-        # below, p < 1 lets batch_prob choose the rows
-        flip = augmentation.RandomHorizontalFlip(p=0.5)
-        steps.append(KorniaStep(flip, {"batch_prob": params.flip.float()}))
-        if augment.blur_radius > 0:
-            blur = augmentation.RandomGaussianBlur(
-                2 * augment.blur_radius + 1, augment.blur_sigma, p=0.5
-            )
-            blurred = params.sigma >= _LEAST_SIGMA
-            sigma = params.sigma.where(blurred, 1.0)  # Kornia refuses 0, also where it is not used
-            steps.append(KorniaStep(blur, {"sigma": sigma, "batch_prob": blurred.float()}))
-        normalize = augmentation.Normalize(augment.mean, augment.std)
-        steps.append(KorniaStep(normalize, {"batch_prob": torch.ones_like(params.sigma)}))
-        return steps
-
-    def apply(self, images: Tensor | tuple[Tensor, Tensor], params: AugmentParams) -> Tensor:
-        """Build the views that ``augment.apply(images, params)`` builds, by Kornia.
-
-        Args:
-            images: ``[M, C, H, W]`` or ``[M, H, W, C]``; a pair (x, u) draws x once and u as often
-                as rows remain.
-            params: Draws of R rows, view-major; sent to the images' device if they are not there.
-
-        Returns:
-            The views, ``[R, C, H, W]``, computed in float64, in the policy's dtype and memory
-            format.
-
-        Raises:
-            ValueError: If rows and images do not fit, or the blur reaches across a whole image,
-                which Kornia does not reflect more than once.
-        """
-        *once, last = images if isinstance(images, tuple) else (images,)
-        rows = len(params.top) - sum(map(len, once))
-        repeats = rows // len(last) if len(last) else 0
-        if repeats < 0 or repeats * len(last) != rows:
-            raise ValueError(
-                f"params must have a row per view of {[*map(len, once), len(last)]} images, "
-                f"got {len(params.top)}"
-            )
-        # float64, which no GPU rounds to TF32 in a convolution
-        views = float_images(torch.cat([*once, last.repeat(repeats, 1, 1, 1)])).double()
-        params = sampling.augment_to_device(params, views.device)
-        for module, values in self.steps(params, *views.shape[-2:]):
-            views = module(views, params=values)
-        layout = torch.channels_last if self.augment.channels_last else torch.contiguous_format
-        return views.to(self.augment.dtype).contiguous(memory_format=layout)
-
-    def __repr__(self) -> str:
-        return f"KorniaReplay({self.augment!r})"
-
-
-def _kornia_augmentation() -> ModuleType:
+def kornia_augmentation() -> ModuleType:
+    """Import ``kornia.augmentation`` at the moment of use."""
     try:
         import kornia.augmentation
     except ImportError as error:
@@ -275,7 +168,7 @@ def _kornia_augmentation() -> ModuleType:
 
 
 def _check_module(module: Any) -> None:
-    augmentation = _kornia_augmentation()
+    augmentation = kornia_augmentation()
     if not isinstance(module, nn.Module):
         raise TypeError(
             "module must be an nn.Module such as kornia.augmentation.RandomHorizontalFlip(), got "
@@ -307,10 +200,3 @@ def _seeded_generators(seed: int) -> Iterator[None]:
         for device in devices:
             torch.cuda.default_generators[device].manual_seed(seed)
         yield
-
-
-def _boxes(top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
-    """Corners (x, y) of boxes, clockwise from the top left, inclusive: ``[R, 4, 2]`` float32."""
-    bottom, right = top + height - 1, left + width - 1
-    corners = ((left, top), (right, top), (right, bottom), (left, bottom))
-    return torch.stack([torch.stack(corner, dim=1) for corner in corners], dim=1).float()

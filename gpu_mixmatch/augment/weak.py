@@ -5,101 +5,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpu_mixmatch import functional, sampling
+from gpu_mixmatch._buffers import Workspace
+from gpu_mixmatch._validation import check_padding, check_range, image_layout
+from gpu_mixmatch.augment.base import NormalizedViews
 from gpu_mixmatch.impl import asks_for_numba, asks_for_triton
-from gpu_mixmatch.types import (
-    AugmentParams,
-    AugmentPolicy,
-    Impl,
-    MixUpParams,
-    PaddingMode,
-    Workspace,
-)
+from gpu_mixmatch.types import AugmentParams, AugmentPolicy, Impl, MixUpParams, PaddingMode
 
 if TYPE_CHECKING:
-    from gpu_mixmatch.augment.kornia import KorniaReplay
+    from gpu_mixmatch.augment.kornia_replay import KorniaReplay
 
 # Values of W that do not stay in a CPU's cache.
 _LEAST_TO_MIX_BYTES = 2**21
-
-
-class NormalizedViews(nn.Module):
-    """What engines share: the mean and std of their views, their dtype and memory format.
-
-    Args:
-        mean: Of a channel, or of each, in [0, 1] units; subtracted.
-        std: Of a channel, or of each, in [0, 1] units; divided by.
-        dtype: Of the views: float32, float16 or bfloat16.
-        channels_last: Memory format of the views.
-
-    Raises:
-        ValueError: If a field is out of its range.
-    """
-
-    scale: Tensor
-    byte_scale: Tensor
-    bias: Tensor
-
-    def __init__(
-        self,
-        mean: float | Sequence[float],
-        std: float | Sequence[float],
-        dtype: torch.dtype,
-        channels_last: bool,
-    ) -> None:
-        super().__init__()
-        if dtype not in functional.IMAGE_DTYPES:
-            raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-        self.mean = _per_channel("mean", mean)
-        self.std = _per_channel("std", std)
-        if not all(value > 0 for value in self.std):
-            raise ValueError(f"std must be above 0, got {std}")
-        if len({1, len(self.mean), len(self.std)}) > 2:
-            raise ValueError(
-                f"mean and std must have one value or one per channel, got {mean} and {std}"
-            )
-        self.dtype = dtype
-        self.channels_last = channels_last
-        std_values = torch.tensor(self.std)
-        self.register_buffer("scale", 1 / std_values, persistent=False)
-        self.register_buffer("byte_scale", 1 / (255 * std_values), persistent=False)
-        self.register_buffer("bias", -torch.tensor(self.mean) / std_values, persistent=False)
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """Convert and normalise without augmenting, as evaluation needs it.
-
-        Args:
-            images: ``[M, C, H, W]`` or ``[M, H, W, C]``, uint8 or floating point.
-
-        Returns:
-            ``[M, C, H, W]`` in the engine's dtype and memory format.
-        """
-        nhwc, _ = functional.image_layout("images", images)
-        return self._normalize_nchw(images.permute(0, 3, 1, 2) if nhwc else images)
-
-    def _normalize_nchw(self, images: Tensor) -> Tensor:
-        scale, bias = self._scale_and_bias(images, images.shape[1])
-        if isinstance(scale, Tensor) and isinstance(bias, Tensor):
-            scale, bias = scale[:, None, None], bias[:, None, None]
-        values = (images.float() * scale).add_(bias)
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return values.to(self.dtype).contiguous(memory_format=layout)
-
-    def _scale_and_bias(
-        self, images: Tensor, channels: int
-    ) -> tuple[Tensor, Tensor] | tuple[float, float]:
-        if len(self.mean) == len(self.std) == 1:  # numbers: nothing to broadcast
-            (mean,), (std,) = self.mean, self.std
-            return 1 / (255 * std if images.dtype == torch.uint8 else std), -mean / std
-        wanted = max(self.scale.shape[0], self.bias.shape[0])
-        if wanted not in (1, channels):
-            raise ValueError(
-                f"images must have {wanted} channels like mean and std, got {channels}"
-            )
-        scale = self.byte_scale if images.dtype == torch.uint8 else self.scale
-        return scale.float().expand(channels), self.bias.float().expand(channels)
 
 
 class WeakAugment(NormalizedViews):
@@ -147,10 +66,10 @@ class WeakAugment(NormalizedViews):
         impl: Impl = "auto",
     ) -> None:
         super().__init__(mean, std, dtype, channels_last)
-        functional.check_padding(padding, padding_mode)
-        _check_range("zoom_px", zoom_px, integer=True)
+        check_padding(padding, padding_mode)
+        check_range("zoom_px", zoom_px, integer=True)
         if blur_sigma is not None:
-            _check_range("blur_sigma", blur_sigma, integer=False)
+            check_range("blur_sigma", blur_sigma, integer=False)
         if not 0 <= flip <= 1:
             raise ValueError(f"flip must be a probability in [0, 1], got {flip}")
         self.padding = padding
@@ -223,7 +142,7 @@ class WeakAugment(NormalizedViews):
         if params is None:  # nn.Module.apply(function), as a module that holds this one calls it
             return super().apply(images)  # type: ignore[arg-type, return-value]
         first = images[0] if isinstance(images, tuple) else images
-        _, (channels, height, width) = functional.image_layout("images", first)
+        _, (channels, height, width) = image_layout("images", first)
         scale, bias = self._scale_and_bias(first, channels)
         if params.top.device != first.device:
             params = sampling.augment_to_device(params, first.device)
@@ -289,7 +208,7 @@ class WeakAugment(NormalizedViews):
         Raises:
             ImportError: If Kornia is missing.
         """
-        from gpu_mixmatch.augment.kornia import KorniaReplay
+        from gpu_mixmatch.augment.kornia_replay import KorniaReplay
 
         return KorniaReplay(self)
 
@@ -345,24 +264,3 @@ class WeakAugment(NormalizedViews):
         return cls(
             **{"padding": 0, "zoom_px": (0, 16), "flip": 0.5, "blur_sigma": (0.0, 3.0), **fields}
         )
-
-
-def float_images(images: Tensor) -> Tensor:
-    """Return images as NCHW floats in [0, 1]: uint8 divided by 255, floats as they are."""
-    nhwc, _ = functional.image_layout("images", images)
-    images = images.permute(0, 3, 1, 2) if nhwc else images
-    return images.float().div_(255) if images.dtype == torch.uint8 else images
-
-
-def _per_channel(name: str, values: float | Sequence[float]) -> tuple[float, ...]:
-    channels = (values,) if isinstance(values, int | float) else tuple(values)
-    if not channels:
-        raise ValueError(f"{name} must be a number or one per channel, got {values}")
-    return tuple(map(float, channels))
-
-
-def _check_range(name: str, limits: tuple[float, float], *, integer: bool) -> None:
-    kind = "integers" if integer else "numbers"
-    fits = len(limits) == 2 and 0 <= limits[0] <= limits[1] and math.isfinite(limits[1])
-    if not fits or (integer and not all(isinstance(limit, int) for limit in limits)):
-        raise ValueError(f"{name} must be two {kind}, 0 <= least <= most, got {limits}")

@@ -1,9 +1,10 @@
 """Data sets, batches and loaders that feed MixMatch."""
 
+from gpu_mixmatch.data.check import check_images
 from gpu_mixmatch.data.collate import Indexed, collate
 from gpu_mixmatch.data.dali import AugmentedBatch, DaliLoader, mixmatch_pipeline
-from gpu_mixmatch.data.images import check_images
-from gpu_mixmatch.data.loader import KeyedLoader, SemiSupervisedLoader
+from gpu_mixmatch.data.loader import SemiSupervisedLoader
+from gpu_mixmatch.data.order import KeyedLoader
 from gpu_mixmatch.data.resident import ResidentLoader
 from gpu_mixmatch.types import SemiSupervisedBatch
 

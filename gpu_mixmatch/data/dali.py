@@ -15,16 +15,11 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from gpu_mixmatch import sampling
-from gpu_mixmatch.augment import Augment
-from gpu_mixmatch.augment.dali import import_dali
-from gpu_mixmatch.data.images import (
-    ImageIndex,
-    PathLike,
-    open_images,
-    read_or_error,
-    undecodable,
-)
-from gpu_mixmatch.data.loader import BatchOrder, KeyedLoader
+from gpu_mixmatch._extras import import_dali
+from gpu_mixmatch.augment.base import Augment
+from gpu_mixmatch.data.check import read_or_error, undecodable
+from gpu_mixmatch.data.images import ImageIndex, PathLike, open_images
+from gpu_mixmatch.data.order import BatchOrder, KeyedLoader
 from gpu_mixmatch.types import SemiSupervisedBatch
 
 _AHEAD = 2  # batches made while the training works on another

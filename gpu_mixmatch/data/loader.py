@@ -1,8 +1,6 @@
 """SemiSupervisedLoader: a labelled and an unlabelled data set as one stream of batches."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,190 +19,10 @@ from torch.utils.data import (
     default_collate,
 )
 
-from gpu_mixmatch import sampling
 from gpu_mixmatch.data.collate import as_leaf, collate
+from gpu_mixmatch.data.order import BatchOrder, KeyedLoader
+from gpu_mixmatch.data.upload import Upload
 from gpu_mixmatch.types import SemiSupervisedBatch
-
-
-class BatchOrder:
-    """Which samples each step takes, and the step that comes next: all the state of a loader.
-
-    Each data set is an endless stream: one keyed permutation of all its samples after the other,
-    `sampling.epoch_order` with view 0 for the labelled and view 1 for the unlabelled one. A step
-    takes the next world_size · batch_size labelled and ratio times as many unlabelled samples, and
-    a rank its slice of them. A batch may reach into the next permutation, so that none is
-    incomplete and no sample is left out; a data set smaller than a batch repeats within it.
-
-    An epoch is a number of steps: ``steps_per_epoch``, or as many whole batches as the unlabelled
-    data set has, at least one. What a step takes does not depend on it.
-
-    Args:
-        num_labelled: Samples of the labelled data set.
-        num_unlabelled: Samples of the unlabelled data set.
-        batch_size: B, labelled samples per step and rank.
-        ratio: Unlabelled samples per labelled one in a step; M = ratio · B.
-        steps_per_epoch: Steps in an epoch; None takes them from the unlabelled data set.
-        seed: The key of the order, 0 ≤ seed < 2^63.
-        rank: Of this process; None asks torch.distributed, where it is initialised.
-        world_size: Number of processes, likewise.
-
-    Attributes:
-        step: Batches handed out since the beginning of training.
-        turn: Counts whatever ends a running iterator.
-
-    Raises:
-        ValueError: If a number is out of its range.
-    """
-
-    def __init__(
-        self,
-        num_labelled: int,
-        num_unlabelled: int,
-        batch_size: int,
-        *,
-        ratio: int = 1,
-        steps_per_epoch: int | None = None,
-        seed: int = 0,
-        rank: int | None = None,
-        world_size: int | None = None,
-    ) -> None:
-        self._asked = rank is None
-        rank, world_size = _rank_and_world_size(rank, world_size)
-        for name, value in (
-            ("the length of the labelled data set", num_labelled),
-            ("the length of the unlabelled data set", num_unlabelled),
-            ("batch_size", batch_size),
-            ("ratio", ratio),
-            ("steps_per_epoch", 1 if steps_per_epoch is None else steps_per_epoch),
-        ):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        _check_seed(seed)
-        self.num_labelled = num_labelled
-        self.num_unlabelled = num_unlabelled
-        self.batch_size = batch_size
-        self.ratio = ratio
-        if steps_per_epoch is None:
-            steps_per_epoch = max(1, num_unlabelled // (ratio * batch_size * world_size))
-        self.steps_per_epoch = steps_per_epoch
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.step = 0
-        self.turn = 0
-
-    @property
-    def epoch(self) -> int:
-        """The epoch of the next batch."""
-        return self.step // self.steps_per_epoch
-
-    def steps_left(self) -> range:
-        """The steps from the next one to the end of its epoch.
-
-        Raises:
-            RuntimeError: If torch.distributed was initialised after the loader was made: all ranks
-                would take the same samples.
-        """
-        now = _rank_and_world_size(None, None)
-        if self._asked and now != (self.rank, self.world_size) and now[1] > 1:
-            raise RuntimeError(
-                f"this loader was made for rank {self.rank} of {self.world_size}, got rank "
-                f"{now[0]} of {now[1]}: make it after torch.distributed (Accelerator(), a "
-                "Trainer) is initialised, or give rank and world_size"
-            )
-        return range(self.step, (self.epoch + 1) * self.steps_per_epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Go to the beginning of an epoch; in the midst of it already, stay there."""
-        if epoch < 0:
-            raise ValueError(f"epoch must be at least 0, got {epoch}")
-        if epoch != self.epoch:
-            self.turn += 1
-            self.step = epoch * self.steps_per_epoch
-
-    def indices_x(self, step: int, num_steps: int = 1) -> Tensor:
-        """Labelled samples of this rank in some steps, ``[num_steps, B]`` int64."""
-        return self._indices(self.num_labelled, self.batch_size, step, num_steps, view=0)
-
-    def indices_u(self, step: int, num_steps: int = 1) -> Tensor:
-        """Unlabelled samples of this rank in some steps, ``[num_steps, M]`` int64."""
-        size = self.ratio * self.batch_size
-        return self._indices(self.num_unlabelled, size, step, num_steps, view=1)
-
-    def _indices(self, length: int, size: int, step: int, num_steps: int, *, view: int) -> Tensor:
-        per_step = self.world_size * size
-        start = step * per_step
-        stream = _stream(self.seed, start, start + num_steps * per_step, length, view)
-        return stream.view(num_steps, self.world_size, size)[:, self.rank]
-
-
-class KeyedLoader(ABC):
-    """A loader whose batches are a function of (seed, step): what the loaders here share.
-
-    ``iter(loader)`` gives the batches from the current step to the end of its epoch. After a whole
-    epoch that is the next one; after a loop that was left early it is the rest. The state counts
-    the batches that were handed out, whatever was fetched ahead.
-    """
-
-    def __init__(self, order: BatchOrder) -> None:
-        self.order = order
-
-    def __len__(self) -> int:
-        """Return the number of batches in a whole epoch, the same on every rank."""
-        return self.order.steps_per_epoch
-
-    @property
-    def epoch(self) -> int:
-        """The epoch of the next batch."""
-        return self.order.epoch
-
-    def set_epoch(self, epoch: int) -> None:
-        """Go to the beginning of an epoch; in the midst of it already, stay there.
-
-        Nobody needs to call this: epochs follow each other. It is there for training loops that do.
-        """
-        self.order.set_epoch(epoch)
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the seed and the number of batches handed out so far."""
-        return {"seed": self.order.seed, "step": self.order.step}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on after the last batch that was handed out when ``state`` was taken.
-
-        The batches are the same if the lengths of the data sets, the batch size, the ratio and the
-        world size are; ``num_workers``, the kind of loader and ``steps_per_epoch`` may differ.
-
-        Raises:
-            ValueError: If ``state`` is not of a loader.
-        """
-        if set(state) != {"seed", "step"} or state["step"] < 0:
-            raise ValueError(f"state must have a seed and a step of at least 0, got {dict(state)}")
-        _check_seed(state["seed"])
-        self.order.turn += 1
-        self.order.seed, self.order.step = state["seed"], state["step"]
-
-    def __iter__(self) -> Iterator[SemiSupervisedBatch]:
-        self.order.turn += 1
-        steps = self.order.steps_left()
-        return self._hand_out(steps, self._batches(steps), self.order.turn)
-
-    def _hand_out(
-        self, steps: range, batches: Iterator[SemiSupervisedBatch], turn: int
-    ) -> Iterator[SemiSupervisedBatch]:
-        for step in steps:
-            if turn != self.order.turn:
-                raise RuntimeError(
-                    "this iterator has ended: iter(loader), set_epoch or load_state_dict was "
-                    "called after it was made. A loader is iterated once at a time"
-                )
-            batch = next(batches)
-            self.order.step = step + 1
-            yield batch
-
-    @abstractmethod
-    def _batches(self, steps: range) -> Iterator[SemiSupervisedBatch]:
-        """Begin to fetch the batches of ``steps``, and return them one by one."""
 
 
 class SemiSupervisedLoader(KeyedLoader):
@@ -281,7 +99,7 @@ class SemiSupervisedLoader(KeyedLoader):
         self.image = image
         self.label = label
         self.device = torch.device("cpu" if device is None else device)
-        self._upload = _Upload(self.device) if self.device.type == "cuda" else None
+        self._upload = Upload(self.device) if self.device.type == "cuda" else None
         self._sources = sources
         self._loaders = self._new_loaders()
 
@@ -564,97 +382,8 @@ def _as_it_came(batch: Any) -> Any:
     return batch
 
 
-class _Upload:
-    """Sends batches to a CUDA device, each while the one before it is worked on.
-
-    There are two sets of pinned buffers. A set is filled again two batches later, and not before
-    the event behind its last copy has passed.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.copied = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
-        self.buffers: list[dict[str, Tensor]] = [{}, {}]
-        self.count = 0
-
-    def __call__(self, batches: Iterator[SemiSupervisedBatch]) -> Iterator[SemiSupervisedBatch]:
-        """Yield the batches on the device."""
-        sent = None
-        for batch in batches:
-            following = self._send(batch)
-            if sent:
-                yield self._receive(*sent)
-            sent = following
-        if sent:
-            yield self._receive(*sent)
-
-    def _send(self, batch: SemiSupervisedBatch) -> tuple[SemiSupervisedBatch, torch.cuda.Event]:
-        buffers, copied = self.buffers[self.count % 2], self.copied[self.count % 2]
-        self.count += 1
-        copied.synchronize()  # the host waits for the copy of two batches ago, not for kernels
-        for name in ("x", "y", "u"):
-            _fill(buffers, name, getattr(batch, name))
-        with torch.cuda.stream(self.stream):
-            on_device = {
-                name: buffer.to(self.device, non_blocking=True) for name, buffer in buffers.items()
-            }
-            copied.record(self.stream)
-        return batch._replace(**on_device), copied
-
-    def _receive(self, batch: SemiSupervisedBatch, copied: torch.cuda.Event) -> SemiSupervisedBatch:
-        current = torch.cuda.current_stream(self.device)
-        current.wait_event(copied)
-        for tensor in (batch.x, batch.y, batch.u):
-            # its memory is of the side stream, which must not reuse it before this one is done
-            tensor.record_stream(current)
-        return batch
-
-
-def _fill(buffers: dict[str, Tensor], name: str, tensor: Tensor) -> None:
-    """Copy ``tensor`` to the pinned buffer of this name, made anew if its kind differs."""
-    buffer = buffers.get(name)
-    if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-        with torch.inference_mode(False):  # later batches may be outside of it
-            buffers[name] = buffer = torch.empty_like(tensor, pin_memory=True)
-    buffer.copy_(tensor)
-
-
 def _described(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     kinds = {type(item).__name__ for item in value} if isinstance(value, list | tuple) else None
     return f"a {type(value).__name__}" + (f" of {sorted(kinds)}" if kinds else "")
-
-
-def _stream(seed: int, start: int, stop: int, length: int, view: int) -> Tensor:
-    """Positions start .. stop - 1 of an endless row of permutations of 0 .. length - 1."""
-    parts = []
-    while start < stop:
-        epoch, first = divmod(start, length)
-        part = _permutation(seed, epoch, length, view)[first : first + stop - start]
-        parts.append(part)
-        start += len(part)
-    return torch.cat(parts)  # a copy, also of one part: the permutation is kept
-
-
-@lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, length: int, view: int) -> Tensor:
-    return sampling.epoch_order(seed, epoch, length, view=view)
-
-
-def _check_seed(seed: int) -> None:
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be an integer in [0, 2**63), got {seed!r}")
-
-
-def _rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    if (rank is None) != (world_size is None):
-        raise ValueError(f"rank and world_size must be given together, got {rank} and {world_size}")
-    if rank is None or world_size is None:
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return 0, 1
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank must be in 0 .. world_size - 1 = {world_size - 1}, got {rank}")
-    return rank, world_size

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gpu_mixmatch.data.collate import as_leaf
-from gpu_mixmatch.data.loader import BatchOrder, KeyedLoader
+from gpu_mixmatch.data.order import BatchOrder, KeyedLoader
 from gpu_mixmatch.types import SemiSupervisedBatch
 
 _STEPS_AT_ONCE = 64  # indices are drawn and sent for as many steps

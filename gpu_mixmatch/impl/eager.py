@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpu_mixmatch import sampling
+from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch.types import (
     AugmentParams,
     AugmentPolicy,
@@ -21,7 +22,6 @@ from gpu_mixmatch.types import (
     MixMode,
     MixUpParams,
     PaddingMode,
-    Workspace,
 )
 
 P = ParamSpec("P")

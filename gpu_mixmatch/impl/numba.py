@@ -19,6 +19,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch.impl import eager
 from gpu_mixmatch.impl.eager import (
     batch_targets,
@@ -27,7 +28,7 @@ from gpu_mixmatch.impl.eager import (
     mixmatch_loss,
     mixmatch_loss_backward,
 )
-from gpu_mixmatch.types import AugmentParams, MixUpParams, PaddingMode, Workspace
+from gpu_mixmatch.types import AugmentParams, MixUpParams, PaddingMode
 
 __all__ = [
     "augment",

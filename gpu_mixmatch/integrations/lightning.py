@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_mixmatch.builder import MixMatch, get_logits
 from gpu_mixmatch.data import AugmentedBatch, KeyedLoader
 from gpu_mixmatch.insight import TensorBoardInsight
-from gpu_mixmatch.loss import MixMatchLoss
+from gpu_mixmatch.losses import MixMatchLoss
+from gpu_mixmatch.methods.mixmatch import MixMatch
+from gpu_mixmatch.methods.passes import get_logits
 from gpu_mixmatch.types import LossOutput, MixMatchBatch, SemiSupervisedBatch
 
 __all__ = ["MixMatchMixin", "insight_callback"]

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from gpu_mixmatch.builder import MixMatch, get_logits
 from gpu_mixmatch.data.collate import collate
 from gpu_mixmatch.data.loader import SemiSupervisedLoader
-from gpu_mixmatch.loss import MixMatchLoss
+from gpu_mixmatch.losses import MixMatchLoss
+from gpu_mixmatch.methods.mixmatch import MixMatch
+from gpu_mixmatch.methods.passes import get_logits
 
 try:
     from transformers import Trainer, TrainingArguments

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from gpu_mixmatch.data.datasets import load_dataset
-from gpu_mixmatch.recipes.train import Summary, TrainConfig, train, write_atomically
+from gpu_mixmatch.recipes.run_log import write_atomically
+from gpu_mixmatch.recipes.train import Summary, TrainConfig, train
 
 
 class Row(NamedTuple):

@@ -14,12 +14,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gpu_mixmatch._ranks import is_initialized, is_launched, rank, world_size
+
 T = TypeVar("T")
-
-
-def is_launched() -> bool:
-    """Whether ``torchrun`` started this process."""
-    return distributed.is_available() and distributed.is_torchelastic_launched()
 
 
 @contextmanager
@@ -47,16 +44,6 @@ def process_group(device: str) -> Iterator[None]:
     distributed.destroy_process_group()
 
 
-def rank() -> int:
-    """Return the number of this process among all, 0 in a single one."""
-    return distributed.get_rank() if _is_initialized() else 0
-
-
-def world_size() -> int:
-    """Return the number of processes."""
-    return distributed.get_world_size() if _is_initialized() else 1
-
-
 def current_device(name: str) -> torch.device:
     """Return the device of that name; "cuda" is the current one, as `process_group` set it."""
     if name == "cuda":
@@ -69,7 +56,7 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
 
     Guess with the model itself: DDP has nothing to add to a pass without gradients.
     """
-    if not _is_initialized():
+    if not is_initialized():
         return model
     network = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
     # `average_buffers` keeps them equal. The argument of this name is deprecated since torch 2.13,
@@ -128,7 +115,3 @@ def _gpu_of_rank(device: str) -> int:
             f"{os.environ['LOCAL_WORLD_SIZE']}"
         )
     return gpu
-
-
-def _is_initialized() -> bool:
-    return distributed.is_available() and distributed.is_initialized()

@@ -6,8 +6,6 @@ bit. In a process group every rank takes its part of each batch, and rank 0 alon
 """
 
 import dataclasses
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -21,20 +19,24 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import TensorDataset
 
-from gpu_mixmatch import presets
-from gpu_mixmatch.augment import Augment, DaliAugment, KorniaAugment, WeakAugment
-from gpu_mixmatch.builder import MixMatch
-from gpu_mixmatch.capture import positions
+from gpu_mixmatch._ranks import positions, rank, world_size
 from gpu_mixmatch.data import DaliLoader, KeyedLoader, ResidentLoader, SemiSupervisedLoader
-from gpu_mixmatch.data.datasets import FolderData, ImageData, ImageFiles, load_dataset
-from gpu_mixmatch.loss import MixMatchLoss
+from gpu_mixmatch.data.datasets import FolderData, ImageFiles, load_dataset
+from gpu_mixmatch.data.formats.common import ImageData
+from gpu_mixmatch.losses import MixMatchLoss
+from gpu_mixmatch.methods.mixmatch import MixMatch
 from gpu_mixmatch.recipes import distributed
-from gpu_mixmatch.recipes.wideresnet import build_model, kernel_parameters
+from gpu_mixmatch.recipes.choices import (
+    AUGMENTS,
+    LOADERS,
+    PRESETS,
+    choose_preset,
+    make_augment,
+    make_weak,
+)
+from gpu_mixmatch.recipes.models import build_model, kernel_parameters
+from gpu_mixmatch.recipes.run_log import MetricsLog
 from gpu_mixmatch.types import SemiSupervisedBatch
-
-PRESETS = {"paper": presets.paper, "yu1ut": presets.yu1ut, "usb": presets.usb}
-AUGMENTS = ("weak", "kornia", "dali")
-LOADERS = ("resident", "dataloader", "dali")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +284,7 @@ class Job:
         self.metrics = list(state["metrics"])
 
     def _settings(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self.config), "world_size": distributed.world_size()}
+        return {**dataclasses.asdict(self.config), "world_size": world_size()}
 
 
 def train(
@@ -319,7 +321,9 @@ def train(
     job = Job(config, data)
     if out is not None:
         _load_checkpoint(job, out / "checkpoint.pt")
-    log = MetricsLog(out, job) if out is not None and distributed.rank() == 0 else None
+    log = None
+    if out is not None and rank() == 0:
+        log = MetricsLog(out, dataclasses.asdict(config), job.metrics, job.step, job.tested_on)
     metrics = job.metrics
     eval_every = config.eval_every or max(1, config.steps // 20)
     seconds = metrics[-1]["seconds"] if metrics else 0.0
@@ -334,7 +338,7 @@ def train(
                 {"step": job.step, "error": job.test_error(), "seconds": seconds, **values}
             )
             if log:
-                log.write(job)
+                log.write(job.state_dict())
             began = time.perf_counter()
         if on_step:
             on_step(job.step, metrics[-1] if metrics else {})
@@ -356,39 +360,6 @@ def _load_checkpoint(job: Job, path: Path) -> None:
     state = distributed.from_first_rank(read)
     if state is not None:
         job.load_state_dict(state)
-
-
-def choose_preset(name: str, dataset: str) -> presets.Preset:
-    """Return a preset by its name; a folder of photographs has CIFAR-10's settings."""
-    preset = PRESETS.get(name, presets.paper)
-    return preset("cifar10" if dataset == "folder" else dataset)
-
-
-def make_weak(dataset: str, preset: presets.Preset, size: int) -> WeakAugment:
-    """Return the preset's augmentation; images of a folder shift by an eighth of their size.
-
-    That is what the paper does at 32 px (CIFAR-10) and at 96 px (STL-10).
-    """
-    fields = {"padding": size // 8} if dataset == "folder" else {}
-    return preset.augment(channels_last=True, **fields)
-
-
-def make_augment(name: str, weak: WeakAugment, height: int, width: int) -> Augment:
-    """Return the engine ``name`` that does what ``weak`` says: shift, flip, normalise.
-
-    - "weak" is ``weak`` itself.
-    - "dali" runs it through DALI's operators, with the same draws: the same views.
-    - "kornia" has the same policy as Kornia's RandomCrop and RandomHorizontalFlip, which draw for
-      themselves: other views of the same distribution.
-
-    Raises:
-        ImportError: If the engine is not installed.
-    """
-    if name == "weak":
-        return weak
-    if name == "dali":
-        return DaliAugment(weak)
-    return KorniaAugment.shift_and_flip(weak, height, width)
 
 
 def make_loader(config: TrainConfig, data: ImageData | FolderData) -> KeyedLoader:
@@ -439,90 +410,6 @@ def _in_memory(dataset: TensorDataset | ImageFiles) -> tuple[Tensor, ...]:
     images = dataset.load()
     labels = dataset.index.labels
     return (images,) if labels is None else (images, labels)
-
-
-class MetricsLog:
-    """What a run writes: the metrics so far, a checkpoint, TensorBoard's events, the curves."""
-
-    def __init__(self, out: Path, job: Job) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError(
-                'writing events needs TensorBoard: pip install "gpu-mixmatch[cli]"'
-            ) from error
-        self.out = out
-        self.metrics = job.metrics  # they travel in the checkpoint: the two cannot disagree
-        out.mkdir(parents=True, exist_ok=True)
-        config = json.dumps(dataclasses.asdict(job.config), indent=2) + "\n"
-        write_atomically(out / "config.json", config.encode())
-        self._write_metrics()
-        self.writer = SummaryWriter(str(out), purge_step=job.step + 1)
-        self.tested_on = job.tested_on
-
-    def write(self, job: Job) -> None:
-        """Write the latest metrics, then the checkpoint that they belong to."""
-        latest = self.metrics[-1]
-        for name, value in latest.items():
-            if name != "step":
-                self.writer.add_scalar(name, value, job.step)
-        self._write_metrics()
-        temporary = self.out / "checkpoint.pt.partial"
-        torch.save(job.state_dict(), temporary)
-        os.replace(temporary, self.out / "checkpoint.pt")
-
-    def close(self) -> None:
-        """Finish the events and draw the curves."""
-        self.writer.close()
-        draw_curves({self.out.name: self.metrics}, self.out / "curves.png", self.tested_on)
-
-    def _write_metrics(self) -> None:
-        lines = "".join(json.dumps(entry) + "\n" for entry in self.metrics)
-        write_atomically(self.out / "metrics.jsonl", lines.encode())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader finds the old content or the new, never a part."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-def draw_curves(
-    runs: dict[str, list[dict[str, float]]], path: Path, tested_on: str = "test"
-) -> Path:
-    """Draw error and losses over the steps of some runs as a PNG."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('drawing needs matplotlib: pip install "gpu-mixmatch[cli]"') from error
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    losses = [("loss_x", "cross-entropy on X'"), ("loss_u", "squared error on U'")]
-    for name, metrics in runs.items():
-        steps = [entry["step"] for entry in metrics]
-        left.plot(steps, [entry["error"] for entry in metrics], marker="o", ms=3, label=name)
-        for key, label in losses if "loss_x" in metrics[0] else [("loss", "cross-entropy")]:
-            right.plot(steps, [entry[key] for entry in metrics], marker="o", ms=3, label=label)
-        last = metrics[-1]
-        left.annotate(
-            f"{last['error']:.1f} %",
-            (last["step"], last["error"]),
-            textcoords="offset points",
-            xytext=(-4, 8),
-            ha="right",
-        )
-    title = f"Error of the averaged weights on the {tested_on} images"
-    left.set(title=title, xlabel="step", ylabel="error in %")
-    left.set_ylim(bottom=0)
-    right.set(title="Losses of the evaluated steps", xlabel="step", yscale="log")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=120)
-    return path
 
 
 def parameter_digest(model: nn.Module) -> str:

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch.impl.triton.launch import blocks, launch
-from gpu_mixmatch.types import AugmentParams, MixUpParams, PaddingMode, Workspace
+from gpu_mixmatch.types import AugmentParams, MixUpParams, PaddingMode
 
 
 @triton.jit

@@ -27,15 +27,17 @@ except ImportError as error:
 
 import torch
 
-from gpu_mixmatch.bench import as_text
-from gpu_mixmatch.bench import bench as compare
+from gpu_mixmatch._ranks import is_launched, rank
+from gpu_mixmatch.cli.bench import as_text
+from gpu_mixmatch.cli.bench import bench as compare
+from gpu_mixmatch.cli.doctor import examine
 from gpu_mixmatch.data import check_images as check
 from gpu_mixmatch.data.datasets import load_dataset
-from gpu_mixmatch.doctor import examine
+from gpu_mixmatch.insight.preview import preview as draw
 from gpu_mixmatch.recipes import ablate as recipe
-from gpu_mixmatch.recipes.distributed import is_launched, process_group, rank
-from gpu_mixmatch.recipes.preview import preview as draw
-from gpu_mixmatch.recipes.train import TrainConfig, choose_preset, make_augment, make_weak
+from gpu_mixmatch.recipes.choices import choose_preset, make_augment, make_weak
+from gpu_mixmatch.recipes.distributed import process_group
+from gpu_mixmatch.recipes.train import TrainConfig
 from gpu_mixmatch.recipes.train import train as run
 
 app = typer.Typer(
@@ -437,7 +439,3 @@ def _progress() -> Iterator[Progress]:
     ]
     with Progress(*columns, console=console, transient=True) as progress:
         yield progress
-
-
-if __name__ == "__main__":
-    main()

@@ -1,17 +1,19 @@
 """MixMatch: the batch builder, Algorithm 1 of the paper from top to bottom."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gpu_mixmatch import functional, sampling
+from gpu_mixmatch._buffers import Workspace
+from gpu_mixmatch._ranks import positions
+from gpu_mixmatch._validation import check_labels, check_least, check_not_empty
 from gpu_mixmatch.augment import WeakAugment, as_augment
-from gpu_mixmatch.capture import CapturedMixMatch, positions
+from gpu_mixmatch.capture import CapturedMixMatch
 from gpu_mixmatch.impl import asks_for_triton, eager, implementation
+from gpu_mixmatch.methods.passes import GuessBatchNorm, GuessForward, Model, get_logits, guess_mode
 from gpu_mixmatch.types import (
     AugmentParams,
     AugmentPolicy,
@@ -20,12 +22,7 @@ from gpu_mixmatch.types import (
     MixMatchBatch,
     MixMode,
     MixUpParams,
-    Workspace,
 )
-
-Model = nn.Module | Callable[[Tensor], Any]
-GuessBatchNorm = Literal["batch", "update", "eval"]
-GuessForward = Literal["joint", "separate"]
 
 
 class MixMatch(nn.Module):
@@ -89,8 +86,8 @@ class MixMatch(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        _check_least("num_classes", num_classes, 1)
-        _check_least("num_augmentations", num_augmentations, 1)
+        check_least("num_classes", num_classes, 1)
+        check_least("num_augmentations", num_augmentations, 1)
         for name, value in (("temperature", temperature), ("alpha", alpha)):
             if not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
@@ -174,7 +171,7 @@ class MixMatch(nn.Module):
         Raises:
             ValueError: If images, labels, ids or the model's logits do not fit each other.
         """
-        _check_not_empty(x, u)
+        check_not_empty(x, u)
         if x.shape[1:] != u.shape[1:] or x.dtype != u.dtype:
             raise ValueError(
                 "x and u must have the same channels, height, width and dtype, got "
@@ -233,7 +230,7 @@ class MixMatch(nn.Module):
                 f"views must hold num_augmentations = {self.num_augmentations} views, "
                 f"got {len(views)}"
             )
-        _check_not_empty(x, views[0])
+        check_not_empty(x, views[0])
         for view in views:
             if view.shape != views[0].shape or view.shape[1:] != x.shape[1:]:
                 raise ValueError(
@@ -362,7 +359,7 @@ class MixMatch(nn.Module):
         if y.dim() == 0 or len(y) != length:
             came = len(y) if y.dim() else "a single number"
             raise ValueError(f"y must have a label per image of x, {length}, got {came}")
-        functional.check_labels(y, self.num_classes)
+        check_labels(y, self.num_classes)
         return self._moved("y", y)
 
     def _moved(self, name: str, tensor: Tensor) -> Tensor:
@@ -438,104 +435,6 @@ class MixMatch(nn.Module):
         return ", ".join(shown)
 
 
-def interleaved_forward(
-    model: nn.Module,
-    batch: MixMatchBatch,
-    num_groups: int | None = None,
-    *,
-    swap: bool = True,
-    running_stats: Literal["first", "all"] = "first",
-    logits_getter: Callable[[Any], Tensor] | None = None,
-) -> Tensor:
-    """Run the model on groups of rows that each hold a share of X', as the reference does.
-
-    BatchNorm then normalises groups of about B rows, and its running statistics move once a step,
-    from the first group, in which labelled and unlabelled rows meet. ``model(batch.inputs)`` in
-    one pass is faster; BatchNorm then sees all N rows together.
-
-    Args:
-        model: Maps ``[n, C, H, W]`` to logits ``[n, L]``.
-        batch: A batch of N rows.
-        num_groups: Number of forward passes; None takes N // B, which is K + 1 for M = B, as in
-            the reference.
-        swap: Interleave the rows before. False passes X', then U' group by group (USB).
-        running_stats: Which groups move BatchNorm's running statistics: the "first" (the
-            reference, USB) or "all" (YU1ut).
-        logits_getter: Takes the logits out of what the model returns; None if it returns them.
-
-    Returns:
-        Logits in batch order, ``[N, L]``.
-
-    Raises:
-        ValueError: If ``num_groups`` is not in 1 .. N, or ``running_stats`` is unknown.
-    """
-    length = len(batch.inputs)
-    if num_groups is None:
-        num_groups = max(1, length // max(batch.num_labelled, 1))
-    if not 1 <= num_groups <= length:
-        raise ValueError(f"num_groups must be in 1 .. N = {length}, got {num_groups}")
-    if running_stats not in ("first", "all"):
-        raise ValueError(f"running_stats must be 'first' or 'all', got {running_stats!r}")
-    inputs = functional.interleave(batch.inputs, num_groups) if swap else batch.inputs
-    first, *others = inputs.tensor_split(num_groups)
-    logits = [get_logits(model(first), logits_getter)]
-    tracking = None if running_stats == "all" else False
-    with batch_norm_flags(model, tracking=tracking):
-        logits += [get_logits(model(group), logits_getter) for group in others]
-    rows = torch.cat(logits)
-    return functional.interleave(rows, num_groups) if swap else rows
-
-
-def guess_mode(model: Model, guess_bn: GuessBatchNorm) -> contextlib.AbstractContextManager[None]:
-    """Set the BatchNorm layers of ``model`` for a guess, and put them back afterwards.
-
-    Args:
-        model: Any module, of which other layers are left alone, or a function.
-        guess_bn: "batch" normalises with batch statistics and leaves the running ones alone,
-            "update" lets them move, "eval" normalises with the running ones.
-    """
-    if guess_bn == "batch":
-        return batch_norm_flags(model, training=True, tracking=False)
-    return batch_norm_flags(model, training=guess_bn == "update")
-
-
-@contextlib.contextmanager
-def batch_norm_flags(
-    model: Model, *, training: bool | None = None, tracking: bool | None = None
-) -> Iterator[None]:
-    """Set flags of all BatchNorm layers for a while; None leaves a flag as it is.
-
-    A layer in training mode that does not track normalises with batch statistics, and neither
-    reads nor writes its running ones.
-    """
-    modules = model.modules() if isinstance(model, nn.Module) else ()  # a function has none
-    layers = [module for module in modules if isinstance(module, _BatchNorm)]
-    flags = [(layer.training, layer.track_running_stats) for layer in layers]
-    try:
-        for layer, (_, tracked) in zip(layers, flags, strict=True):
-            layer.training = layer.training if training is None else training
-            layer.track_running_stats = tracked and tracking is not False
-        yield
-    finally:
-        for layer, (trained, tracked) in zip(layers, flags, strict=True):
-            layer.training, layer.track_running_stats = trained, tracked
-
-
-def get_logits(output: Any, logits_getter: Callable[[Any], Tensor] | None) -> Tensor:
-    """Take the logits out of a model's output.
-
-    Raises:
-        TypeError: If what is found is not a floating point tensor.
-    """
-    logits = logits_getter(output) if logits_getter else output
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        raise TypeError(
-            f"model must return a tensor of logits, got {type(logits).__name__}; pass "
-            "logits_getter=lambda output: output.logits, or the like, to take them out"
-        )
-    return logits
-
-
 def _ids(name: str, ids: Tensor | None, length: int) -> Tensor | int:
     """The ids given, or positions in the global batch: an integer stands for them on rank 0."""
     if ids is not None:
@@ -547,14 +446,3 @@ def _ids(name: str, ids: Tensor | None, length: int) -> Tensor | int:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return positions(length)
     return length
-
-
-def _check_not_empty(x: Tensor, u: Tensor) -> None:
-    for name, images in (("x", x), ("u", u)):
-        if len(images) == 0:
-            raise ValueError(f"{name} must hold at least one image, got {list(images.shape)}")
-
-
-def _check_least(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

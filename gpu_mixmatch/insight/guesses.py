@@ -5,18 +5,14 @@ Both attach to the builder itself, so that they work in any trainer. They see ca
 """
 
 import inspect
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gpu_mixmatch.builder import MixMatch, get_logits
-
-__all__ = ["GuessQuality", "GuessWatch", "TensorBoardInsight"]
+from gpu_mixmatch.methods.mixmatch import MixMatch
+from gpu_mixmatch.methods.passes import get_logits
 
 
 class GuessQuality(NamedTuple):
@@ -92,7 +88,7 @@ class GuessWatch:
     def _before(self, mixmatch: nn.Module, args: Any, kwargs: Any) -> None:
         if self._paused:
             return
-        call = _arguments(args, kwargs)
+        call = call_arguments(args, kwargs)
         guesser = call["model"] if self.mixmatch.teacher is None else self.mixmatch.teacher
         if not isinstance(guesser, nn.Module):
             raise TypeError(
@@ -128,99 +124,10 @@ class GuessWatch:
         self._guesses.append(guess)
 
 
-class TensorBoardInsight:
-    """Write a preview of the batch and the quality of the guesses to TensorBoard.
-
-    Before each step that is a multiple of ``every_n_steps`` it writes the image
-    ``mixmatch/preview``, drawn by `recipes.preview.draw_preview`, and the scalars
-    ``mixmatch/confidence`` and ``mixmatch/accuracy`` of all guesses since the last time. Only then
-    is the device waited for. Training goes on as without it, to the last bit.
-
-    A preview calls the model: where its forward pass communicates (DDP, SyncBatchNorm), every rank
-    needs one of these, with a writer of its own.
-
-    Args:
-        mixmatch: The builder.
-        writer: A `SummaryWriter`, of torch or of tensorboardX.
-        every_n_steps: Steps of the builder from one time to the next.
-        truth: True labels, as for `GuessWatch`.
-        class_names: Names of the L classes, for the preview; None shows their numbers.
-        rows: Rows of the preview, of each kind.
-
-    Raises:
-        ValueError: If an argument is out of its range.
-        ImportError: In a step, if matplotlib is not installed.
-    """
-
-    def __init__(
-        self,
-        mixmatch: MixMatch,
-        writer: Any,
-        every_n_steps: int = 100,
-        *,
-        truth: Tensor | None = None,
-        class_names: Sequence[str] | None = None,
-        rows: int = 4,
-    ) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
-        self.mixmatch = mixmatch
-        self.writer = writer
-        self.every_n_steps = every_n_steps
-        self.truth = truth
-        self.class_names = class_names
-        self.rows = rows
-        self._handle = mixmatch.register_forward_pre_hook(self._before, with_kwargs=True)
-        self._watch = GuessWatch(mixmatch, truth)
-
-    def close(self) -> None:
-        """Write what was guessed since the last time, and stop."""
-        self._write_quality()
-        self._handle.remove()
-        self._watch.close()
-
-    def _before(self, mixmatch: nn.Module, args: Any, kwargs: Any) -> None:
-        # the preview calls the builder, whose hooks must not see that
-        if self._watch._paused or int(self.mixmatch.step) % self.every_n_steps:
-            return
-        self._write_quality()
-        self._watch._paused = True
-        try:
-            self._write_preview(_arguments(args, kwargs))
-        finally:
-            self._watch._paused = False
-
-    def _write_quality(self) -> None:
-        quality = self._watch.read()
-        if quality is None:
-            return
-        step = int(self.mixmatch.step)
-        self.writer.add_scalar("mixmatch/confidence", quality.confidence, step)
-        if quality.accuracy is not None:
-            self.writer.add_scalar("mixmatch/accuracy", quality.accuracy, step)
-
-    def _write_preview(self, call: dict[str, Any]) -> None:
-        from gpu_mixmatch.recipes.preview import draw_preview
-
-        with tempfile.TemporaryDirectory() as folder:
-            path = draw_preview(
-                self.mixmatch,
-                path=Path(folder, "preview.png"),
-                class_names=self.class_names,
-                rows=self.rows,
-                **call,
-            )
-            import matplotlib.image
-
-            picture = matplotlib.image.imread(path)  # [H, W, 4] float in [0, 1]
-        step = int(self.mixmatch.step)
-        self.writer.add_image("mixmatch/preview", picture, step, dataformats="HWC")
-
-
 _SIGNATURE = inspect.signature(MixMatch.forward)
 
 
-def _arguments(args: Any, kwargs: Any) -> dict[str, Any]:
+def call_arguments(args: Any, kwargs: Any) -> dict[str, Any]:
     """What `MixMatch.forward` was called with, by name."""
     call = dict(_SIGNATURE.bind(None, *args, **kwargs).arguments)
     del call["self"]

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from gpu_mixmatch.augment import WeakAugment
-from gpu_mixmatch.builder import MixMatch
 from gpu_mixmatch.impl import implementation
-from gpu_mixmatch.loss import MixMatchLoss
-from gpu_mixmatch.recipes.train import make_augment
-from gpu_mixmatch.recipes.wideresnet import build_model
+from gpu_mixmatch.losses import MixMatchLoss
+from gpu_mixmatch.methods.mixmatch import MixMatch
+from gpu_mixmatch.recipes.choices import make_augment
+from gpu_mixmatch.recipes.models import build_model
 from gpu_mixmatch.types import Impl
 
 NUM_CLASSES = 10

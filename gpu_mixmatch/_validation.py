@@ -1,0 +1,181 @@
+"""Every check of arguments and its text, once.
+
+A message names the argument, what is wanted and what came.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from gpu_mixmatch.types import SUM_TOLERANCE, MixUpParams, PaddingMode
+
+IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def image_layout(name: str, images: Tensor) -> tuple[bool, tuple[int, int, int]]:
+    """Tell whether ``images`` are NHWC, and their channels, height and width.
+
+    Raises:
+        ValueError: If they are not a batch of images of a supported dtype.
+    """
+    if images.dim() != 4:
+        raise ValueError(f"{name} must be [M, C, H, W] or [M, H, W, C], got {list(images.shape)}")
+    if images.dtype != torch.uint8 and images.dtype not in IMAGE_DTYPES:
+        raise ValueError(
+            f"{name} must be uint8 or one of {dtype_names(IMAGE_DTYPES)}, "
+            f"got {dtype_name(images.dtype)}"
+        )
+    _, second, third, fourth = images.shape
+    nhwc = second not in (1, 3, 4) and fourth in (1, 3, 4)
+    return nhwc, ((fourth, second, third) if nhwc else (second, third, fourth))
+
+
+def check_padding(padding: int, padding_mode: PaddingMode) -> None:
+    """Raise a ValueError if ``padding`` is negative or ``padding_mode`` is unknown."""
+    if padding_mode not in get_args(PaddingMode):
+        raise ValueError(
+            f"padding_mode must be one of {list(get_args(PaddingMode))}, got {padding_mode!r}"
+        )
+    if padding < 0:
+        raise ValueError(f"padding must be at least 0, got {padding}")
+
+
+def check_labels(y: Tensor, num_classes: int) -> None:
+    """Raise if ``y`` are not labels. On a device their values cannot be looked at without waiting.
+
+    There a label out of range gives a row of zeros, which `MixMatchBatch.check` finds.
+
+    Args:
+        y: Integer labels, ``[B]``, or soft labels, ``[B, L]``.
+        num_classes: L.
+
+    Raises:
+        ValueError: If labels are out of range, of the wrong shape, or do not sum to one.
+    """
+    hard = y.dim() == 1 and not y.is_floating_point()
+    if not hard and not (y.dim() == 2 and y.shape[1] == num_classes and y.is_floating_point()):
+        raise ValueError(
+            f"y must be integer labels [B] or soft labels [B, L] with L = {num_classes}, "
+            f"got {list(y.shape)} {dtype_name(y.dtype)}"
+        )
+    if y.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if hard:
+        check_classes(y, num_classes)
+    else:
+        check_distributions(y.float())
+
+
+def check_classes(y: Tensor, num_classes: int) -> None:
+    if len(y) == 0:
+        return
+    least, most = (int(value) for value in y.aminmax())
+    if least < 0 or most >= num_classes:
+        raise ValueError(
+            f"y must be labels in 0 .. {num_classes - 1} (num_classes = {num_classes}), "
+            f"got {least if least < 0 else most}"
+        )
+
+
+def check_distributions(targets: Tensor) -> None:
+    sums = targets.sum(dim=1)
+    fine = ((sums - 1).abs() <= SUM_TOLERANCE) & (targets >= 0).all(dim=1)
+    if not fine.all():
+        row = int((~fine).nonzero()[0])
+        raise ValueError(
+            "y must be soft labels that are not negative and sum to 1 in every row, got row "
+            f"{row} with the sum {float(sums[row]):.4g} and the least entry "
+            f"{float(targets[row].min()):.4g}"
+        )
+
+
+def check_mixup(params: MixUpParams, length: int, like_name: str) -> None:
+    for name, tensor, dtype in zip(
+        ("lam", "index"), params, (torch.float32, torch.int64), strict=True
+    ):
+        if tuple(tensor.shape) != (length,) or tensor.dtype != dtype:
+            raise ValueError(
+                f"params.{name} must be [N] {dtype_name(dtype)} with N = {length} like "
+                f"{like_name}, got {list(tensor.shape)} {dtype_name(tensor.dtype)}"
+            )
+
+
+def check_groups(num_groups: int, length: int) -> None:
+    if not 1 <= num_groups <= max(length, 1):
+        raise ValueError(f"num_groups must be in 1 .. N = {length}, got {num_groups}")
+
+
+def check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {dtype_name(tensor.dtype)}")
+
+
+def check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name} must be on {like.device} like {like_name}, got it on {tensor.device}"
+        )
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    dense = tensor.is_contiguous() or (
+        tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
+    if not dense:
+        raise ValueError(
+            f"{name} must be contiguous or channels_last, got strides {list(tensor.stride())} for "
+            f"{list(tensor.shape)}"
+        )
+
+
+def check_like(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    same_layout = all(
+        mine == theirs
+        for mine, theirs, size in zip(tensor.stride(), like.stride(), like.shape, strict=False)
+        if size > 1
+    )
+    if tensor.shape != like.shape or tensor.dtype != like.dtype or not same_layout:
+        raise ValueError(
+            f"{name} must be {list(like.shape)} {dtype_name(like.dtype)} with strides "
+            f"{list(like.stride())} like {like_name}, got {list(tensor.shape)} "
+            f"{dtype_name(tensor.dtype)} with strides {list(tensor.stride())}"
+        )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(map(dtype_name, dtypes))
+
+
+def check_seed(seed: int) -> None:
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be an integer in [0, 2**63), got {seed!r}")
+
+
+def check_not_empty(x: Tensor, u: Tensor) -> None:
+    for name, images in (("x", x), ("u", u)):
+        if len(images) == 0:
+            raise ValueError(f"{name} must hold at least one image, got {list(images.shape)}")
+
+
+def check_least(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_range(name: str, limits: tuple[float, float], *, integer: bool) -> None:
+    kind = "integers" if integer else "numbers"
+    fits = len(limits) == 2 and 0 <= limits[0] <= limits[1] and math.isfinite(limits[1])
+    if not fits or (integer and not all(isinstance(limit, int) for limit in limits)):
+        raise ValueError(f"{name} must be two {kind}, 0 <= least <= most, got {limits}")

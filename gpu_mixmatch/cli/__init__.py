@@ -1,0 +1,1 @@
+"""The command line; ``python -m gpu_mixmatch.cli`` runs it."""

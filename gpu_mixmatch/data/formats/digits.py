@@ -1,0 +1,41 @@
+"""scikit-learn's handwritten digits."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpu_mixmatch.data.formats.common import (
+    ImageData,
+    Labels,
+    image_data,
+)
+
+
+def load_digits_data() -> ImageData:
+    """8x8 grey images, 1297 to train and 500 to test; see `data.datasets.load_dataset`."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            'the digits data set needs scikit-learn: pip install "gpu-mixmatch[cli]"'
+        ) from error
+    digits: Any = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]  # [1797, 1, 8, 8]
+    labels = digits.target.astype(np.int64)
+    is_test = _spread_test_rows(labels, num_classes=10, num_test=500)
+    train = images[~is_test], labels[~is_test]
+    return image_data("digits", 10, train, (images[is_test], labels[is_test]))
+
+
+def _spread_test_rows(labels: Labels, num_classes: int, num_test: int) -> npt.NDArray[np.bool_]:
+    shares = np.bincount(labels, minlength=num_classes) * num_test
+    quotas = shares // len(labels)
+    largest_remainders = np.argsort(-(shares % len(labels)), kind="stable")
+    quotas[largest_remainders[: num_test - quotas.sum()]] += 1
+    is_test = np.zeros(len(labels), dtype=np.bool_)
+    for class_index, quota in enumerate(quotas):
+        rows = np.flatnonzero(labels == class_index)
+        steps = np.arange(len(rows) + 1) * quota // len(rows)  # rises from 0 to quota
+        is_test[rows[np.diff(steps) == 1]] = True
+    return is_test

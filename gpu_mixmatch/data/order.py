@@ -1,0 +1,210 @@
+"""Which samples each step takes, and what loaders share whose batches follow from it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from gpu_mixmatch import sampling
+from gpu_mixmatch._ranks import rank_and_world_size
+from gpu_mixmatch._validation import check_seed
+from gpu_mixmatch.types import SemiSupervisedBatch
+
+
+class BatchOrder:
+    """Which samples each step takes, and the step that comes next: all the state of a loader.
+
+    Each data set is an endless stream: one keyed permutation of all its samples after the other,
+    `sampling.epoch_order` with view 0 for the labelled and view 1 for the unlabelled one. A step
+    takes the next world_size · batch_size labelled and ratio times as many unlabelled samples, and
+    a rank its slice of them. A batch may reach into the next permutation, so that none is
+    incomplete and no sample is left out; a data set smaller than a batch repeats within it.
+
+    An epoch is a number of steps: ``steps_per_epoch``, or as many whole batches as the unlabelled
+    data set has, at least one. What a step takes does not depend on it.
+
+    Args:
+        num_labelled: Samples of the labelled data set.
+        num_unlabelled: Samples of the unlabelled data set.
+        batch_size: B, labelled samples per step and rank.
+        ratio: Unlabelled samples per labelled one in a step; M = ratio · B.
+        steps_per_epoch: Steps in an epoch; None takes them from the unlabelled data set.
+        seed: The key of the order, 0 ≤ seed < 2^63.
+        rank: Of this process; None asks torch.distributed, where it is initialised.
+        world_size: Number of processes, likewise.
+
+    Attributes:
+        step: Batches handed out since the beginning of training.
+        turn: Counts whatever ends a running iterator.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        num_labelled: int,
+        num_unlabelled: int,
+        batch_size: int,
+        *,
+        ratio: int = 1,
+        steps_per_epoch: int | None = None,
+        seed: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        self._asked = rank is None
+        rank, world_size = rank_and_world_size(rank, world_size)
+        for name, value in (
+            ("the length of the labelled data set", num_labelled),
+            ("the length of the unlabelled data set", num_unlabelled),
+            ("batch_size", batch_size),
+            ("ratio", ratio),
+            ("steps_per_epoch", 1 if steps_per_epoch is None else steps_per_epoch),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        check_seed(seed)
+        self.num_labelled = num_labelled
+        self.num_unlabelled = num_unlabelled
+        self.batch_size = batch_size
+        self.ratio = ratio
+        if steps_per_epoch is None:
+            steps_per_epoch = max(1, num_unlabelled // (ratio * batch_size * world_size))
+        self.steps_per_epoch = steps_per_epoch
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.step = 0
+        self.turn = 0
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next batch."""
+        return self.step // self.steps_per_epoch
+
+    def steps_left(self) -> range:
+        """The steps from the next one to the end of its epoch.
+
+        Raises:
+            RuntimeError: If torch.distributed was initialised after the loader was made: all ranks
+                would take the same samples.
+        """
+        now = rank_and_world_size(None, None)
+        if self._asked and now != (self.rank, self.world_size) and now[1] > 1:
+            raise RuntimeError(
+                f"this loader was made for rank {self.rank} of {self.world_size}, got rank "
+                f"{now[0]} of {now[1]}: make it after torch.distributed (Accelerator(), a "
+                "Trainer) is initialised, or give rank and world_size"
+            )
+        return range(self.step, (self.epoch + 1) * self.steps_per_epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch; in the midst of it already, stay there."""
+        if epoch < 0:
+            raise ValueError(f"epoch must be at least 0, got {epoch}")
+        if epoch != self.epoch:
+            self.turn += 1
+            self.step = epoch * self.steps_per_epoch
+
+    def indices_x(self, step: int, num_steps: int = 1) -> Tensor:
+        """Labelled samples of this rank in some steps, ``[num_steps, B]`` int64."""
+        return self._indices(self.num_labelled, self.batch_size, step, num_steps, view=0)
+
+    def indices_u(self, step: int, num_steps: int = 1) -> Tensor:
+        """Unlabelled samples of this rank in some steps, ``[num_steps, M]`` int64."""
+        size = self.ratio * self.batch_size
+        return self._indices(self.num_unlabelled, size, step, num_steps, view=1)
+
+    def _indices(self, length: int, size: int, step: int, num_steps: int, *, view: int) -> Tensor:
+        per_step = self.world_size * size
+        start = step * per_step
+        stream = _positions(self.seed, start, start + num_steps * per_step, length, view)
+        return stream.view(num_steps, self.world_size, size)[:, self.rank]
+
+
+class KeyedLoader(ABC):
+    """A loader whose batches are a function of (seed, step): what the loaders here share.
+
+    ``iter(loader)`` gives the batches from the current step to the end of its epoch. After a whole
+    epoch that is the next one; after a loop that was left early it is the rest. The state counts
+    the batches that were handed out, whatever was fetched ahead.
+    """
+
+    def __init__(self, order: BatchOrder) -> None:
+        self.order = order
+
+    def __len__(self) -> int:
+        """Return the number of batches in a whole epoch, the same on every rank."""
+        return self.order.steps_per_epoch
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next batch."""
+        return self.order.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch; in the midst of it already, stay there.
+
+        Nobody needs to call this: epochs follow each other. It is there for training loops that do.
+        """
+        self.order.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the seed and the number of batches handed out so far."""
+        return {"seed": self.order.seed, "step": self.order.step}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on after the last batch that was handed out when ``state`` was taken.
+
+        The batches are the same if the lengths of the data sets, the batch size, the ratio and the
+        world size are; ``num_workers``, the kind of loader and ``steps_per_epoch`` may differ.
+
+        Raises:
+            ValueError: If ``state`` is not of a loader.
+        """
+        if set(state) != {"seed", "step"} or state["step"] < 0:
+            raise ValueError(f"state must have a seed and a step of at least 0, got {dict(state)}")
+        check_seed(state["seed"])
+        self.order.turn += 1
+        self.order.seed, self.order.step = state["seed"], state["step"]
+
+    def __iter__(self) -> Iterator[SemiSupervisedBatch]:
+        self.order.turn += 1
+        steps = self.order.steps_left()
+        return self._hand_out(steps, self._batches(steps), self.order.turn)
+
+    def _hand_out(
+        self, steps: range, batches: Iterator[SemiSupervisedBatch], turn: int
+    ) -> Iterator[SemiSupervisedBatch]:
+        for step in steps:
+            if turn != self.order.turn:
+                raise RuntimeError(
+                    "this iterator has ended: iter(loader), set_epoch or load_state_dict was "
+                    "called after it was made. A loader is iterated once at a time"
+                )
+            batch = next(batches)
+            self.order.step = step + 1
+            yield batch
+
+    @abstractmethod
+    def _batches(self, steps: range) -> Iterator[SemiSupervisedBatch]:
+        """Begin to fetch the batches of ``steps``, and return them one by one."""
+
+
+def _positions(seed: int, start: int, stop: int, length: int, view: int) -> Tensor:
+    """Positions start .. stop - 1 of an endless row of permutations of 0 .. length - 1."""
+    parts = []
+    while start < stop:
+        epoch, first = divmod(start, length)
+        part = _permutation(seed, epoch, length, view)[first : first + stop - start]
+        parts.append(part)
+        start += len(part)
+    return torch.cat(parts)  # a copy, also of one part: the permutation is kept
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, length: int, view: int) -> Tensor:
+    return sampling.epoch_order(seed, epoch, length, view=view)

@@ -1,0 +1,11 @@
+"""Look into a builder while it trains: how good its guesses are, and pictures of its batches.
+
+Both attach to the builder itself, so that they work in any trainer. They see calls of the builder,
+``mixmatch(x, y, u, model)``, and not `MixMatch.from_views` or captured graphs.
+"""
+
+from gpu_mixmatch.insight.guesses import GuessQuality, GuessWatch
+from gpu_mixmatch.insight.preview import draw_preview
+from gpu_mixmatch.insight.tensorboard import TensorBoardInsight
+
+__all__ = ["GuessQuality", "GuessWatch", "TensorBoardInsight", "draw_preview"]

@@ -1,0 +1,110 @@
+"""What a run writes: metrics, checkpoints, TensorBoard's events and curves."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class MetricsLog:
+    """What a run writes: the metrics so far, a checkpoint, TensorBoard's events, the curves.
+
+    Args:
+        out: Folder of the run, made if it is not there.
+        config: What the run depends on, for ``config.json``.
+        metrics: Of all evaluations so far; the list is kept, and read again by each `write`.
+        step: The step that the run goes on from.
+        tested_on: "test" or "labelled": which images the error is of.
+
+    Raises:
+        ImportError: If TensorBoard is not installed.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        config: dict[str, Any],
+        metrics: list[dict[str, float]],
+        step: int,
+        tested_on: str,
+    ) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(
+                'writing events needs TensorBoard: pip install "gpu-mixmatch[cli]"'
+            ) from error
+        self.out = out
+        self.metrics = metrics  # they travel in the checkpoint: the two cannot disagree
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        self._write_metrics()
+        self.writer = SummaryWriter(str(out), purge_step=step + 1)
+        self.tested_on = tested_on
+
+    def write(self, state: dict[str, Any]) -> None:
+        """Write the latest metrics, then the checkpoint that they belong to."""
+        latest = self.metrics[-1]
+        step = int(latest["step"])
+        for name, value in latest.items():
+            if name != "step":
+                self.writer.add_scalar(name, value, step)
+        self._write_metrics()
+        temporary = self.out / "checkpoint.pt.partial"
+        torch.save(state, temporary)
+        os.replace(temporary, self.out / "checkpoint.pt")
+
+    def close(self) -> None:
+        """Finish the events and draw the curves."""
+        self.writer.close()
+        draw_curves({self.out.name: self.metrics}, self.out / "curves.png", self.tested_on)
+
+    def _write_metrics(self) -> None:
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.metrics)
+        write_atomically(self.out / "metrics.jsonl", lines.encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader finds the old content or the new, never a part."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def draw_curves(
+    runs: dict[str, list[dict[str, float]]], path: Path, tested_on: str = "test"
+) -> Path:
+    """Draw error and losses over the steps of some runs as a PNG."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('drawing needs matplotlib: pip install "gpu-mixmatch[cli]"') from error
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    losses = [("loss_x", "cross-entropy on X'"), ("loss_u", "squared error on U'")]
+    for name, metrics in runs.items():
+        steps = [entry["step"] for entry in metrics]
+        left.plot(steps, [entry["error"] for entry in metrics], marker="o", ms=3, label=name)
+        for key, label in losses if "loss_x" in metrics[0] else [("loss", "cross-entropy")]:
+            right.plot(steps, [entry[key] for entry in metrics], marker="o", ms=3, label=label)
+        last = metrics[-1]
+        left.annotate(
+            f"{last['error']:.1f} %",
+            (last["step"], last["error"]),
+            textcoords="offset points",
+            xytext=(-4, 8),
+            ha="right",
+        )
+    title = f"Error of the averaged weights on the {tested_on} images"
+    left.set(title=title, xlabel="step", ylabel="error in %")
+    left.set_ylim(bottom=0)
+    right.set(title="Losses of the evaluated steps", xlabel="step", yscale="log")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    return path

@@ -1,0 +1,245 @@
+"""What a batch needs: draws of augmentations, of MixUp and of an epoch's order.
+
+The draws are a few hundred integers a batch: numpy makes them on the host in a fraction of a
+millisecond.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gpu_mixmatch.sampling.beta import folded_beta
+from gpu_mixmatch.sampling.philox import (
+    Purpose,
+    Rows,
+    Words,
+    below,
+    check_key,
+    draw_words,
+    num_ids,
+    position_rows,
+    rows_of,
+    uniform,
+)
+from gpu_mixmatch.sampling.shuffle import bijection, shuffle_rows, shuffled_parts
+from gpu_mixmatch.types import AugmentParams, AugmentPolicy, LamMode, MixMode, MixUpParams
+
+
+def draw_augment(
+    seed: int,
+    step: int,
+    ids: Tensor | int,
+    views: int | Sequence[int],
+    *,
+    padding: int = 0,
+    zoom_px: tuple[int, int] = (0, 0),
+    flip: float = 0.0,
+    blur_sigma: tuple[float, float] | None = None,
+) -> AugmentParams:
+    """Draw the augmentation of some views of some images.
+
+    A sample's draw depends on its id and the view, never on the batch that it sits in.
+
+    Args:
+        seed: The key, 0 ≤ seed < 2^63.
+        step: The training step, 0 ≤ step < 2^32.
+        ids: Sample ids, ``[M]`` int64; an integer M stands for 0 .. M - 1.
+        views: The views to draw: 0 is the labelled one, 1..K the unlabelled ones.
+        padding: Pixels of padding; offsets are uniform on 0 .. 2·padding.
+        zoom_px: Least and most pixels to cut per side, inclusive.
+        flip: Probability of a mirror image.
+        blur_sigma: Least and greatest standard deviation of the blur in pixels; None is no blur.
+
+    Returns:
+        Parameters of V·M rows on the CPU, view-major: all images of the first view come first.
+
+    Raises:
+        ValueError: If the seed, the step or the ids are out of range.
+    """
+    rows = rows_of([(ids, views)])
+    policy = AugmentPolicy(padding, zoom_px, flip, blur_sigma)
+    words = draw_words(seed, step, 1, _augment_requests(rows, policy))
+    return AugmentParams(*map(torch.from_numpy, _of_step(_augment_arrays(words, policy), 0)))
+
+
+def draw_mixup(
+    seed: int,
+    step: int,
+    ids_x: Tensor | int,
+    ids_u: Tensor | int,
+    *,
+    num_augmentations: int = 2,
+    alpha: float = 0.75,
+    lam: LamMode = "sample",
+    mix: MixMode = "all",
+) -> MixUpParams:
+    """Draw λ' and the partner of every row of W = [x; u_1; ..; u_K].
+
+    λ' = max(λ, 1 - λ) with λ ~ Beta(α, α) comes from one uniform through the quantile function.
+    The partners are a keyed bijection of the positions, computed without sorting.
+
+    Args:
+        seed: The key, 0 ≤ seed < 2^63.
+        step: The training step, 0 ≤ step < 2^32.
+        ids_x: Labelled sample ids, ``[B]`` int64; an integer B stands for 0 .. B - 1.
+        ids_u: Unlabelled sample ids, ``[M]`` int64; an integer M stands for 0 .. M - 1.
+        num_augmentations: K.
+        alpha: The Beta parameter α, in [0.05, 1000].
+        lam: "sample" draws one λ per row (the paper), "batch" one for all rows.
+        mix: Which rows meet: "all" (the paper), X with X and U with U ("separate"), only one of
+            the two parts within itself ("labelled", "unlabelled"), or "none". Rows that are not
+            mixed have λ' = 1 and themselves as partner.
+
+    Returns:
+        λ' and partners of N = B + K·M rows, on the CPU.
+
+    Raises:
+        ValueError: If the seed, the step, the ids or α are out of range.
+
+    References:
+        Berthelot et al. 2019, eq. 8-9 and Algorithm 1 line 12. For the bijection: Black and Rogaway
+        2002 (generalised Feistel network with cycle walking); Mitchell et al. 2021.
+    """
+    _, mixup = draw_batch(
+        seed,
+        step,
+        ids_x,
+        ids_u,
+        num_augmentations=num_augmentations,
+        policy=None,
+        alpha=alpha,
+        lam=lam,
+        mix=mix,
+    )
+    return mixup
+
+
+def draw_batch(
+    seed: int,
+    step: int,
+    ids_x: Tensor | int,
+    ids_u: Tensor | int,
+    *,
+    num_augmentations: int = 2,
+    policy: AugmentPolicy | None = None,
+    alpha: float = 0.75,
+    lam: LamMode = "sample",
+    mix: MixMode = "none",
+) -> tuple[AugmentParams | None, MixUpParams]:
+    """Draw all that a batch needs in one pass: `draw_augment` of W, if asked for, and `draw_mixup`.
+
+    The labelled images are view 0, the unlabelled ones views 1..K.
+
+    Returns:
+        Parameters of N = B + K·M rows, on the CPU; None where there is no policy.
+    """
+    for name, choice, kind in (("lam", lam, LamMode), ("mix", mix, MixMode)):
+        if choice not in get_args(kind):
+            raise ValueError(f"{name} must be one of {list(get_args(kind))}, got {choice!r}")
+    rows = rows_of([(ids_x, 0), (ids_u, range(1, num_augmentations + 1))])
+    switches = (num_ids(ids_x), policy, alpha, lam, mix)
+    if isinstance(ids_x, int) and isinstance(ids_u, int):
+        check_key(seed, step)
+        ahead = max(1, min(16, 1536 // max(len(rows.low), 1)))  # arrays of at most 128 KiB
+        block, number = divmod(step, ahead)
+        arrays = _drawn_ahead(seed, block * ahead, ahead, rows, *switches)
+    else:
+        number, arrays = 0, _batch_arrays(seed, step, 1, rows, *switches)
+    augment, mixup = arrays
+    return (
+        AugmentParams(*map(torch.from_numpy, _of_step(augment, number))) if augment else None,
+        MixUpParams(*map(torch.from_numpy, _of_step(mixup, number))),
+    )
+
+
+def epoch_order(seed: int, epoch: int, length: int, *, view: int = 0) -> Tensor:
+    """Return the order in which an epoch visits a data set, a keyed permutation.
+
+    Args:
+        seed: The key, 0 ≤ seed < 2^63.
+        epoch: The epoch's number, 0 ≤ epoch < 2^32.
+        length: Number of samples.
+        view: 0 for the labelled stream, 1 for the unlabelled one, so that they differ.
+
+    Returns:
+        Indices, ``[length]`` int64, on the CPU.
+    """
+    if length < 0:
+        raise ValueError(f"length must be at least 0, got {length}")
+    if not 0 <= epoch < 2**32:
+        raise ValueError(f"epoch must be an integer in [0, 2**32), got {epoch}")
+    words = draw_words(seed, epoch, 1, [(shuffle_rows(length, view), Purpose.EPOCH)])
+    return torch.from_numpy(bijection(next(words), length)[0])
+
+
+Arrays = tuple[NDArray[Any], ...]  # of the fields of AugmentParams or MixUpParams, ``[S, R, ...]``
+
+
+@lru_cache(maxsize=4)
+def _drawn_ahead(
+    seed: int, step: int, num_steps: int, rows: Rows, *switches: Any
+) -> tuple[Arrays | None, Arrays]:
+    """Draw some steps at once: numpy's time goes into calls, not into a few hundred integers."""
+    return _batch_arrays(seed, step, num_steps, rows, *switches)
+
+
+def _batch_arrays(
+    seed: int,
+    step: int,
+    num_steps: int,
+    rows: Rows,
+    num_labelled: int,
+    policy: AugmentPolicy | None,
+    alpha: float,
+    lam: LamMode,
+    mix: MixMode,
+) -> tuple[Arrays | None, Arrays]:
+    num_rows = len(rows.low)
+    lam_rows = position_rows(((1, (0,)),)) if lam == "batch" else rows
+    shuffled = shuffled_parts(num_rows, num_labelled, mix)
+    requests = _augment_requests(rows, policy) if policy else []
+    requests += [(lam_rows, Purpose.LAM)] if shuffled else []
+    for view, start, stop in shuffled:
+        requests.append((shuffle_rows(stop - start, view), Purpose.SHUFFLE))
+    words = draw_words(seed, step, num_steps, requests)
+
+    augment = _augment_arrays(words, policy) if policy else None
+    weight = np.ones((num_steps, num_rows), dtype=np.float32)
+    index = np.tile(np.arange(num_rows), (num_steps, 1))
+    if shuffled:
+        lams = folded_beta(next(words)[0], alpha)
+        for _, start, stop in shuffled:
+            weight[:, start:stop] = lams if lam == "batch" else lams[:, start:stop]
+            index[:, start:stop] = start + bijection(next(words), stop - start)
+    return augment, (weight, index)
+
+
+def _of_step(arrays: Arrays, number: int) -> Arrays:
+    """One step's part, copied: what is kept for later must not change."""
+    return tuple(array[number].copy() for array in arrays)
+
+
+def _augment_requests(rows: Rows, policy: AugmentPolicy) -> list[tuple[Rows, Purpose]]:
+    zoom = [(rows, Purpose.ZOOM)] if policy.zoom_px[1] > 0 else []
+    return [(rows, Purpose.SHIFT), *zoom]
+
+
+def _augment_arrays(words: Iterator[Words], policy: AugmentPolicy) -> Arrays:
+    top, left, flip, sigma = next(words)
+    offsets = 2 * policy.padding + 1
+    flipped = (flip >> np.uint64(8)) < np.uint64(round(policy.flip * 2**24))
+    least, most = policy.zoom_px
+    if most > 0:
+        sides = below(next(words), most - least + 1) + np.uint64(least)
+        zoom = np.moveaxis(sides, 0, -1).astype(np.int32)
+    else:
+        zoom = np.zeros((*flip.shape, 4), dtype=np.int32)
+    low, high = policy.blur_sigma or (0.0, 0.0)
+    blur = np.float32(low) + np.float32(high - low) * uniform(sigma)
+    integers = (below(top, offsets), below(left, offsets), flipped)
+    return *(array.astype(np.int32) for array in integers), zoom, blur
