@@ -30,7 +30,7 @@ from benchmarks.common import (
 from benchmarks.peers import MEAN, PEERS, SKETCH_PEERS, STD, VIEWS, BuildViews, Images, Peer
 from gpu_mixmatch import DaliAugment, WeakAugment, functional
 from gpu_mixmatch._buffers import Workspace
-from gpu_mixmatch.types import AugmentParams, AugmentPolicy
+from gpu_mixmatch.types import AugmentParams, AugmentPolicy, DrawPlan
 
 BLUR = (0.1, 3.0)
 EXACT = 2e-4  # of equal draws: a fiftieth of a grey level
@@ -76,9 +76,7 @@ def draws_of(augment: WeakAugment, images: Images, step: int) -> AugmentParams:
         torch.tensor(step),
         len(images.x),
         len(images.u),
-        num_augmentations=VIEWS,
-        policy=augment.policy,
-        mix="none",
+        DrawPlan(VIEWS, augment.policy, mix="none"),
         device=images.x.device,
         impl=augment.impl,
     )

@@ -46,7 +46,14 @@ from benchmarks.peers import (
     yu1ut_step,
     yu1ut_view,
 )
-from gpu_mixmatch import MixMatch, ResidentLoader, SemiSupervisedLoader, collate, functional
+from gpu_mixmatch import (
+    MixMatch,
+    ResidentLoader,
+    SemiSupervisedLoader,
+    capture,
+    collate,
+    functional,
+)
 from gpu_mixmatch.cli.bench import fixed_logits, time_training_step
 from gpu_mixmatch.recipes.models import build_model
 from gpu_mixmatch.types import AugmentPolicy, MixUpParams
@@ -150,7 +157,7 @@ def ours_captured(
         raise Skipped("CUDA graphs need a CUDA device")
     loader = iter(ResidentLoader(*data, batch, steps_per_epoch=ENDLESS, device=device))
     mixmatch = our_builder(policy, impl, device, reuse=False)
-    captured = mixmatch.capture(guess_for(batch, device), *next(loader)[:3])
+    captured = capture(mixmatch, guess_for(batch, device), *next(loader)[:3])
 
     def call() -> Any:
         return captured(*next(loader)[:3])

@@ -30,6 +30,7 @@ from torch.utils.data import TensorDataset
 import gpu_mixmatch
 from benchmarks.tiles import photographs
 from gpu_mixmatch import DaliLoader, ResidentLoader, SemiSupervisedLoader, WeakAugment
+from gpu_mixmatch.augment.kornia_replay import to_kornia
 from gpu_mixmatch.data.datasets import ImageFiles
 from gpu_mixmatch.data.images import open_images
 from gpu_mixmatch.recipes.choices import make_augment
@@ -75,7 +76,7 @@ def engines(size: int, batch_size: int) -> list[Contender]:
     torch.testing.assert_close(
         every["dali"].build(x, u, draws, NUM_VIEWS), views, rtol=0, atol=1e-4
     )
-    replay = weak.to_kornia().apply((x, u), draws)  # the engine draws for itself
+    replay = to_kornia(weak).apply((x, u), draws)  # the engine draws for itself
     torch.testing.assert_close(replay, views, rtol=0, atol=1e-4)
 
     def build(engine: Any) -> Callable[[], Tensor]:

@@ -32,9 +32,9 @@ from benchmarks.common import (
     timed_rows,
 )
 from benchmarks.peers import VIEWS, Images
-from gpu_mixmatch import MixMatch, functional
+from gpu_mixmatch import MixMatch, capture, functional
 from gpu_mixmatch.impl import eager
-from gpu_mixmatch.types import MixUpParams
+from gpu_mixmatch.types import DrawPlan, MixUpParams
 
 NUM_CLASSES = 10
 GOALS = {
@@ -86,8 +86,7 @@ def image_operations(images: Images, policy_name: str, dtype: torch.dtype) -> li
             torch.tensor(5),
             len(images.x),
             len(images.u),
-            num_augmentations=VIEWS,
-            policy=policy,
+            DrawPlan(VIEWS, policy),
             device=device,
             impl=impl,  # type: ignore[arg-type]
         )
@@ -156,7 +155,7 @@ def class_operations(batch: int, num_classes: int, device: torch.device) -> list
         Operation(
             "loss",
             loss,
-            lambda: eager.mixmatch_loss(rows.detach(), targets, batch, weight).loss,
+            lambda: eager.mixmatch_losses(rows.detach(), targets, batch, weight).loss,
             2 * target_bytes,
             1e-4,
         ),
@@ -171,7 +170,7 @@ def mixup_params(images: Images) -> MixUpParams:
         torch.tensor(0),
         len(images.x),
         len(images.u),
-        num_augmentations=VIEWS,
+        DrawPlan(VIEWS),
         device=images.x.device,
         impl="eager",
     )
@@ -259,7 +258,7 @@ def goal_rows(settings: Settings, report: Report) -> list[Row]:
     )
     y = torch.arange(batch, device=settings.device) % NUM_CLASSES
     data = images.x, y, images.u
-    captured = mixmatch.capture(first_logits, *data)
+    captured = capture(mixmatch, first_logits, *data)
     replay = captured._graph.replay
     values["captured batch, replay alone, us"] = _microseconds(replay, settings)
     values["captured batch, whole call, us"] = _microseconds(lambda: captured(*data), settings)

@@ -17,3 +17,8 @@ def import_dali(name: str) -> Any:
             'NVIDIA DALI is needed here: pip install "gpu-mixmatch[dali]", or '
             '"gpu-mixmatch[dali-cu12]" for CUDA 12'
         ) from error
+
+
+def install_hint(part: str) -> str:
+    """Say how to install a part."""
+    return f"Install it (pip install {part})"

@@ -121,6 +121,17 @@ class KorniaReplay:
         return f"KorniaReplay({self.augment!r})"
 
 
+def to_kornia(weak: WeakAugment) -> KorniaReplay:
+    """Express an engine by Kornia's modules, which replay draws: an oracle for its `apply`.
+
+    ``to_kornia(weak).apply(images, params)`` equals ``weak.apply(images, params)`` to rounding.
+
+    Raises:
+        ImportError: If Kornia is missing.
+    """
+    return KorniaReplay(weak)
+
+
 def _boxes(top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
     """Corners (x, y) of boxes, clockwise from the top left, inclusive: ``[R, 4, 2]`` float32."""
     bottom, right = top + height - 1, left + width - 1

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from gpu_mixmatch.impl import asks_for_numba, implementation
+from gpu_mixmatch.impl import implementation, resolve_impl
 
 __all__ = ["Finding", "examine", "report"]
 
@@ -224,10 +224,7 @@ def _triton() -> Finding:
     version = _version("triton", "triton")
     installed = f"triton {version} is installed" if version else "triton is not installed"
     device = _device()
-    if asks_for_numba("auto", device):
-        running = "numba"  # without importing it
-    else:
-        running = implementation("auto", device).__name__.rsplit(".", 1)[-1]
+    running = resolve_impl("auto", device)  # without importing it
     auto = f'impl="auto" runs {running} on {device}'
     try:
         implementation("triton", device)
