@@ -11,6 +11,10 @@ LamMode = Literal["sample", "batch"]
 
 # Soft labels and targets may miss a sum of one by this much: float16 rows of 1000 classes do.
 SUM_TOLERANCE = 1e-2
+# Below this many pixels a Gaussian's taps beside the centre are zero in float32: no blur at all.
+LEAST_SIGMA = 0.01
+# Rows of more classes do not fit into a tile of Triton's kernels.
+MOST_CLASSES = 2**16
 
 
 class AugmentPolicy(NamedTuple):
