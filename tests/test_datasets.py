@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.data.formats.common import split_labels
 from gpu_mixmatch.data.formats.mnist import read_idx
+from gpu_mixmatch.sampling import split_order
 
 Bytes = NDArray[np.uint8]
 
@@ -708,6 +709,12 @@ def test_split_depends_on_the_seed_alone() -> None:
         splits.append(split_labels(labels, 47, seed=3, num_classes=10))
     assert torch.equal(*splits)
     assert not torch.equal(splits[0], split_labels(labels, 47, seed=4, num_classes=10))
+
+
+def test_split_orders_are_the_permutations_that_were_recorded() -> None:
+    assert split_order(3, 12).tolist() == [6, 9, 8, 7, 11, 4, 0, 10, 1, 3, 2, 5]
+    assert split_order(3, 10, 1).tolist() == [5, 0, 3, 2, 7, 6, 4, 8, 1, 9]
+    assert split_order(2**62 + 1, 9).tolist() == [4, 0, 3, 1, 7, 2, 5, 8, 6]
 
 
 def test_split_leaves_global_random_states_alone() -> None:

@@ -23,7 +23,6 @@ from gpu_mixmatch.data.order import BatchOrder, KeyedLoader
 from gpu_mixmatch.types import SemiSupervisedBatch
 
 _AHEAD = 2  # batches made while the training works on another
-_ASPECT = (3 / 4, 4 / 3)  # of a random resized crop, width over height
 
 
 class AugmentedBatch(NamedTuple):
@@ -326,7 +325,9 @@ class DaliLoader(KeyedLoader):
         device = "cpu" if self.device_id is None else f"gpu:{self.device_id}"
         inputs: dict[str, Any] = {"encoded": encoded}
         if self.crop_area is not None:
-            inputs["region"] = _draw_regions(self.order.seed, step, ids_x, ids_u, self.crop_area)
+            inputs["region"] = sampling.draw_regions(
+                self.order.seed, step, ids_x, ids_u, self.crop_area
+            )
         with self._decoding:
             if any(isinstance(item, OSError) for item in encoded):
                 return undecodable(encoded, device)
@@ -382,24 +383,6 @@ class _Stream(NamedTuple):
         return torch.tensor(
             [next(spares) if number in self.bad else number for number in chosen.tolist()]
         )
-
-
-def _draw_regions(
-    seed: int, step: int, ids_x: Tensor, ids_u: Tensor, area: tuple[float, float]
-) -> NDArray[np.float32]:
-    """Draw the windows of random resized crops, as `mixmatch_pipeline` takes them."""
-    ids = torch.cat([ids_x, ids_u]).numpy().view(np.uint64)
-    view = np.repeat(np.array([0, 1], dtype=np.uint64), [len(ids_x), len(ids_u)])
-    counter = np.empty((4, len(ids)), dtype=np.uint64)
-    counter[0] = ids & np.uint64(0xFFFF_FFFF)
-    counter[1] = ids >> np.uint64(32)
-    counter[2] = step
-    counter[3] = view * np.uint64(256) + np.uint64(sampling.Purpose.REGION)
-    uniform = (sampling.philox(counter, seed) >> np.uint64(8)) * 2.0**-24
-    limits = np.array([area, np.log(_ASPECT), (0, 1), (0, 1)])
-    regions = limits[:, :1] + (limits[:, 1:] - limits[:, :1]) * uniform  # [4, n]
-    regions[1] = np.exp(regions[1])
-    return np.ascontiguousarray(regions.T, dtype=np.float32)
 
 
 def _height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:

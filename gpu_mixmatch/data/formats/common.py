@@ -11,18 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from gpu_mixmatch.sampling import epoch_order
-
-# A view that no loader draws with, so that a split and an epoch of the same seed are unrelated.
-_SPLIT_VIEW = 65_535
-
+from gpu_mixmatch.sampling import split_order
 
 Bytes = npt.NDArray[np.uint8]
-
-
 Labels = npt.NDArray[np.int64]
-
-
 Batch = tuple[Bytes, Labels]
 
 
@@ -102,10 +94,10 @@ def split_labels(labels: Tensor, num_labels: int, seed: int, num_classes: int) -
 
     per_class, remainder = divmod(num_labels, num_classes)
     quotas = [per_class] * num_classes
-    for class_index in epoch_order(seed, 1, num_classes, view=_SPLIT_VIEW)[:remainder].tolist():
+    for class_index in split_order(seed, num_classes, 1)[:remainder].tolist():
         quotas[class_index] += 1
 
-    order = epoch_order(seed, 0, len(labels), view=_SPLIT_VIEW)
+    order = split_order(seed, len(labels), 0)
     shuffled_labels = labels[order]
     chosen = []
     for class_index, quota in enumerate(quotas):
