@@ -15,15 +15,16 @@ import torch
 from PIL import Image
 
 from gpu_mixmatch import MixMatch, WeakAugment
+from gpu_mixmatch.augment.dali import DaliAugment
+from gpu_mixmatch.data.dali import AugmentedBatch, DaliLoader, mixmatch_pipeline
 from gpu_mixmatch.data.images import ImageIndex, image_folder
 from gpu_mixmatch.types import SemiSupervisedBatch
 from tests import image_files
 from tests.image_files import decode, encode, tile
+from tests.skips import skip_without
 
-pytest.importorskip("nvidia.dali", reason='needs DALI: pip install "gpu-mixmatch[dali]"')
+skip_without("nvidia.dali")
 
-from gpu_mixmatch.augment.dali import DaliAugment
-from gpu_mixmatch.data.dali import AugmentedBatch, DaliLoader, mixmatch_pipeline
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gpu_mixmatch import sampling
 from gpu_mixmatch._buffers import Workspace
+from gpu_mixmatch._extras import need
 from gpu_mixmatch.augment.base import NormalizedViews, float_images
 from gpu_mixmatch.augment.weak import WeakAugment
 
@@ -158,13 +159,7 @@ class KorniaAugment(NormalizedViews):
 
 def kornia_augmentation() -> ModuleType:
     """Import ``kornia.augmentation`` at the moment of use."""
-    try:
-        import kornia.augmentation
-    except ImportError as error:
-        raise ImportError(
-            'Kornia is missing: pip install "kornia>=0.9,<1" (it comes with gpu-mixmatch)'
-        ) from error
-    return kornia.augmentation
+    return need("kornia.augmentation", "a Kornia engine")
 
 
 def _check_module(module: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from gpu_mixmatch._extras import need
 from gpu_mixmatch.data.collate import collate
 from gpu_mixmatch.data.formats import cifar, digits, mnist
 from gpu_mixmatch.data.formats.common import ImageData, missing, split_labels
@@ -33,12 +34,7 @@ class ImageFiles(Dataset[Any]):
     def __init__(self, index: ImageIndex, size: int) -> None:
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
-        try:
-            import PIL.Image  # noqa: F401
-        except ImportError as error:
-            raise ImportError(
-                'decoding images needs Pillow: pip install "gpu-mixmatch[cli]"'
-            ) from error
+        need("PIL.Image", "decoding images")
         self.index = index
         self.size = size
 
