@@ -22,7 +22,7 @@ from gpu_mixmatch.data.images import ImageIndex, PathLike, open_images
 from gpu_mixmatch.data.order import BatchOrder, KeyedLoader
 from gpu_mixmatch.types import SemiSupervisedBatch
 
-_AHEAD = 2  # batches made while the training works on another
+_BATCHES_AHEAD = 2  # batches made while the training works on another
 
 
 class AugmentedBatch(NamedTuple):
@@ -117,19 +117,18 @@ def mixmatch_pipeline(
 class DaliLoader(KeyedLoader):
     """Decode labelled and unlabelled images from disk, ahead of the training that uses them.
 
-    Each batch is a function of (seed, step): the order is keyed, and bytes are read by their place
-    in the source, not by DALI's readers, whose shuffling knows only their own position. That makes
-    the state two integers, ids and draws independent of everything else, and all sources one; see
-    `BatchOrder` for the order and its shards and `KeyedLoader` for epochs and state. An image of a
-    tar or a TFRecord is found by an index that is made here, from headers.
+    Each batch is a function of (seed, step), and the state is two integers: see `BatchOrder` for
+    the order and its shards, and `KeyedLoader` for epochs and state. To that end bytes are read by
+    their place in the source, not by DALI's readers, which shuffle by a state of their own. Images
+    in tars and TFRecords are found by an index that is made here, from headers.
 
     Threads read and decode two batches ahead; there are no worker processes. Use the loader in a
     ``with`` block or `close` it to end them at once; otherwise they end with the interpreter.
 
-    An image that does not decode is left out with ``on_error="skip"``: the next sample of this
-    rank's order that does decode takes its place, and comes again in its own. What fills the place
-    does not depend on when the fault was found, so that lengths stay equal on all ranks and a
-    resumed run has the same batches.
+    With ``on_error="skip"`` an image that does not decode is left out: the next good sample of this
+    rank's order takes its place, and comes again in its own. Which one that is does not depend on
+    when the fault was found, so that lengths stay equal on all ranks and a resumed run has the same
+    batches.
 
     Args:
         labelled: Labelled images: a folder of class folders, a ``.txt`` list, ``.tar`` or
@@ -215,13 +214,13 @@ class DaliLoader(KeyedLoader):
         self.device_id = device_id
         self.num_threads = num_threads
         self.skipped: list[str] = []
-        self._x = _Stream(self.labelled, {})
-        self._u = _Stream(self.unlabelled, {})
+        self._x = _Part(self.labelled, {})
+        self._u = _Part(self.unlabelled, {})
         self._pipeline = self._new_pipeline()
         self._decoding = threading.Lock()
-        self._makers = ThreadPoolExecutor(_AHEAD, "DaliLoader makes batches")
+        self._makers = ThreadPoolExecutor(_BATCHES_AHEAD, "DaliLoader makes batches")
         self._readers = ThreadPoolExecutor(num_threads, "DaliLoader reads")
-        self._stream = None if device_id is None else torch.cuda.Stream(device_id)  # type: ignore[no-untyped-call]
+        self._side_stream = None if device_id is None else torch.cuda.Stream(device_id)  # type: ignore[no-untyped-call]
         self._closed = False
 
     def __iter__(self) -> Iterator[Any]:
@@ -260,24 +259,25 @@ class DaliLoader(KeyedLoader):
             while True:
                 for step in waiting:
                     ahead.append((step, self._makers.submit(self._make, step)))
-                    if len(ahead) > _AHEAD:
+                    if len(ahead) > _BATCHES_AHEAD:
                         break
                 if not ahead:
                     return
                 step, made = ahead.popleft()
-                yield self._handed_out(step, made.result())
+                yield self._finish(step, made.result())
         finally:
             for _, made in ahead:
                 made.cancel()
 
-    def _handed_out(self, step: int, batch: SemiSupervisedBatch) -> Any:
-        for stream in (self._x, self._u):
-            for number, reason in list(stream.bad.items()):
-                name = stream.images.name(number)
+    def _finish(self, step: int, batch: SemiSupervisedBatch) -> Any:
+        """Warn of images that were left out and augment if asked to, in the thread that trains."""
+        for part in (self._x, self._u):
+            for number, reason in list(part.bad.items()):
+                name = part.images.name(number)
                 if name not in self.skipped:
                     self.skipped.append(name)
                     warnings.warn(f"{name} is left out: {reason}", stacklevel=4)
-        if self._stream:  # its memory is of the side stream, which must not reuse it too early
+        if self._side_stream:  # it owns the images' memory, and must not reuse it too early
             batch.x.record_stream(torch.cuda.current_stream(self.device_id))
         if self.augment is None:
             return batch
@@ -289,7 +289,7 @@ class DaliLoader(KeyedLoader):
         return AugmentedBatch(images[: len(x)], y, views, ids_x, ids_u)
 
     def _make(self, step: int) -> SemiSupervisedBatch:
-        """Read and decode the batch of a step, again without what turns out not to decode."""
+        """Read and decode the batch of a step; begin again without images that do not decode."""
         while True:
             ids_x = self._x.decodable(self.order.indices_x, step)
             ids_u = self._u.decodable(self.order.indices_u, step)
@@ -306,13 +306,13 @@ class DaliLoader(KeyedLoader):
                 return SemiSupervisedBatch(x, labels[ids_x], u, ids_x, ids_u)
             bad = [(*places[row], reason) for row, reason in images.items()]
             if self.on_error == "raise":
-                names = "; ".join(f"{stream.images.name(at)}: {why}" for stream, at, why in bad)
+                names = "; ".join(f"{part.images.name(at)}: {why}" for part, at, why in bad)
                 raise ValueError(
                     f'{len(bad)} of {len(places)} images do not decode, which on_error="skip" '
                     f"would leave out: {names}"
                 )
-            for stream, number, reason in bad:
-                stream.bad[number] = reason
+            for part, number, reason in bad:
+                part.bad[number] = reason
 
     def _decode(
         self,
@@ -342,13 +342,13 @@ class DaliLoader(KeyedLoader):
             return self._as_torch(images).permute(0, 3, 1, 2)
 
     def _as_torch(self, images: Any) -> Tensor:
-        """The images in memory of torch's if they are on a GPU, in place if on the CPU."""
-        if self._stream is None:
+        """Return the images as a tensor: on a GPU a copy that torch owns, on the CPU in place."""
+        if self._side_stream is None:
             return from_dlpack(images.as_tensor())
-        with torch.cuda.stream(self._stream):
-            # DALI would reuse its memory without asking the stream that reads it
+        with torch.cuda.stream(self._side_stream):
+            # DALI reuses its memory, whatever stream still reads it
             copy = from_dlpack(images.as_tensor()).clone()
-        self._stream.synchronize()
+        self._side_stream.synchronize()
         return copy
 
     def _new_pipeline(self) -> Any:
@@ -361,14 +361,14 @@ class DaliLoader(KeyedLoader):
         )
 
 
-class _Stream(NamedTuple):
-    """The images of one of the two sources, and why some are known not to decode."""
+class _Part(NamedTuple):
+    """The labelled or the unlabelled part: its images, and why some are known not to decode."""
 
     images: ImageIndex
     bad: dict[int, str]
 
     def decodable(self, indices: Callable[[int], Tensor], step: int) -> Tensor:
-        """The samples of a step, bad ones replaced by the next of the order that are not."""
+        """Return the samples of a step, each bad one replaced by the next good one of the order."""
         chosen = indices(step)[0]
         if not self.bad:
             return chosen

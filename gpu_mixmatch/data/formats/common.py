@@ -112,7 +112,7 @@ def split_labels(labels: Tensor, num_labels: int, seed: int, num_classes: int) -
 
 
 def image_data(name: str, num_classes: int, train: Batch, test: Batch) -> ImageData:
-    """Images and labels of both parts as tensors."""
+    """Make the tensors of a data set of the arrays of its two parts."""
     (train_images, train_labels), (test_images, test_labels) = train, test
     return ImageData(
         train_images=torch.from_numpy(np.ascontiguousarray(train_images)),
@@ -125,7 +125,7 @@ def image_data(name: str, num_classes: int, train: Batch, test: Batch) -> ImageD
 
 
 def check_labels(labels: npt.NDArray[Any], num_classes: int, source: str | Path) -> Labels:
-    """Labels as int64; raise if one is out of range."""
+    """Return labels as int64; raise a ValueError if one is out of range."""
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(
             f"{source} must hold labels in [0, {num_classes}), got {labels.min()} to {labels.max()}"
@@ -145,7 +145,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def missing(name: str, root: Path, contents: str, detail: str = "") -> FileNotFoundError:
-    """Say that ``root`` does not hold the ``contents`` of a data set, and what it does hold."""
+    """Return the error that says what ``root`` must hold, and what it does hold."""
     if detail:
         found = detail
     elif root.is_dir():
