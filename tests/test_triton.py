@@ -24,6 +24,7 @@ from gpu_mixmatch.types import (
     Scaling,
 )
 from tests import oracle
+from tests.skips import skip_without
 from tests.tolerances import KERNEL_TOLERANCES
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -31,7 +32,8 @@ FORMATS = {False: torch.contiguous_format, True: torch.channels_last}
 HALVES = [torch.float16, torch.bfloat16]
 FLOATS = [torch.float32, *HALVES]
 
-kernels = pytest.importorskip("gpu_mixmatch.impl.triton", reason="needs Triton")
+skip_without("triton")
+kernels = importlib.import_module("gpu_mixmatch.impl.triton")
 launching = importlib.import_module("gpu_mixmatch.impl.triton.launch")
 losing = importlib.import_module("gpu_mixmatch.impl.triton.mixmatch_loss")
 

@@ -13,12 +13,10 @@ from gpu_mixmatch._extras import import_dali
 from gpu_mixmatch._validation import check_reflection, image_layout
 from gpu_mixmatch.augment.base import Augment
 from gpu_mixmatch.augment.weak import WeakAugment
-from gpu_mixmatch.types import AugmentParams, AugmentPolicy
+from gpu_mixmatch.types import LEAST_SIGMA, AugmentParams, AugmentPolicy
 
 _DYNAMIC_MODE = "experimental.dynamic"
 _OUT_OF_BOUNDS = {"reflect": "reflect_101", "zeros": "constant", "edge": "edge"}
-# DALI reads a sigma of 0 as "not given"; at this one the taps beside the centre are zero.
-_LEAST_SIGMA = 0.01
 
 
 class DaliAugment(Augment):
@@ -132,7 +130,8 @@ class DaliAugment(Augment):
         if weak.blur_radius:
             views = ndd.gaussian_blur(
                 views,
-                sigma=ndd.as_batch(draws.sigma.clamp_min(_LEAST_SIGMA)),
+                # DALI reads a sigma of 0 as "not given"; the least one blurs nothing
+                sigma=ndd.as_batch(draws.sigma.clamp_min(LEAST_SIGMA)),
                 window_size=2 * weak.blur_radius + 1,
                 dtype=ndd.float32,
             )

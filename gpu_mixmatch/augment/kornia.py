@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gpu_mixmatch._buffers import Workspace
+from gpu_mixmatch._extras import need
 from gpu_mixmatch.augment.base import DrawsForeign, NormalizedViews, float_images, seeded_generators
 from gpu_mixmatch.augment.weak import WeakAugment
 
@@ -145,13 +146,7 @@ class KorniaAugment(DrawsForeign, NormalizedViews):
 
 def kornia_augmentation() -> ModuleType:
     """Import ``kornia.augmentation`` at the moment of use."""
-    try:
-        import kornia.augmentation
-    except ImportError as error:
-        raise ImportError(
-            'Kornia is missing: pip install "kornia>=0.9,<1" (it comes with gpu-mixmatch)'
-        ) from error
-    return kornia.augmentation
+    return need("kornia.augmentation", "a Kornia engine")
 
 
 def _check_module(module: Any) -> None:

@@ -205,7 +205,7 @@ def implementation(impl: Impl, device: torch.device) -> Implementation:
     except ImportError as error:
         raise RuntimeError(
             f'impl="{name}" cannot run on {device}: {error}. '
-            f'{install_hint(name)}, or use impl="auto" or impl="eager"'
+            f'Install it ({install_hint(name)}), or use impl="auto" or impl="eager"'
         ) from error
 
 
@@ -222,7 +222,7 @@ def _automatic(device: torch.device) -> Implementation:
                 _warned_of.add(wanted)
                 warnings.warn(
                     f'impl="auto" runs plain torch on {device.type}, which is slower than '
-                    f"{wanted}: {error}. {install_hint(wanted)}",
+                    f"{wanted}: {error}. Install it ({install_hint(wanted)})",
                     RuntimeWarning,
                     stacklevel=3,
                 )

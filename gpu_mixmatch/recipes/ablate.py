@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gpu_mixmatch._extras import need
 from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.recipes.run_log import write_atomically
 from gpu_mixmatch.recipes.train import Summary, TrainConfig, train
@@ -171,11 +172,10 @@ def draw_bars(
     results: Sequence[Result], title: str, path: Path, *, with_paper: bool = False
 ) -> Path:
     """Draw errors as bars, and the paper's own beside them if asked for."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('drawing needs matplotlib: pip install "gpu-mixmatch[cli]"') from error
+    need("matplotlib", "drawing")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12 if with_paper else 7.5, 1.6 + 0.42 * len(results)))
     figure.set_layout_engine("constrained")
     FigureCanvasAgg(figure)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from gpu_mixmatch._extras import need
+
 
 class MetricsLog:
     """What a run writes: the metrics so far, a checkpoint, TensorBoard's events, the curves.
@@ -30,12 +32,9 @@ class MetricsLog:
         step: int,
         tested_on: str,
     ) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError(
-                'writing events needs TensorBoard: pip install "gpu-mixmatch[cli]"'
-            ) from error
+        need("tensorboard", "the log of a run")
+        from torch.utils.tensorboard import SummaryWriter
+
         self.out = out
         self.metrics = metrics  # they travel in the checkpoint: the two cannot disagree
         out.mkdir(parents=True, exist_ok=True)
@@ -77,11 +76,10 @@ def draw_curves(
     runs: dict[str, list[dict[str, float]]], path: Path, tested_on: str = "test"
 ) -> Path:
     """Draw error and losses over the steps of some runs as a PNG."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('drawing needs matplotlib: pip install "gpu-mixmatch[cli]"') from error
+    need("matplotlib", "drawing")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)

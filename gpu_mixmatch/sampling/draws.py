@@ -168,6 +168,62 @@ def epoch_order(seed: int, epoch: int, length: int, *, view: int = 0) -> Tensor:
     return torch.from_numpy(bijection(next(words), length)[0])
 
 
+_SPLIT_VIEW = 65_535  # no stream of a loader has it
+
+
+def split_order(seed: int, length: int, number: int = 0) -> Tensor:
+    """Return one of the orders by which a data set is split, a keyed permutation.
+
+    Its view is reserved: a split and an epoch of the same seed have nothing to do with each other.
+
+    Args:
+        seed: The key, 0 ≤ seed < 2^63.
+        length: What is put in order, of this many.
+        number: Which order, 0 ≤ number < 2^32: a split of labels takes 0 for the samples and 1 for
+            the classes.
+
+    Returns:
+        Indices, ``[length]`` int64, on the CPU.
+    """
+    return epoch_order(seed, number, length, view=_SPLIT_VIEW)
+
+
+def draw_regions(
+    seed: int,
+    step: int,
+    ids_x: Tensor,
+    ids_u: Tensor,
+    area: tuple[float, float],
+    *,
+    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+) -> NDArray[np.float32]:
+    """Draw the window of a random resized crop for each image.
+
+    The labelled images are view 0 and the unlabelled ones view 1: all views of an image share it.
+
+    Args:
+        seed: The key, 0 ≤ seed < 2^63.
+        step: The training step, 0 ≤ step < 2^32.
+        ids_x: Labelled sample ids, ``[B]`` int64.
+        ids_u: Unlabelled sample ids, ``[M]`` int64.
+        area: Least and most of the image's area that a window covers, in (0, 1].
+        aspect: Least and greatest width over height; its logarithm is uniform.
+
+    Returns:
+        ``[B + M, 4]`` float32: the share of the area, the aspect ratio, and where the window lies
+        between top and bottom and between left and right, from 0 to 1.
+
+    Raises:
+        ValueError: If the seed, the step or the ids are out of range.
+    """
+    (words,) = draw_words(seed, step, 1, [(rows_of([(ids_x, 0), (ids_u, 1)]), Purpose.REGION)])
+    uniforms = (words[:, 0] >> np.uint64(8)) * 2.0**-24  # [4, B + M] float64
+    limits = np.array([area, np.log(aspect), (0, 1), (0, 1)])
+    regions = limits[:, :1] + (limits[:, 1:] - limits[:, :1]) * uniforms
+    regions[1] = np.exp(regions[1])
+    return np.ascontiguousarray(regions.T, dtype=np.float32)
+
+
 Arrays = tuple[NDArray[Any], ...]  # of the fields of AugmentParams or MixUpParams, ``[S, R, ...]``
 
 
