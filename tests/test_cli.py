@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from gpu_mixmatch.cli import app as cli
 from gpu_mixmatch.data.images import file_list
 from gpu_mixmatch.recipes import ablate
+from gpu_mixmatch.recipes.train import Summary, TrainConfig
 from tests.image_files import broken_images, write_folder
 
 RUNNER = CliRunner()
@@ -193,6 +194,20 @@ def test_demo_compares_supervised_training_with_mixmatch():
 def test_seeds_must_be_integers(seeds):
     with pytest.raises(ValueError, match="seeds must be integers, comma-separated"):
         run("demo", "--seeds", seeds)
+
+
+def test_comparison_loads_images_at_the_size_of_the_config(folder, monkeypatch):
+    shapes = []
+
+    def train(config, *, data, on_step):
+        shapes.append(tuple(data.test_images.shape))
+        return Summary(error=1.0, median_error=2.0, best_error=0.5, seconds=0.0)
+
+    monkeypatch.setattr(ablate, "train", train)
+    config = TrainConfig("folder", root=str(folder), size=16, labels=None)
+    (result,) = ablate.compare(config, [ablate.FULL], [1, 2])
+    assert shapes == [(6, 3, 16, 16)] * 2
+    assert result.errors == [1.0, 1.0]
 
 
 def test_unknown_ablation_row_is_named():

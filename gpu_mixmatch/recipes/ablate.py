@@ -98,7 +98,7 @@ def compare(
         raise ValueError(
             f"rows and seeds must not be empty, got {len(rows)} rows and {len(seeds)} seeds"
         )
-    data = load_dataset(config.dataset, config.root)
+    data = load_dataset(config.dataset, config.root, config.size)
     results = []
     for row in rows:
         errors = []
