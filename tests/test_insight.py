@@ -6,7 +6,7 @@ from torch import nn
 
 from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, _validation
 from gpu_mixmatch.insight import GuessWatch, TensorBoardInsight
-from gpu_mixmatch.recipes.train import parameter_digest
+from tests.digest import parameter_digest
 from tests.test_no_sync import NUM_CLASSES, Net, NoExport, NoSync, data, train_step
 
 NUM_UNLABELLED = 20
