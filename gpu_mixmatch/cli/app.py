@@ -31,7 +31,7 @@ from gpu_mixmatch._ranks import is_launched, rank
 from gpu_mixmatch.cli import bench, doctor
 from gpu_mixmatch.data import check_images
 from gpu_mixmatch.data.datasets import load_dataset
-from gpu_mixmatch.insight import preview
+from gpu_mixmatch.insight.dataset_preview import preview_dataset
 from gpu_mixmatch.recipes import ablate
 from gpu_mixmatch.recipes.choices import choose_filters, choose_preset, make_augment, make_weak
 from gpu_mixmatch.recipes.distributed import process_group
@@ -192,7 +192,7 @@ def preview_command(
     preset = choose_preset("paper", dataset)
     height, width = data.test_images.shape[2:]
     weak = make_weak(dataset, preset, height)
-    path = preview.preview(
+    path = preview_dataset(
         data,
         out,
         seed=seed,
