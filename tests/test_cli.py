@@ -1,22 +1,25 @@
 """The command line, through the entry point that a user calls."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from gpu_mixmatch.cli import app as cli
+from gpu_mixmatch.cli import app, doctor
 from gpu_mixmatch.data.images import file_list
 from gpu_mixmatch.recipes import ablate
+from gpu_mixmatch.recipes.train import Summary, TrainConfig
 from tests.image_files import broken_images, write_folder
 
 RUNNER = CliRunner()
 
 
 def run(*arguments: str) -> str:
-    result = RUNNER.invoke(cli.app, arguments, catch_exceptions=False)
+    result = RUNNER.invoke(app.app, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -28,11 +31,24 @@ def run_main(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def last_error(out: Path) -> float:
+    """Error of the last evaluation that a run logged, in percent."""
+    return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["error"]
+
+
 def test_train_prints_the_error_that_it_logged(tmp_path):
     out = tmp_path / "run"
     output = run("train", "--out", str(out), "--steps", "4", "--batch-size", "8")
-    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-    assert f"test error {last['error']:.2f} %" in output
+    assert f"\ntest error {last_error(out):.2f} %, median" in output
+
+
+@pytest.mark.parametrize(("options", "filters"), [((), 32), (("--filters", "16"), 16)])
+def test_train_says_how_wide_the_wide_resnet_is(tmp_path, options, filters):
+    out = tmp_path / "run"
+    arguments = ("train", "--out", str(out), "--steps", "1", "--batch-size", "4")
+    output = run(*arguments, "--model", "wrn-28-2", *options)
+    assert output.startswith(f"wrn-28-2 with {filters} filters in its first stage")
+    assert json.loads((out / "config.json").read_text())["filters"] == filters
 
 
 def test_train_resumes_from_the_command_line(tmp_path):
@@ -56,7 +72,7 @@ def test_train_reads_a_folder_through_every_loader(tmp_path, folder, loader, aug
     arguments = ("train", "--out", str(out), "--steps", "2", "--batch-size", "4", "--workers", "0")
     files = ("--dataset", "folder", "--root", str(folder), "--size", "16")
     output = run(*arguments, *files, "--loader", loader, "--augment", augment)
-    assert "test error" in output
+    assert f"\ntest error {last_error(out):.2f} %, median" in output
     config = json.loads((out / "config.json").read_text())
     expected = {"loader": loader, "augment": augment, "size": 16, "num_workers": 0, "labels": None}
     assert config.items() >= expected.items()
@@ -65,10 +81,11 @@ def test_train_reads_a_folder_through_every_loader(tmp_path, folder, loader, aug
 def test_folder_without_test_images_says_what_errors_are_of(tmp_path, folder):
     (folder / "test").rename(tmp_path / "elsewhere")
     arguments = ("--dataset", "folder", "--root", str(folder), "--steps", "2")
+    out = tmp_path / "run"
     # a long path is broken anywhere
-    output = "".join(run("train", "--out", str(tmp_path / "run"), *arguments).split())
-    assert "/test:errorsarethoseonthelabelledimages." in output
-    assert "labellederror" in output
+    output = "".join(run("train", "--out", str(out), *arguments).split())
+    assert output.startswith(f"Thereisno{folder}/test:errorsarethoseonthelabelledimages.")
+    assert f"labellederror{last_error(out):.2f}%" in output
     assert "testerror" not in output
     with pytest.raises(ValueError, match=r"root must hold a folder test to compare on"):
         run("demo", *arguments, "--seeds", "0")
@@ -164,10 +181,15 @@ def test_preview_takes_a_folder(tmp_path, folder):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_doctor_shows_the_extra_to_install():
-    output = run("doctor")
-    assert "impl eager" in output
-    assert "CUDA device" in output
+def test_doctor_shows_every_finding_with_its_remedy(monkeypatch):
+    findings = [
+        doctor.Finding("engine good", True, "version 1", None),
+        doctor.Finding("engine bad", False, "not installed", 'pip install "package[extra]"'),
+    ]
+    monkeypatch.setattr(doctor, "examine", lambda: findings)
+    rows = [" ".join(re.findall(r"[^\s│┃]+", line)) for line in run("doctor").splitlines()]
+    assert "ok engine good version 1" in rows
+    assert 'no engine bad not installed pip install "package[extra]"' in rows
 
 
 def test_ablate_writes_rows_next_to_the_papers(tmp_path):
@@ -183,16 +205,42 @@ def test_ablate_writes_rows_next_to_the_papers(tmp_path):
     assert (out / "ablation.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_demo_compares_supervised_training_with_mixmatch():
+def test_demo_prints_both_errors_and_their_ratio():
     output = run("demo", "--steps", "2", "--seeds", "0")
-    assert "supervised only" in output
-    assert "times the errors of supervised training" in " ".join(output.split())
+    results = ablate.compare(TrainConfig(steps=2), [ablate.SUPERVISED, ablate.FULL], [0])
+    supervised, mixmatch = (result.mean for result in results)
+    rows = [" ".join(re.findall(r"[^\s│┃]+", line)) for line in output.splitlines()]
+    assert f"supervised only {supervised:.2f} {supervised:.2f} ± 0.00" in rows
+    assert f"MixMatch {mixmatch:.2f} {mixmatch:.2f} ± 0.00" in rows
+    assert f"MixMatch: {mixmatch / supervised:.2f} × the supervised error" in rows
+
+
+def test_module_runs_the_command_line():
+    command = [sys.executable, "-m", "gpu_mixmatch.cli", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    _, commands = result.stdout.split("Commands")
+    names = re.findall(r"^│ ([a-z-]+) ", commands, re.MULTILINE)
+    assert names == ["train", "preview", "check-images", "ablate", "demo", "bench", "doctor"]
 
 
 @pytest.mark.parametrize("seeds", ["", "a", "1,,2"])
 def test_seeds_must_be_integers(seeds):
     with pytest.raises(ValueError, match="seeds must be integers, comma-separated"):
         run("demo", "--seeds", seeds)
+
+
+def test_comparison_loads_images_at_the_size_of_the_config(folder, monkeypatch):
+    shapes = []
+
+    def train(config, *, data, on_step):
+        shapes.append(tuple(data.test_images.shape))
+        return Summary(error=1.0, median_error=2.0, best_error=0.5, seconds=0.0)
+
+    monkeypatch.setattr(ablate, "train", train)
+    config = TrainConfig("folder", root=str(folder), size=16, labels=None)
+    (result,) = ablate.compare(config, [ablate.FULL], [1, 2])
+    assert shapes == [(6, 3, 16, 16)] * 2
+    assert result.errors == [1.0, 1.0]
 
 
 def test_unknown_ablation_row_is_named():

@@ -18,7 +18,7 @@ from torch import nn
 
 from gpu_mixmatch import MixMatch, MixMatchLoss, ResidentLoader, WeakAugment
 from gpu_mixmatch.recipes.distributed import current_device, process_group
-from gpu_mixmatch.recipes.train import Job, TrainConfig
+from gpu_mixmatch.recipes.train import TrainConfig, TrainRun
 
 BATCH = 4  # of each rank
 CLASSES = 3
@@ -110,7 +110,8 @@ RANKS = """
     from gpu_mixmatch import MixMatch
     from gpu_mixmatch.data.datasets import load_dataset
     from gpu_mixmatch.recipes.distributed import process_group, rank, replicate, world_size
-    from gpu_mixmatch.recipes.train import Job, TrainConfig, parameter_digest, train
+    from gpu_mixmatch.recipes.train import TrainConfig, TrainRun, train
+    from tests.digest import parameter_digest
     from tests.test_distributed import BATCH, RUN, batches, builder, draws, gradient, loader_of
     from tests.test_distributed import loss_of, noise, plain_model, weights
 
@@ -149,17 +150,17 @@ RANKS = """
         data = load_dataset("digits")
         found["digests"] = {}
         for preset in ("fast", "paper", "yu1ut"):
-            job = Job(TrainConfig(steps=3, batch_size=4, preset=preset), data)
-            for step, batch in enumerate(job.loader):
+            run = TrainRun(TrainConfig(steps=3, batch_size=4, preset=preset), data)
+            for step, batch in enumerate(run.loader):
                 if rank() == step % 2:  # a guess that nobody else makes
-                    guess = MixMatch(job.augment, 10)(batch.x, batch.y, batch.u, job.network)
+                    guess = MixMatch(run.augment, 10)(batch.x, batch.y, batch.u, run.network)
                     guess.check()
-                job.train_step(batch)
-            found["digests"][preset] = parameter_digest(job.model), parameter_digest(job.ema)
+                run.train_step(batch)
+            found["digests"][preset] = parameter_digest(run.model), parameter_digest(run.ema)
 
-        job = Job(TrainConfig(batch_size=4, supervised=True), data)
+        run = TrainRun(TrainConfig(batch_size=4, supervised=True), data)
         images, labels = noise(8, 4)
-        losses = job.train_step(first._replace(x=images, y=labels))
+        losses = run.train_step(first._replace(x=images, y=labels))
         found["loss of the same images"] = float(losses["loss"])
 
         out = folder / f"run-{rank()}"
@@ -178,17 +179,17 @@ KILLED = """
 
     from gpu_mixmatch.cli import app as cli
     from gpu_mixmatch.recipes.distributed import rank
-    from gpu_mixmatch.recipes.train import Job
+    from gpu_mixmatch.recipes.train import TrainRun
     from tests.test_distributed import KILLED_AT
 
-    train_step = Job.train_step
+    train_step = TrainRun.train_step
 
-    def dying(job, batch):
-        if rank() == 1 and job.step == KILLED_AT:
+    def dying(run, batch):
+        if rank() == 1 and run.step == KILLED_AT:
             os.kill(os.getpid(), signal.SIGKILL)
-        return train_step(job, batch)
+        return train_step(run, batch)
 
-    Job.train_step = dying
+    TrainRun.train_step = dying
     cli.main()
 """
 
@@ -357,7 +358,7 @@ def test_a_killed_job_resumes_to_the_last_bit(folder, found, killed):
 def test_checkpoint_of_two_processes_is_refused_by_one(folder, found):
     state = torch.load(folder / "run-0" / "checkpoint.pt", weights_only=True)
     with pytest.raises(ValueError, match=r"got world_size: 2 in the checkpoint, 1 now"):
-        Job(RUN).load_state_dict(state)
+        TrainRun(RUN).load_state_dict(state)
 
 
 def test_sync_batchnorm_is_refused_on_a_cpu():
@@ -368,8 +369,8 @@ def test_sync_batchnorm_is_refused_on_a_cpu():
 def test_one_process_needs_no_group():
     with process_group("cpu"):
         assert not torch.distributed.is_initialized()
-        job = Job(TrainConfig(steps=1, batch_size=4))
-        assert job.network is job.model
+        run = TrainRun(TrainConfig(steps=1, batch_size=4))
+        assert run.network is run.model
     assert current_device("cpu") == torch.device("cpu")
 
 

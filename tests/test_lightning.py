@@ -20,8 +20,8 @@ from gpu_mixmatch.data import AugmentedBatch, SemiSupervisedBatch
 from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.integrations.lightning import MixMatchMixin, insight_callback
 from gpu_mixmatch.recipes.models import build_model
-from gpu_mixmatch.recipes.train import parameter_digest
 from gpu_mixmatch.types import MixMatchBatch
+from tests.digest import parameter_digest
 from tests.skips import skip_without
 
 L = skip_without("lightning")

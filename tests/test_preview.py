@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from gpu_mixmatch import DaliAugment, MixMatch, WeakAugment, presets
 from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.data.formats.common import ImageData
-from gpu_mixmatch.insight.preview import CLASS_NAMES, draw_preview, preview
+from gpu_mixmatch.insight.canvas import DPI, IMAGE_SIDE, MARGIN, TO_HEADS, TO_ROWS
+from gpu_mixmatch.insight.dataset_preview import CLASS_NAMES, preview_dataset
+from gpu_mixmatch.insight.preview import draw_preview
 from gpu_mixmatch.recipes.choices import make_augment
 from gpu_mixmatch.recipes.models import SmallCNN
 from tests.image_files import CLASSES, write_folder
@@ -101,14 +103,15 @@ def bars(figure: Figure, num_classes: int) -> list[np.ndarray]:
 @pytest.mark.parametrize(
     ("views", "channels", "side"), [(1, 1, 8), (2, 3, 32), (3, 1, 28), (2, 3, 96), (3, 3, 17)]
 )
-def test_a_picture_of_any_size_and_number_of_views_is_written_and_not_blank(
+def test_a_picture_of_any_size_and_number_of_views_shows_the_first_unlabelled_image(
     tmp_path: Path, views: int, channels: int, side: int
 ) -> None:
+    u = images(7, channels, side)
     path = draw_preview(
         builder(num_augmentations=views),
         images(5, channels, side),
         torch.arange(5),
-        images(7, channels, side),
+        u,
         network(channels=channels),
         tmp_path / "new" / "folder" / "preview.png",
         rows=2,
@@ -117,7 +120,14 @@ def test_a_picture_of_any_size_and_number_of_views_is_written_and_not_blank(
     height, width = pixels.shape[:2]
     assert 1000 <= width <= 1600
     assert height >= 800
-    assert pixels[..., :3].var() > 0.01
+    top, left = 1.25 + TO_HEADS + TO_ROWS, MARGIN
+    centres = (np.arange(side) + 0.5) * IMAGE_SIDE / side
+    rows, columns = ((DPI * (start + centres)).astype(int) for start in (top, left))
+    expected = u[0].permute(1, 2, 0).expand(-1, -1, 3).numpy() / 255
+    # a picture may begin a pixel higher: its corner is rounded
+    shown = np.stack([pixels[rows[:, None] - shift, columns, :3] for shift in (0, 1)])
+    errors = np.abs(shown - expected).max(axis=3).min(axis=0)
+    assert (errors < 0.005).mean() > 0.95
     assert np.all(pixels[[0, -1]] == 1)
     assert np.all(pixels[:, [0, -1]] == 1)
 
@@ -475,11 +485,13 @@ def test_preview_of_a_folder_names_its_classes(tmp_path: Path, figures: list[Fig
     data = load_dataset("folder", tmp_path, 16)
     preset = presets.paper("cifar10")
     for labels, text in ((None, "9 labelled + 2 × 15 unlabelled"), (3, "3 labelled + 2 × 15")):
-        preview(data, tmp_path / "a.png", preset=preset, labels=labels, train_steps=2, rows=1)
+        preview_dataset(
+            data, tmp_path / "a.png", preset=preset, labels=labels, train_steps=2, rows=1
+        )
         assert text in figures[-1].texts[1].get_text()
         assert tick_names(figures[-1])[0] == list(CLASSES)
     with pytest.raises(ValueError, match="labels must be a number for digits, got None"):
-        preview(dataset(), tmp_path / "a.png", labels=None)
+        preview_dataset(dataset(), tmp_path / "a.png", labels=None)
 
 
 @pytest.mark.parametrize(
@@ -489,7 +501,7 @@ def test_preview_of_a_folder_names_its_classes(tmp_path: Path, figures: list[Fig
 def test_preview_of_a_data_set_names_its_classes(
     tmp_path: Path, figures: list[Figure], name: str, channels: int, expected: str
 ) -> None:
-    out = preview(
+    out = preview_dataset(
         dataset(name, channels), tmp_path / "preview.png", labels=20, train_steps=2, rows=1
     )
     assert out == tmp_path / "preview.png"
@@ -502,11 +514,11 @@ def test_preview_is_a_function_of_its_arguments(tmp_path: Path) -> None:
     options: dict[str, Any] = {"labels": 20, "train_steps": 2, "rows": 1}
     paths = [tmp_path / f"{number}.png" for number in range(3)]
     generator = torch.get_rng_state()
-    preview(dataset(), paths[0], seed=1, **options)
+    preview_dataset(dataset(), paths[0], seed=1, **options)
     assert torch.equal(torch.get_rng_state(), generator)
     torch.rand(3)
-    preview(dataset(), paths[1], seed=1, **options)
-    preview(dataset(), paths[2], seed=2, **options)
+    preview_dataset(dataset(), paths[1], seed=1, **options)
+    preview_dataset(dataset(), paths[2], seed=2, **options)
     assert np.array_equal(imread(paths[0]), imread(paths[1]))
     assert not np.array_equal(imread(paths[0]), imread(paths[2]))
 
@@ -514,7 +526,7 @@ def test_preview_is_a_function_of_its_arguments(tmp_path: Path) -> None:
 def test_preview_takes_another_preset_engine_and_number_of_views(
     tmp_path: Path, figures: list[Figure]
 ) -> None:
-    preview(
+    preview_dataset(
         dataset("mine"),
         tmp_path / "preview.png",
         preset=presets.usb("digits"),
@@ -533,4 +545,4 @@ def test_preview_takes_another_preset_engine_and_number_of_views(
 
 def test_preview_of_a_data_set_without_a_preset_names_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dataset must be one of"):
-        preview(dataset("mine"), tmp_path / "preview.png")
+        preview_dataset(dataset("mine"), tmp_path / "preview.png")

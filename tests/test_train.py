@@ -1,4 +1,4 @@
-"""The training job: learns, logs, and resumes to the last bit."""
+"""A training run learns, logs, and resumes to the last bit."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
@@ -15,8 +15,11 @@ import torch
 
 from gpu_mixmatch import DaliAugment, KorniaAugment, WeakAugment
 from gpu_mixmatch.data.datasets import load_dataset
-from gpu_mixmatch.recipes.choices import AUGMENTS, LOADERS, make_augment
-from gpu_mixmatch.recipes.train import Job, TrainConfig, parameter_digest, train
+from gpu_mixmatch.data.formats.common import ImageData
+from gpu_mixmatch.recipes.choices import AUGMENTS, LOADERS, PRESET_NAMES, make_augment
+from gpu_mixmatch.recipes.models import SmallCNN, build_model, wideresnet28
+from gpu_mixmatch.recipes.train import TrainConfig, TrainRun, train
+from tests.digest import parameter_digest
 from tests.image_files import write_folder
 
 SHORT = TrainConfig(steps=6, eval_every=2, batch_size=8)
@@ -48,20 +51,20 @@ def of_folder(root: Path, **fields) -> TrainConfig:
     return TrainConfig(dataset="folder", root=str(root), size=16, **fields)
 
 
-def take_steps(job: Job, count: int) -> Job:
-    for batch in islice(job.loader, count):
-        job.train_step(batch)
-    return job
+def take_steps(run: TrainRun, count: int) -> TrainRun:
+    for batch in islice(run.loader, count):
+        run.train_step(batch)
+    return run
 
 
-def digest(job: Job) -> str:
-    return parameter_digest(job.model) + parameter_digest(job.ema)
+def digest(run: TrainRun) -> str:
+    return parameter_digest(run.model) + parameter_digest(run.ema)
 
 
 def digest_of(out: Path, **fields) -> str:
-    job = Job(TrainConfig(**fields))
-    job.load_state_dict(torch.load(out / "checkpoint.pt", weights_only=True))
-    return digest(job)
+    run = TrainRun(TrainConfig(**fields))
+    run.load_state_dict(torch.load(out / "checkpoint.pt", weights_only=True))
+    return digest(run)
 
 
 def run_in_process(out: Path, **fields) -> subprocess.Popen[bytes]:
@@ -117,8 +120,8 @@ def test_run_killed_at_any_moment_resumes_to_the_last_bit(
 @pytest.mark.parametrize("supervised", [False, True])
 def test_every_loader_and_engine_resumes_to_the_last_bit(folder, loader, augment, supervised):
     config = of_folder(folder, loader=loader, augment=augment, supervised=supervised, num_workers=0)
-    whole = take_steps(Job(config), 4)
-    first, second = take_steps(Job(config), 2), Job(config)
+    whole = take_steps(TrainRun(config), 4)
+    first, second = take_steps(TrainRun(config), 2), TrainRun(config)
     state = first.state_dict()
     second.load_state_dict(state)
     assert state["loader"] == {"seed": 0, "step": 2}
@@ -127,16 +130,16 @@ def test_every_loader_and_engine_resumes_to_the_last_bit(folder, loader, augment
 
 def test_batches_in_memory_and_from_workers_train_alike(folder):
     for config in (SHORT, of_folder(folder)):
-        jobs = [
-            take_steps(Job(replace(config, loader=loader, num_workers=workers)), 3)
+        runs = [
+            take_steps(TrainRun(replace(config, loader=loader, num_workers=workers)), 3)
             for loader, workers in (("resident", 0), ("dataloader", 0), ("dataloader", 2))
         ]
-        assert len({digest(job) for job in jobs}) == 1
+        assert len({digest(run) for run in runs}) == 1
 
 
 def test_dali_takes_the_files_that_the_others_take(folder):
     batches = [
-        next(iter(Job(of_folder(folder, loader=loader, num_workers=0)).loader))
+        next(iter(TrainRun(of_folder(folder, loader=loader, num_workers=0)).loader))
         for loader in ("dali", "dataloader")
     ]
     by_dali, by_pil = batches
@@ -149,8 +152,8 @@ def test_dali_takes_the_files_that_the_others_take(folder):
 
 def test_dali_engine_trains_as_the_weak_one(folder):
     # the views are equal to rounding, which a few steps of Adam magnify
-    jobs = [take_steps(Job(of_folder(folder, augment=name)), 2) for name in ("weak", "dali")]
-    weak, dali = (job.model.state_dict() for job in jobs)
+    runs = [take_steps(TrainRun(of_folder(folder, augment=name)), 2) for name in ("weak", "dali")]
+    weak, dali = (run.model.state_dict() for run in runs)
     for name, value in weak.items():
         torch.testing.assert_close(dali[name], value, rtol=1e-2, atol=1e-3)
 
@@ -179,14 +182,14 @@ def test_engines_have_the_policy_of_the_preset():
 
 @pytest.mark.parametrize(("size", "padding"), [(32, 4), (96, 12), (7, 0)])
 def test_images_of_a_folder_shift_by_an_eighth(folder, size, padding):
-    job = Job(replace(of_folder(folder), size=size))
-    assert job.augment.padding == padding
-    assert job.augment.flip == 0.5
+    run = TrainRun(replace(of_folder(folder), size=size))
+    assert run.augment.padding == padding
+    assert run.augment.flip == 0.5
 
 
 def test_dali_refuses_images_in_memory():
     with pytest.raises(ValueError, match=r"loader must be 'resident' or 'dataloader' for images"):
-        Job(TrainConfig(loader="dali"))
+        TrainRun(TrainConfig(loader="dali"))
 
 
 def test_folder_without_test_images_is_tested_on_the_labelled_ones(tmp_path, folder):
@@ -194,10 +197,10 @@ def test_folder_without_test_images_is_tested_on_the_labelled_ones(tmp_path, fol
     root.mkdir()
     for part in ("labelled", "unlabelled"):
         (root / part).symlink_to(folder / part)
-    job = Job(of_folder(root))
-    assert job.tested_on == "labelled"
-    assert torch.equal(job.test_images, load_dataset("folder", root, 16).labelled.load())
-    assert Job(of_folder(folder)).tested_on == "test"
+    run = TrainRun(of_folder(root))
+    assert run.tested_on == "labelled"
+    assert torch.equal(run.test_images, load_dataset("folder", root, 16).labelled.load())
+    assert TrainRun(of_folder(folder)).tested_on == "test"
 
 
 def test_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path):
@@ -216,12 +219,12 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
 
 def test_run_does_not_depend_on_global_generators():
     torch.manual_seed(1)
-    first = Job(SHORT)
+    first = TrainRun(SHORT)
     torch.manual_seed(2)
-    second = Job(SHORT)
-    for job in (first, second):
+    second = TrainRun(SHORT)
+    for run in (first, second):
         torch.rand(3)
-        take_steps(job, 1)
+        take_steps(run, 1)
     assert parameter_digest(first.model) == parameter_digest(second.model)
 
 
@@ -234,7 +237,7 @@ def test_run_leaves_the_global_generator_alone():
 
 
 def test_other_seed_gives_other_weights():
-    digests = {parameter_digest(Job(TrainConfig(seed=seed)).model) for seed in range(3)}
+    digests = {parameter_digest(TrainRun(TrainConfig(seed=seed)).model) for seed in range(3)}
     assert len(digests) == 3
 
 
@@ -251,11 +254,10 @@ def test_checkpoint_of_another_configuration_is_refused(tmp_path):
         train(other, out, resume=True)
 
 
-@pytest.mark.parametrize("changes", [{"steps": 0}, {"batch_size": 0}, {"labels": 0}, {"size": 0}])
-def test_config_out_of_range_is_refused(changes):
-    (name,) = changes
+@pytest.mark.parametrize("name", ["steps", "batch_size", "labels", "size", "filters"])
+def test_number_out_of_range_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        TrainConfig(**changes)
+        TrainConfig(**{name: 0})
 
 
 @pytest.mark.parametrize(
@@ -266,7 +268,7 @@ def test_unknown_choice_is_refused(name, choice):
         TrainConfig(**{name: "best"})
 
 
-def test_run_writes_what_it_says(tmp_path):
+def test_run_writes_metrics_events_curves_and_its_configuration(tmp_path):
     out = tmp_path / "run"
     summary = train(SHORT, out)
     entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -275,7 +277,8 @@ def test_run_writes_what_it_says(tmp_path):
     assert {"loss", "loss_x", "loss_u", "weight_u", "seconds"} <= entries[0].keys()
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list(out.glob("events.out.tfevents.*"))
-    assert json.loads((out / "config.json").read_text())["steps"] == 6
+    config = json.loads((out / "config.json").read_text())
+    assert config == {**asdict(SHORT), "filters": None, "num_parameters": 56_554}
     assert not list(out.glob("*.partial"))
 
 
@@ -297,46 +300,98 @@ def test_weight_ramps_over_half_of_a_short_run(tmp_path):
     assert [entry["weight_u"] for entry in entries] == [0, 1, 2, 3, 4, 4, 4, 4]
 
 
-@pytest.mark.parametrize("preset", ["fast", "paper", "yu1ut", "usb"])
-def test_every_preset_trains(preset):
-    summary = train(TrainConfig(steps=2, batch_size=8, preset=preset, eval_every=1))
-    assert 0 <= summary.error <= 100
+@pytest.mark.parametrize(
+    ("preset", "model"), [*((name, "cnn") for name in PRESET_NAMES), ("paper", "wrn-28-2")]
+)
+def test_a_step_of_every_preset_moves_every_kernel(preset, model):
+    run = TrainRun(TrainConfig(steps=1, batch_size=4, preset=preset, model=model))
+    before = [kernel.detach().clone() for kernel in run.kernels]
+    take_steps(run, 1)
+    assert all(kernel.isfinite().all() for kernel in run.kernels)
+    assert not any(torch.equal(*pair) for pair in zip(run.kernels, before, strict=True))
 
 
-def test_wide_resnet_trains():
-    assert 0 <= train(TrainConfig(steps=1, batch_size=4, model="wrn-28-2")).error <= 100
+def images_of(dataset: str, num_classes: int, channels: int = 3) -> ImageData:
+    """An image of each class to train on, and one to test on."""
+    images = torch.zeros(num_classes, channels, 32, 32, dtype=torch.uint8)
+    labels = torch.arange(num_classes)
+    return ImageData(images, labels, images[:1], labels[:1], num_classes, dataset)
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("preset", "dataset", "num_classes", "filters"),
+    [
+        ("paper", "cifar100", 100, 135),
+        ("fast", "cifar100", 100, 135),
+        ("yu1ut", "cifar100", 100, 32),
+        ("usb", "cifar100", 100, 32),
+        ("paper", "cifar10", 10, 32),
+        ("fast", "fashion-mnist", 10, 32),
+        ("paper", "folder", 3, 32),
+    ],
+)
+def test_wide_resnet_is_as_wide_as_the_preset_has_it(preset, dataset, num_classes, filters):
+    config = TrainConfig(dataset=dataset, labels=None, model="wrn-28-2", preset=preset)
+    run = TrainRun(config, images_of(dataset, num_classes))
+    with torch.device("meta"):
+        expected = wideresnet28(num_classes, filters=filters)
+    assert num_parameters(run.model) == num_parameters(expected)
+    assert run.description()["filters"] == filters
+    assert run.description()["num_parameters"] == num_parameters(expected)
+
+
+@pytest.mark.parametrize("preset", ["fast", "usb"])
+@pytest.mark.parametrize("model", ["wrn-28-2", "cnn"])
+def test_filters_of_the_config_replace_those_of_the_preset(preset, model):
+    config = TrainConfig("cifar100", labels=None, model=model, preset=preset, filters=4)
+    run = TrainRun(config, images_of("cifar100", 100))
+    assert num_parameters(run.model) == num_parameters(build_model(model, 100, 3, 4))
+    assert run.description()["filters"] == 4
+
+
+def test_small_cnn_is_the_same_under_every_preset():
+    for preset in PRESET_NAMES:
+        run = TrainRun(
+            TrainConfig("cifar100", labels=None, preset=preset), images_of("cifar100", 100)
+        )
+        assert num_parameters(run.model) == num_parameters(SmallCNN(100, in_channels=3))
+        assert run.description()["filters"] is None
 
 
 def test_teacher_changes_the_guess_and_is_not_saved_twice():
     config = TrainConfig(steps=4, batch_size=8, ema_teacher=True, ema_decay=0.5)
-    job, plain = Job(config), Job(TrainConfig(steps=4, batch_size=8, ema_decay=0.5))
-    for each in (job, plain):
+    run, plain = TrainRun(config), TrainRun(TrainConfig(steps=4, batch_size=8, ema_decay=0.5))
+    for each in (run, plain):
         take_steps(each, 4)
-    assert job.mixmatch.teacher is job.ema
-    assert set(job.mixmatch.state_dict()) == {"seed", "step"}
-    assert parameter_digest(job.model) != parameter_digest(plain.model)
+    assert run.mixmatch.teacher is run.ema
+    assert set(run.mixmatch.state_dict()) == {"seed", "step"}
+    assert parameter_digest(run.model) != parameter_digest(plain.model)
 
 
 def test_decay_shrinks_kernels_only():
     # a learning rate of zero leaves the decay alone at work
-    job = Job(TrainConfig(steps=1, batch_size=8, supervised=True, lr=0.0))
-    before = {name: value.detach().clone() for name, value in job.model.named_parameters()}
-    kernels = {id(kernel) for kernel in job.kernels}
-    take_steps(job, 1)
-    for name, value in job.model.named_parameters():
+    run = TrainRun(TrainConfig(steps=1, batch_size=8, supervised=True, lr=0.0))
+    before = {name: value.detach().clone() for name, value in run.model.named_parameters()}
+    kernels = {id(kernel) for kernel in run.kernels}
+    take_steps(run, 1)
+    for name, value in run.model.named_parameters():
         factor = 1 - 4e-5 if id(value) in kernels else 1.0
         torch.testing.assert_close(value.detach(), before[name] * factor, rtol=1e-7, atol=0)
 
 
 def test_usb_decays_kernels_through_the_gradient():
-    job = Job(TrainConfig(steps=1, batch_size=8, preset="usb"))
+    run = TrainRun(TrainConfig(steps=1, batch_size=8, preset="usb"))
     decays = {
         id(parameter): group["weight_decay"]
-        for group in job.optimizer.param_groups
+        for group in run.optimizer.param_groups
         for parameter in group["params"]
     }
-    kernels = {id(kernel) for kernel in job.kernels}
-    assert len(decays) == len(list(job.model.parameters()))
+    kernels = {id(kernel) for kernel in run.kernels}
+    assert len(decays) == len(list(run.model.parameters()))
     assert all(decay == (5e-4 if key in kernels else 0.0) for key, decay in decays.items())
 
 

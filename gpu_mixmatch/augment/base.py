@@ -88,6 +88,11 @@ class Augment(Protocol):
         """Mean and std of the views in [0, 1] units, one or one per channel; None if unknown."""
         return None
 
+    @property
+    def normalize(self) -> Callable[[Tensor], Tensor] | None:
+        """Makes of images what views are, without augmenting, for evaluation; None if unknown."""
+        return None
+
     def draw_batch(
         self,
         seed: int,
@@ -143,7 +148,7 @@ class Augment(Protocol):
 
 
 class _Completed(Augment):
-    """An engine that has `draw_batch` and `build`, perhaps a ``policy``, and nothing more."""
+    """An engine that has `draw_batch` and `build`, and of the rest what it happens to have."""
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
@@ -156,6 +161,16 @@ class _Completed(Augment):
     @property
     def drawn_by_builder(self) -> bool:
         return self.policy is not None
+
+    @property
+    def normalisation(self) -> tuple[Sequence[float], Sequence[float]] | None:
+        mean, std = getattr(self.engine, "mean", None), getattr(self.engine, "std", None)
+        return None if mean is None or std is None else (mean, std)
+
+    @property
+    def normalize(self) -> Callable[[Tensor], Tensor] | None:
+        normalize: Callable[[Tensor], Tensor] | None = getattr(self.engine, "normalize", None)
+        return normalize
 
     def draw_batch(self, *args: Any, **options: Any) -> Any:
         return self.engine.draw_batch(*args, **options)

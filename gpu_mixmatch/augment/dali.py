@@ -60,6 +60,10 @@ class DaliAugment(Augment):
         """Mean and std; see `Augment`."""
         return self.weak.normalisation
 
+    def normalize(self, images: Tensor) -> Tensor:
+        """Convert and normalise without augmenting; see `WeakAugment.normalize`."""
+        return self.weak.normalize(images)
+
     def draw_batch(
         self,
         seed: int,

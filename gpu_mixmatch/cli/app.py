@@ -28,17 +28,14 @@ except ImportError as error:
 import torch
 
 from gpu_mixmatch._ranks import is_launched, rank
-from gpu_mixmatch.cli.bench import as_text
-from gpu_mixmatch.cli.bench import bench as compare
-from gpu_mixmatch.cli.doctor import examine
-from gpu_mixmatch.data import check_images as check
+from gpu_mixmatch.cli import bench, doctor
+from gpu_mixmatch.data import check_images
 from gpu_mixmatch.data.datasets import load_dataset
-from gpu_mixmatch.insight.preview import preview as draw
-from gpu_mixmatch.recipes import ablate as recipe
-from gpu_mixmatch.recipes.choices import choose_preset, make_augment, make_weak
+from gpu_mixmatch.insight.dataset_preview import preview_dataset
+from gpu_mixmatch.recipes import ablate
+from gpu_mixmatch.recipes.choices import choose_filters, choose_preset, make_augment, make_weak
 from gpu_mixmatch.recipes.distributed import process_group
-from gpu_mixmatch.recipes.train import TrainConfig
-from gpu_mixmatch.recipes.train import train as run
+from gpu_mixmatch.recipes.train import TrainConfig, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -54,15 +51,13 @@ DatasetOption = Annotated[
 RootOption = Annotated[
     str | None,
     typer.Option(
-        help="Folder of the data set's files; digits need none. Of a folder of images: it holds "
+        help="Folder of the data set's files; digits need none. For folder, it holds "
         "labelled/CLASS/, unlabelled/ and, to test on, test/CLASS/."
     ),
 ]
 LabelsOption = Annotated[
     int | None,
-    typer.Option(
-        help="Labelled images, balanced over the classes; default: 40, or all of a folder's."
-    ),
+    typer.Option(help="Labelled images, balanced over the classes; default: 40, of a folder all."),
 ]
 SizeOption = Annotated[
     int, typer.Option(help="Height and width that a folder's images are brought to, in pixels.")
@@ -81,9 +76,16 @@ LoaderOption = Annotated[
         "a folder's files)."
     ),
 ]
+FiltersOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Channels of the network's first stage; default: 32, or with wrn-28-2 the preset's, "
+        "which for cifar100 is 135."
+    ),
+]
 StepsOption = Annotated[int, typer.Option(help="Length of a run in batches.")]
 BatchOption = Annotated[
-    int, typer.Option(help="Labelled, and as many unlabelled, images a step and process.")
+    int, typer.Option(help="Labelled images of a step and process, and as many unlabelled ones.")
 ]
 ModelOption = Annotated[str, typer.Option(help="cnn (small and quick) or wrn-28-2 (the paper's).")]
 PresetOption = Annotated[
@@ -99,8 +101,8 @@ DeviceOption = Annotated[
 SeedsOption = Annotated[str, typer.Option(help="Seeds, comma-separated.")]
 
 
-@app.command()
-def train(
+@app.command("train")
+def train_command(
     out: Annotated[Path, typer.Option(help="Folder for checkpoint, metrics and curves.")],
     dataset: DatasetOption = "digits",
     root: RootOption = None,
@@ -109,6 +111,7 @@ def train(
     steps: StepsOption = 800,
     batch_size: BatchOption = 64,
     model: ModelOption = "cnn",
+    filters: FiltersOption = None,
     preset: PresetOption = "fast",
     augment: AugmentOption = "weak",
     loader: LoaderOption = "resident",
@@ -129,11 +132,16 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the checkpoint in the folder.")
     ] = False,
-    lambda_u: Annotated[float | None, typer.Option(help="Loss weight; default: preset's.")] = None,
-    rampup_steps: Annotated[
-        int | None, typer.Option(help="Ramp of the weight; default: preset's, at most half a run.")
+    lambda_u: Annotated[
+        float | None, typer.Option(help="Weight of the unlabelled loss; default: preset's.")
     ] = None,
-    eval_every: Annotated[int, typer.Option(help="Steps between evaluations; 0: a 20th.")] = 0,
+    rampup_steps: Annotated[
+        int | None,
+        typer.Option(help="Steps of the weight's ramp; default: preset's, at most half a run."),
+    ] = None,
+    eval_every: Annotated[
+        int, typer.Option(help="Steps between evaluations; 0: a twentieth of the run.")
+    ] = 0,
 ) -> None:
     """Train a classifier with MixMatch, or supervised only, and draw its curves.
 
@@ -147,6 +155,7 @@ def train(
         steps=steps,
         batch_size=batch_size,
         model=model,
+        filters=filters,
         preset=preset,
         augment=augment,
         loader=loader,
@@ -164,8 +173,8 @@ def train(
         _train(config, out, resume)
 
 
-@app.command()
-def preview(
+@app.command("preview")
+def preview_command(
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("preview.png"),
     dataset: DatasetOption = "digits",
     root: RootOption = None,
@@ -183,7 +192,7 @@ def preview(
     preset = choose_preset("paper", dataset)
     height, width = data.test_images.shape[2:]
     weak = make_weak(dataset, preset, height)
-    path = draw(
+    path = preview_dataset(
         data,
         out,
         seed=seed,
@@ -195,21 +204,21 @@ def preview(
     typer.echo(f"wrote {path}")
 
 
-@app.command()
-def check_images(
+@app.command("check-images")
+def check_images_command(
     folder: Annotated[Path, typer.Argument(help="Folder of images, looked through at any depth.")],
     list_path: Annotated[
         Path | None, typer.Option("--list", help="File to write that lists the good images.")
     ] = None,
 ) -> None:
-    """Decode every image of a folder by DALI; list those that do not, and exit with 1 if any."""
+    """Decode every image of a folder by DALI, and list those that fail; exit code 1 if any do."""
     with _progress() as progress:
         task = progress.add_task("decoding", total=None, note="")
 
         def on_images(seen: int, total: int) -> None:
             progress.update(task, completed=seen, total=total)
 
-        checked = check(folder, list_path, progress=on_images)
+        checked = check_images(folder, list_path, progress=on_images)
     for path, reason in checked.bad.items():
         typer.echo(f"{path}: {reason}")
     typer.echo(f"{len(checked.good)} images decode, {len(checked.bad)} do not")
@@ -219,8 +228,8 @@ def check_images(
         raise typer.Exit(1)
 
 
-@app.command()
-def ablate(
+@app.command("ablate")
+def ablate_command(
     out: Annotated[Path, typer.Option(help="Folder for ablation.json and ablation.png.")],
     dataset: DatasetOption = "digits",
     root: RootOption = None,
@@ -233,7 +242,7 @@ def ablate(
     device: DeviceOption = "auto",
     rows: Annotated[
         str | None,
-        typer.Option(help=f"Of {', '.join(r.key for r in recipe.ABLATION)}; default: all."),
+        typer.Option(help=f"Of {', '.join(r.key for r in ablate.ABLATION)}; default: all."),
     ] = None,
 ) -> None:
     """Repeat the paper's ablation on a data set, next to the paper's own column."""
@@ -247,16 +256,16 @@ def ablate(
         preset=preset,
         device=_device(device),
     )
-    chosen = recipe.choose_rows(rows)
+    chosen = ablate.choose_rows(rows)
     results = _compare(config, chosen, seeds)
-    recipe.save_results(results, config, _seeds(seeds), _command(), out / "ablation.json")
-    title = f"{dataset}, {_count(config.labels)} labels, {model}, {len(_seeds(seeds))} seeds"
-    picture = recipe.draw_bars(results, title, out / "ablation.png", with_paper=True)
+    ablate.save_results(results, config, _seeds(seeds), _command_line(), out / "ablation.json")
+    title = f"{dataset}, {_labels_text(config.labels)} labels, {model}, {len(_seeds(seeds))} seeds"
+    picture = ablate.draw_bars(results, title, out / "ablation.png", with_paper=True)
     typer.echo(f"wrote {picture} and ablation.json")
 
 
-@app.command()
-def demo(
+@app.command("demo")
+def demo_command(
     out: Annotated[
         Path | None, typer.Option(help="Folder for demo.json and demo.png; default: none.")
     ] = None,
@@ -268,7 +277,7 @@ def demo(
     seeds: SeedsOption = "0,1,2",
     device: DeviceOption = "auto",
 ) -> None:
-    """Train with few labels, supervised only and with MixMatch, and print the difference."""
+    """Train with few labels, supervised only and with MixMatch, and print both errors."""
     config = TrainConfig(
         dataset=dataset,
         root=root,
@@ -277,31 +286,28 @@ def demo(
         model=model,
         device=_device(device),
     )
-    results = _compare(config, [recipe.SUPERVISED, recipe.FULL], seeds)
+    results = _compare(config, [ablate.SUPERVISED, ablate.FULL], seeds)
     supervised, mixmatch = (result.mean for result in results)
-    console.print(
-        f"MixMatch makes {mixmatch / max(supervised, 1e-9):.2f} times the errors of supervised "
-        "training."
-    )
+    console.print(f"MixMatch: {mixmatch / max(supervised, 1e-9):.2f} × the supervised error")
     if out:
-        recipe.save_results(results, config, _seeds(seeds), _command(), out / "demo.json")
-        title = f"{dataset}, {_count(config.labels)} labels, {model}"
-        recipe.draw_bars(results, title, out / "demo.png")
+        ablate.save_results(results, config, _seeds(seeds), _command_line(), out / "demo.json")
+        title = f"{dataset}, {_labels_text(config.labels)} labels, {model}"
+        ablate.draw_bars(results, title, out / "demo.png")
         typer.echo(f"wrote {out}/demo.json and demo.png")
 
 
-@app.command()
-def bench(
+@app.command("bench")
+def bench_command(
     size: Annotated[int, typer.Option(help="Height and width of the images, in pixels.")] = 32,
     batch_size: Annotated[int, typer.Option(help="Labelled images, and as many unlabelled.")] = 64,
     k: Annotated[int, typer.Option("--k", help="Views of an unlabelled image.")] = 2,
     model: ModelOption = "wrn-28-2",
     device: DeviceOption = "auto",
 ) -> None:
-    """Compare the engines on this machine: what a batch costs, and what share of a step that is."""
+    """Time the engines on this machine: what a batch costs, and its share of a training step."""
     with _progress() as progress:
         task = progress.add_task("bench", total=None, note="")
-        result = compare(
+        result = bench.bench(
             size,
             batch_size,
             k,
@@ -309,16 +315,16 @@ def bench(
             _device(device),
             on_part=lambda part: progress.update(task, note=part),
         )
-    typer.echo(as_text(result))
+    typer.echo(bench.as_text(result))
 
 
-@app.command()
-def doctor() -> None:
-    """Show which engines and devices are usable here and, for each that is not, why."""
+@app.command("doctor")
+def doctor_command() -> None:
+    """Show which engines and devices are usable here, and why the others are not."""
     table = Table(title="gpu-mixmatch doctor")
     for heading in ("", "what", "state", "remedy"):
         table.add_column(heading, overflow="fold")
-    for finding in examine():
+    for finding in doctor.examine():
         mark = "[green]ok[/]" if finding.usable else "[yellow]no[/]"
         # Text: an extra's brackets are not markup
         table.add_row(mark, finding.name, Text(finding.detail), Text(finding.remedy or ""))
@@ -339,6 +345,10 @@ def _train(config: TrainConfig, out: Path, resume: bool) -> None:
     tested_on = "test" if _has_test(config.dataset, config.root) else "labelled"
     if tested_on == "labelled":
         console.print(f"There is no {config.root}/test: errors are those on the labelled images.")
+    preset = choose_preset(config.preset, config.dataset)
+    filters = choose_filters(config.model, config.filters, preset)
+    if filters is not None:
+        console.print(f"{config.model} with {filters} filters in its first stage")
     with _progress() as progress:
         task = progress.add_task("training", total=config.steps, note="")
 
@@ -346,7 +356,7 @@ def _train(config: TrainConfig, out: Path, resume: bool) -> None:
             note = f"error {metrics['error']:.2f} %" if metrics else ""
             progress.update(task, completed=step, note=note)
 
-        summary = run(config, out, resume=resume, on_step=on_step)
+        summary = train(config, out, resume=resume, on_step=on_step)
     console.print(
         f"{tested_on} error {summary.error:.2f} %, median of the last 20 evaluations "
         f"{summary.median_error:.2f} %, {config.steps / max(summary.seconds, 1e-9):.1f} steps/s"
@@ -355,7 +365,7 @@ def _train(config: TrainConfig, out: Path, resume: bool) -> None:
         typer.echo(f"wrote {out}/curves.png, metrics.jsonl and checkpoint.pt")
 
 
-def _compare(config: TrainConfig, rows: list[recipe.Row], seeds: str) -> list[recipe.Result]:
+def _compare(config: TrainConfig, rows: list[ablate.Row], seeds: str) -> list[ablate.Result]:
     numbers = _seeds(seeds)
     if not _has_test(config.dataset, config.root):
         raise ValueError(f"root must hold a folder test to compare on, got none in {config.root}")
@@ -365,7 +375,7 @@ def _compare(config: TrainConfig, rows: list[recipe.Row], seeds: str) -> list[re
         )
         task = progress.add_task("", total=config.steps, note="")
 
-        def on_run(row: recipe.Row, seed: int) -> None:
+        def on_run(row: ablate.Row, seed: int) -> None:
             progress.update(task, completed=0, description=f"{row.label}, seed {seed}", note="")
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
@@ -373,9 +383,9 @@ def _compare(config: TrainConfig, rows: list[recipe.Row], seeds: str) -> list[re
             progress.update(task, completed=step, note=note)
             progress.advance(total)
 
-        results = recipe.compare(config, rows, numbers, on_run=on_run, on_step=on_step)
+        results = ablate.compare(config, rows, numbers, on_run=on_run, on_step=on_step)
     table = Table(
-        title=f"Test error in %, {config.dataset}, {_count(config.labels)} labels, "
+        title=f"Test error in %, {config.dataset}, {_labels_text(config.labels)} labels, "
         f"{config.steps} steps"
     )
     table.add_column("")
@@ -400,7 +410,7 @@ def _labels(dataset: str, labels: int | None) -> int | None:
     return 40 if labels is None and dataset != "folder" else labels
 
 
-def _count(labels: int | None) -> str:
+def _labels_text(labels: int | None) -> str:
     return "all" if labels is None else str(labels)
 
 
@@ -423,7 +433,7 @@ def _device(name: str) -> str:
     return name
 
 
-def _command() -> str:
+def _command_line() -> str:
     return " ".join(["gpu-mixmatch", *sys.argv[1:]])
 
 

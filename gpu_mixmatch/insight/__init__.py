@@ -1,7 +1,7 @@
 """Look into a builder while it trains: how good its guesses are, and pictures of its batches.
 
-Both attach to the builder itself, so that they work in any trainer. They see calls of the builder,
-``mixmatch(x, y, u, model)``, and not `MixMatch.from_views` or captured graphs.
+`GuessWatch` and `TensorBoardInsight` attach to the builder, so that they work in any trainer. They
+see its calls, ``mixmatch(x, y, u, model)``, but not `MixMatch.from_views` or captured graphs.
 """
 
 from gpu_mixmatch.insight.guesses import GuessQuality, GuessWatch

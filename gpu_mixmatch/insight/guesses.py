@@ -1,8 +1,4 @@
-"""Look into a builder while it trains: how good its guesses are, and pictures of its batches.
-
-Both attach to the builder itself, so that they work in any trainer. They see calls of the builder,
-``mixmatch(x, y, u, model)``, and not `MixMatch.from_views` or captured graphs.
-"""
+"""GuessWatch: how sure a builder's guesses are, and how many are right."""
 
 import inspect
 from typing import Any, NamedTuple
@@ -31,15 +27,18 @@ class GuessQuality(NamedTuple):
 
 
 class GuessWatch:
-    """Watch what a builder guesses, without waiting for the device until it is read.
+    """Watch what a builder guesses; only `read` waits for the device.
 
-    The guess is read off the model's own passes: nothing is computed twice but a softmax. Each
+    The guess is read off the model's own passes, so that only a softmax is computed twice. Each
     step leaves a few small tensors on the device, until the next `read`.
 
     Args:
         mixmatch: The builder.
         truth: The true labels of the whole unlabelled data set, ``[n]`` integers, by sample id;
-            the builder must then be given ``ids_u``. They are for looking at, never for training.
+            the builder must then be given ``ids_u``. They are compared, and never trained with.
+
+    Attributes:
+        paused: Whether calls of the builder are left out.
 
     Raises:
         ValueError: If ``truth`` is not ``[n]`` integers; in a step, if ``ids_u`` is missing.
@@ -56,7 +55,7 @@ class GuessWatch:
         self._ids: list[Tensor] = []  # [M] int64, as they were given
         self._outputs: list[Any] = []  # of the model, in the step under way
         self._model_hook: RemovableHandle | None = None
-        self._paused = False
+        self.paused = False
         self._handles: list[RemovableHandle] = [
             mixmatch.register_forward_pre_hook(self._before, with_kwargs=True),
             # also after an error, so that the model is left as it came
@@ -66,7 +65,7 @@ class GuessWatch:
     def read(self) -> GuessQuality | None:
         """Return the quality of all guesses since the last call, or None if there were none.
 
-        Here, and nowhere else, the device is waited for.
+        Only this call waits for the device.
         """
         if not self._guesses:
             return None
@@ -86,7 +85,7 @@ class GuessWatch:
             handle.remove()
 
     def _before(self, mixmatch: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._paused:
+        if self.paused:
             return
         call = call_arguments(args, kwargs)
         guesser = call["model"] if self.mixmatch.teacher is None else self.mixmatch.teacher
@@ -107,12 +106,12 @@ class GuessWatch:
         )
 
     def _after(self, mixmatch: nn.Module, args: Any, kwargs: Any, batch: Any) -> None:
-        if self._paused:
+        if self.paused:
             return
         if self._model_hook is not None:
             self._model_hook.remove()
         outputs, self._outputs = self._outputs, []
-        if batch is None:  # there was an error, which will be raised
+        if batch is None:  # an error is on its way to the caller
             del self._ids[len(self._guesses) :]
             return
         with torch.no_grad():
@@ -128,7 +127,7 @@ _SIGNATURE = inspect.signature(MixMatch.forward)
 
 
 def call_arguments(args: Any, kwargs: Any) -> dict[str, Any]:
-    """What `MixMatch.forward` was called with, by name."""
+    """Return what `MixMatch.forward` was called with, by name."""
     call = dict(_SIGNATURE.bind(None, *args, **kwargs).arguments)
     del call["self"]
     return call

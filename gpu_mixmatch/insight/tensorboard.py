@@ -16,9 +16,9 @@ class TensorBoardInsight:
     """Write a preview of the batch and the quality of the guesses to TensorBoard.
 
     Before each step that is a multiple of ``every_n_steps`` it writes the image
-    ``mixmatch/preview``, drawn by `insight.preview.draw_preview`, and the scalars
-    ``mixmatch/confidence`` and ``mixmatch/accuracy`` of all guesses since the last time. Only then
-    is the device waited for. Training goes on as without it, to the last bit.
+    ``mixmatch/preview``, drawn by `draw_preview`, and the scalars ``mixmatch/confidence`` and
+    ``mixmatch/accuracy`` of all guesses since the last time. Other steps do not wait for the
+    device. Training goes on as without it, to the last bit.
 
     A preview calls the model: where its forward pass communicates (DDP, SyncBatchNorm), every rank
     needs one of these, with a writer of its own.
@@ -58,21 +58,21 @@ class TensorBoardInsight:
         self._watch = GuessWatch(mixmatch, truth)
 
     def close(self) -> None:
-        """Write what was guessed since the last time, and stop."""
+        """Write the quality of the guesses since the last time, and stop."""
         self._write_quality()
         self._handle.remove()
         self._watch.close()
 
     def _before(self, mixmatch: nn.Module, args: Any, kwargs: Any) -> None:
-        # the preview calls the builder, whose hooks must not see that
-        if self._watch._paused or int(self.mixmatch.step) % self.every_n_steps:
+        # the preview calls the builder, and its hooks must not count that
+        if self._watch.paused or int(self.mixmatch.step) % self.every_n_steps:
             return
         self._write_quality()
-        self._watch._paused = True
+        self._watch.paused = True
         try:
             self._write_preview(call_arguments(args, kwargs))
         finally:
-            self._watch._paused = False
+            self._watch.paused = False
 
     def _write_quality(self) -> None:
         quality = self._watch.read()

@@ -1,1 +1,1 @@
-"""Networks and training recipes that reproduce published MixMatch settings."""
+"""Training from the command line: one run, runs side by side, and the networks they train."""

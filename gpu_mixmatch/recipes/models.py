@@ -1,4 +1,4 @@
-"""Networks of the MixMatch recipes: the Wide ResNet of the paper and a small CNN for a CPU.
+"""Networks by name, the paper's Wide ResNet and a small CNN for a CPU, and their kernels.
 
 References:
     Berthelot et al., "MixMatch", NeurIPS 2019 (arXiv 1905.02249), section 4.1.
@@ -284,13 +284,16 @@ class SmallCNN(nn.Module):
         return logits
 
 
-def build_model(name: str, num_classes: int, in_channels: int) -> nn.Module:
+def build_model(
+    name: str, num_classes: int, in_channels: int, filters: int | None = None
+) -> nn.Module:
     """Build a network by its name on the command line.
 
     Args:
         name: ``"wrn-28-2"`` for the paper's `WideResNet`, ``"cnn"`` for `SmallCNN`.
         num_classes: Number of classes, L.
         in_channels: Channels of an image.
+        filters: Channels of the network's first stage; None takes 32, as both have by default.
 
     Returns:
         The network, from images ``[N, C, H, W]`` to logits ``[N, L]``.
@@ -298,10 +301,11 @@ def build_model(name: str, num_classes: int, in_channels: int) -> nn.Module:
     Raises:
         ValueError: If ``name`` is neither.
     """
+    filters = 32 if filters is None else filters
     if name == "wrn-28-2":
-        return wideresnet28(num_classes, in_channels=in_channels)
+        return wideresnet28(num_classes, in_channels=in_channels, filters=filters)
     if name == "cnn":
-        return SmallCNN(num_classes, in_channels=in_channels)
+        return SmallCNN(num_classes, in_channels=in_channels, filters=filters)
     raise ValueError(f"name must be one of {', '.join(map(repr, MODEL_NAMES))}, got {name!r}")
 
 

@@ -1,8 +1,8 @@
-"""The loop behind ``gpu-mixmatch train``, written to be copied.
+"""The loop behind ``gpu-mixmatch train``: what a run depends on, its steps, and its checkpoints.
 
-Every batch is a function of (seed, step), so that a checkpoint holds two integers of the loader and
-no generator: a run that is killed at any moment and resumed ends with the same weights to the last
-bit. In a process group every rank takes its part of each batch, and rank 0 alone writes.
+Every batch is a function of (seed, step). A checkpoint therefore holds two integers of the loader
+and no generator, and a run that is killed at any moment and resumed ends with the same weights to
+the last bit. In a process group every rank takes its part of each batch; rank 0 alone writes.
 """
 
 import dataclasses
@@ -17,11 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import TensorDataset
 
 from gpu_mixmatch._ranks import positions, rank, world_size
-from gpu_mixmatch.data import DaliLoader, KeyedLoader, ResidentLoader, SemiSupervisedLoader
-from gpu_mixmatch.data.datasets import FolderData, ImageFiles, load_dataset
+from gpu_mixmatch.data.datasets import FolderData, load_dataset
 from gpu_mixmatch.data.formats.common import ImageData
 from gpu_mixmatch.losses import MixMatchLoss
 from gpu_mixmatch.methods.mixmatch import MixMatch
@@ -29,9 +27,11 @@ from gpu_mixmatch.recipes import distributed
 from gpu_mixmatch.recipes.choices import (
     AUGMENTS,
     LOADERS,
-    PRESETS,
+    PRESET_NAMES,
+    choose_filters,
     choose_preset,
     make_augment,
+    make_loader,
     make_weak,
 )
 from gpu_mixmatch.recipes.models import build_model, kernel_parameters
@@ -51,6 +51,8 @@ class TrainConfig:
         steps: Length of the run in batches.
         batch_size: B, and M = B, of each process.
         model: A name that `build_model` knows.
+        filters: Channels of the network's first stage; None takes the preset's for "wrn-28-2",
+            135 for CIFAR-100 and else 32, and for "cnn" its own.
         preset: "paper", "yu1ut" or "usb"; "fast" is the paper's with one joint guess and one
             forward pass over the whole batch.
         augment: Engine of the preset's augmentation; see `make_augment`.
@@ -78,6 +80,7 @@ class TrainConfig:
     steps: int = 800
     batch_size: int = 64
     model: str = "cnn"
+    filters: int | None = None
     preset: str = "fast"
     augment: str = "weak"
     loader: str = "resident"
@@ -100,6 +103,7 @@ class TrainConfig:
             ("labels", 1),
             ("steps", 1),
             ("batch_size", 1),
+            ("filters", 1),
             ("num_workers", 0),
             ("eval_every", 0),
         ):
@@ -107,7 +111,7 @@ class TrainConfig:
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         for name, choices in (
-            ("preset", ["fast", *PRESETS]),
+            ("preset", [*PRESET_NAMES]),
             ("augment", [*AUGMENTS]),
             ("loader", [*LOADERS]),
         ):
@@ -137,57 +141,81 @@ class Summary(NamedTuple):
     seconds: float
 
 
-class Job:
-    """The parts of a run: what a checkpoint saves, and what a step needs.
+class TrainRun:
+    """A run's parts: the model, builder, loss, optimizer and loader, and its step.
 
-    In a process group, ranks hold the same model after every step; ``network`` is its DDP wrapper.
+    In a process group all ranks hold the same model after every step; ``network`` is the model in
+    DDP.
+
+    Args:
+        config: What to train.
+        data: The data set, if it is loaded already.
     """
 
     def __init__(self, config: TrainConfig, data: ImageData | FolderData | None = None) -> None:
         data = data or load_dataset(config.dataset, config.root, config.size)
         self.config = config
-        self.preset = preset = choose_preset(config.preset, config.dataset)
+        self.preset = choose_preset(config.preset, config.dataset)
         self.device = distributed.current_device(config.device)
-        self.loader = make_loader(config, data)
+        labelled, unlabelled = data.split(config.labels, config.seed)
+        self.loader = make_loader(
+            config.loader,
+            labelled,
+            unlabelled,
+            config.batch_size,
+            steps_per_epoch=config.steps,
+            seed=config.seed,
+            device=self.device,
+            num_workers=config.num_workers,
+        )
         self.test_images = data.test_images.to(self.device)
         self.test_labels = data.test_labels.to(self.device)
         has_test = not isinstance(data, FolderData) or data.has_test
         self.tested_on = "test" if has_test else "labelled"
         channels, height, width = data.test_images.shape[1:]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            model = build_model(config.model, data.num_classes, channels)
-        if config.sync_batchnorm:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        model = self._new_model(data.num_classes, channels)
         self.model = model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        decay = config.ema_decay
-        if decay is None:
-            decay = min(preset.ema_decay, max(0.0, 1 - 10 / config.steps))
-        average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        average = get_ema_multi_avg_fn(self._ema_decay())  # type: ignore[no-untyped-call]
         self.ema = AveragedModel(self.model, multi_avg_fn=average)
-        weak = make_weak(config.dataset, preset, height).to(self.device)
+        weak = make_weak(config.dataset, self.preset, height).to(self.device)
         self.normalize = weak.normalize
         self.augment = make_augment(config.augment, weak, height, width)
-        builder = dict(preset.builder)
-        if config.preset == "fast":
-            builder["guess_forward"] = "joint"
         self.mixmatch = MixMatch(
             self.augment,
             data.num_classes,
             teacher=self.ema if config.ema_teacher else None,
             seed=config.seed,
-            **{**builder, **config.builder},
+            **{**self.preset.builder, **config.builder},
         ).to(self.device)
-        rampup_steps = config.rampup_steps
-        if rampup_steps is None:
-            rampup_steps = min(preset.loss["rampup_steps"], config.steps // 2)
-        lambda_u = preset.loss["lambda_u"] if config.lambda_u is None else config.lambda_u
-        self.criterion = MixMatchLoss(lambda_u, rampup_steps)
+        self.criterion = self._criterion()
         self.kernels = kernel_parameters(self.model)
         self.optimizer = self._optimizer()
         self.network = distributed.replicate(self.model, self.device)
         self.step = 0
         self.metrics: list[dict[str, float]] = []
+
+    def _new_model(self, num_classes: int, channels: int) -> nn.Module:
+        config = self.config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            filters = choose_filters(config.model, config.filters, self.preset)
+            model = build_model(config.model, num_classes, channels, filters)
+        if config.sync_batchnorm:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        return model
+
+    def _ema_decay(self) -> float:
+        if self.config.ema_decay is not None:
+            return self.config.ema_decay
+        return min(self.preset.ema_decay, max(0.0, 1 - 10 / self.config.steps))
+
+    def _criterion(self) -> MixMatchLoss:
+        config, settings = self.config, self.preset.loss
+        lambda_u = settings["lambda_u"] if config.lambda_u is None else config.lambda_u
+        rampup_steps = config.rampup_steps
+        if rampup_steps is None:
+            rampup_steps = min(settings["rampup_steps"], config.steps // 2)
+        return MixMatchLoss(lambda_u, rampup_steps)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         settings = self.preset.optimizer
@@ -211,7 +239,7 @@ class Job:
             losses = {"loss": self._supervised_loss(batch.x, batch.y.to(self.device))}
         else:
             mixed = self.mixmatch(batch.x, batch.y, batch.u, self.model)
-            if self.config.preset == "fast":
+            if self.preset.name == "fast":
                 logits = self.network(mixed.inputs)
             else:
                 logits = self.preset.forward(self.network, mixed)
@@ -233,7 +261,7 @@ class Job:
 
     @torch.no_grad()
     def test_error(self) -> float:
-        """Error of the averaged weights on the test set, in percent."""
+        """Return the error of the averaged weights on the test images, in percent."""
         self.ema.eval()
         wrong = torch.zeros((), dtype=torch.int64, device=self.device)
         images, labels = self.test_images, self.test_labels
@@ -244,8 +272,16 @@ class Job:
         self.ema.train()  # a teacher guesses in the mode of the student
         return 100 * int(wrong) / len(images)
 
+    def description(self) -> dict[str, Any]:
+        """Return what ``config.json`` says: the configuration, and how large the network is."""
+        return {
+            **dataclasses.asdict(self.config),
+            "filters": choose_filters(self.config.model, self.config.filters, self.preset),
+            "num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+        }
+
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs, of tensors and plain values."""
+        """Return all that a resumed run needs, as tensors and plain values."""
         return {
             "config": self._settings(),
             "step": self.step,
@@ -302,7 +338,7 @@ def train(
     Args:
         config: What to train.
         out: Folder for ``checkpoint.pt``, ``metrics.jsonl``, TensorBoard's events, ``curves.png``
-            and ``config.json``; None writes nothing.
+            and ``config.json``, which also says how large the network is; None writes nothing.
         resume: Continue from the checkpoint in ``out``, or begin if there is none yet.
         data: The data set, if it is loaded already.
         on_step: Called after each step with the number of steps taken and the latest metrics.
@@ -318,38 +354,38 @@ def train(
         raise ValueError(
             f"out must be a folder that does not exist yet, got {out}; or use --resume"
         )
-    job = Job(config, data)
+    run = TrainRun(config, data)
     if out is not None:
-        _load_checkpoint(job, out / "checkpoint.pt")
+        _load_checkpoint(run, out / "checkpoint.pt")
     log = None
     if out is not None and rank() == 0:
-        log = MetricsLog(out, dataclasses.asdict(config), job.metrics, job.step, job.tested_on)
-    metrics = job.metrics
+        log = MetricsLog(out, run.description(), run.metrics, run.step, run.tested_on)
+    metrics = run.metrics
     eval_every = config.eval_every or max(1, config.steps // 20)
     seconds = metrics[-1]["seconds"] if metrics else 0.0
     began = time.perf_counter()
-    for batch in islice(job.loader, config.steps - job.step):
-        losses = job.train_step(batch)
-        if job.step % eval_every == 0 or job.step == config.steps:
-            values = distributed.average_values(losses, job.device)  # waits for the device
+    for batch in islice(run.loader, config.steps - run.step):
+        losses = run.train_step(batch)
+        if run.step % eval_every == 0 or run.step == config.steps:
+            values = distributed.average_values(losses, run.device)  # waits for the device
             seconds += time.perf_counter() - began
             # every rank has the same weights and finds the same error
             metrics.append(
-                {"step": job.step, "error": job.test_error(), "seconds": seconds, **values}
+                {"step": run.step, "error": run.test_error(), "seconds": seconds, **values}
             )
             if log:
-                log.write(job.state_dict())
+                log.write(run.state_dict())
             began = time.perf_counter()
         if on_step:
-            on_step(job.step, metrics[-1] if metrics else {})
+            on_step(run.step, metrics[-1] if metrics else {})
     errors = [entry["error"] for entry in metrics]
     if log:
         log.close()
     return Summary(errors[-1], statistics.median(errors[-20:]), min(errors), seconds)
 
 
-def _load_checkpoint(job: Job, path: Path) -> None:
-    """Continue from a checkpoint, if there is one; the other ranks get it from rank 0."""
+def _load_checkpoint(run: TrainRun, path: Path) -> None:
+    """Continue from a checkpoint if there is one; rank 0 reads it for all ranks."""
 
     def read() -> dict[str, Any] | None:
         if not path.exists():
@@ -359,65 +395,4 @@ def _load_checkpoint(job: Job, path: Path) -> None:
 
     state = distributed.from_first_rank(read)
     if state is not None:
-        job.load_state_dict(state)
-
-
-def make_loader(config: TrainConfig, data: ImageData | FolderData) -> KeyedLoader:
-    """Return the loader that ``config`` names. One epoch of it is the whole run.
-
-    - "resident" keeps all images on the device, those of a folder decoded.
-    - "dataloader" fetches them in worker processes; its batches are the same.
-    - "dali" decodes the files of a folder; its order is the same, its pixels are DALI's.
-
-    Raises:
-        ImportError: If "dali" is wanted and not installed.
-        ValueError: If "dali" is wanted and the images are in memory.
-    """
-    labelled, unlabelled = data.split(config.labels, config.seed)
-    device = distributed.current_device(config.device)
-    order: dict[str, Any] = {"steps_per_epoch": config.steps, "seed": config.seed}
-    if config.loader == "dataloader":
-        return SemiSupervisedLoader(
-            labelled,
-            unlabelled,
-            config.batch_size,
-            device=device,
-            num_workers=config.num_workers,
-            **order,
-        )
-    if config.loader == "resident":
-        x, y = _in_memory(labelled)
-        u, *_ = _in_memory(unlabelled)
-        return ResidentLoader(x, y, config.batch_size, unlabelled=u, device=device, **order)
-    if not isinstance(labelled, ImageFiles) or not isinstance(unlabelled, ImageFiles):
-        raise ValueError(
-            "loader must be 'resident' or 'dataloader' for images in memory, since 'dali' decodes "
-            f"files of --dataset folder, got 'dali' for {data.name}"
-        )
-    return DaliLoader(
-        labelled.index,
-        unlabelled.index,
-        config.batch_size,
-        config.size,
-        device_id=device.index if device.type == "cuda" else None,
-        **order,
-    )
-
-
-def _in_memory(dataset: TensorDataset | ImageFiles) -> tuple[Tensor, ...]:
-    if isinstance(dataset, TensorDataset):
-        return dataset.tensors
-    images = dataset.load()
-    labels = dataset.index.labels
-    return (images,) if labels is None else (images, labels)
-
-
-def parameter_digest(model: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers, to compare runs to the last bit."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        run.load_state_dict(state)
