@@ -1,4 +1,4 @@
-"""MixMatchLoss: the loss with its weight ramp."""
+"""MixMatchLoss: cross-entropy and squared error, the latter with a weight that ramps up."""
 
 from torch import Tensor, nn
 

@@ -1,7 +1,7 @@
-"""Settings of the paper and of its most used ports, each difference a named switch.
+"""Settings of the paper and of two of its ports, each difference a named switch.
 
-A `Preset` holds keyword arguments for `MixMatch`, `MixMatchLoss` and `interleaved_forward`, and the
-optimiser's settings, so that nothing of it is hidden::
+A `Preset` holds plain keyword arguments for `MixMatch`, `MixMatchLoss` and `interleaved_forward`,
+and the optimiser's settings::
 
     preset = presets.paper("cifar10")
     mixmatch = MixMatch(preset.augment(), num_classes=10, **preset.builder)
@@ -18,10 +18,11 @@ groups of B rows in order, with the first |
 | ramp of λ_U | 16 384 steps | 1 048 576 steps, the whole run | 419 430 steps, 0.4 of the run |
 | optimiser | Adam 0.002, decay 4e-5 on kernels | Adam 0.002, decay 4e-5 | \
 SGD 0.03, Nesterov momentum 0.9, L2 decay 5e-4 |
+| filters of WRN-28-2 | 32, for CIFAR-100 135 | 32 | 32 |
 
-Not carried over, because they are mistakes or outside the batch: YU1ut's crop that never draws the
-last offset, and its decay of BatchNorm's weights (ours spares all but kernels); USB's PIL
-augmentation, and its cosine schedule of the learning rate.
+Left out, as mistakes: YU1ut's crop never draws the last offset, and its decay takes BatchNorm's
+weights too (here it takes kernels alone). Left out, as no part of the batch: USB's augmentation by
+PIL, and its cosine schedule of the learning rate.
 """
 
 from typing import Any, NamedTuple
@@ -32,8 +33,8 @@ from gpu_mixmatch.augment.weak import WeakAugment
 from gpu_mixmatch.methods.passes import interleaved_forward
 from gpu_mixmatch.types import MixMatchBatch
 
-# Per data set: the augmentation's factory, λ_U and α of the paper (section 4 and appendix),
-# and the number of filters of WRN-28. Data sets without an entry in the paper are marked.
+# Per data set: the augmentation's factory, λ_U and α of the paper (section 4 and appendix), and the
+# filters of WRN-28-2's first stage. Data sets that the paper does not have are marked.
 _PAPER: dict[str, tuple[str, dict[str, float], int]] = {
     "cifar10": ("cifar10", {"lambda_u": 75.0, "alpha": 0.75}, 32),
     "cifar100": ("cifar100", {"lambda_u": 150.0, "alpha": 0.75}, 135),
@@ -59,7 +60,7 @@ class Preset(NamedTuple):
             "decay", the share that a step takes off them (decoupled), or "weight_decay", which
             adds to their gradient.
         ema_decay: Decay of the averaged weights that are evaluated.
-        filters: Width of the first stage of WRN-28.
+        filters: Channels of the first stage of WRN-28-2.
     """
 
     name: str
@@ -116,11 +117,11 @@ def paper(dataset: str = "cifar10") -> Preset:
 
 
 def yu1ut(dataset: str = "cifar10") -> Preset:
-    """Return the settings of YU1ut/MixMatch-pytorch, the most copied port.
+    """Return the settings of YU1ut/MixMatch-pytorch, a much copied port.
 
     λ per batch; the running statistics of BatchNorm move five times a step, in both guess passes
     and in all three groups; the weight ramps over the whole run of 1024 · 1024 steps. Its script
-    knows CIFAR-10 alone, so that λ_U = 75 and α = 0.75 serve for every data set here.
+    knows CIFAR-10 alone; λ_U = 75, α = 0.75 and 32 filters are taken for every data set here.
 
     Raises:
         ValueError: If the data set is unknown.

@@ -1,4 +1,4 @@
-"""Presets hold the values of FACTS section 1, and what they hold works together."""
+"""Presets hold the published values, and each of them makes a step that trains."""
 
 import pytest
 import torch
@@ -117,7 +117,7 @@ def test_ports_have_one_setting_for_every_data_set(name):
 
 @pytest.mark.parametrize("dataset", DATASETS)
 @pytest.mark.parametrize("name", PRESETS)
-def test_preset_builds_a_working_step(name, dataset):
+def test_preset_makes_a_step_with_finite_gradients_and_its_own_statistics(name, dataset):
     preset = PRESETS[name](dataset)
     mixmatch = MixMatch(preset.augment(), NUM_CLASSES, **preset.builder)
     criterion = MixMatchLoss(**preset.loss)
@@ -166,6 +166,6 @@ def test_presets_do_not_share_their_settings():
 
 @pytest.mark.parametrize("dataset", ["imagenet", "CIFAR10", "cifar-10", ""])
 @pytest.mark.parametrize("name", PRESETS)
-def test_unknown_data_set_is_an_error(name, dataset):
+def test_unknown_data_set_is_refused_with_the_choices(name, dataset):
     with pytest.raises(ValueError, match=rf"dataset must be one of .*'cifar10'.*, got '{dataset}'"):
         PRESETS[name](dataset)

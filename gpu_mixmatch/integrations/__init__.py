@@ -1,1 +1,1 @@
-"""MixMatch in the trainers that people have: glue only, one file for each."""
+"""MixMatch in other libraries' trainers, one thin file for each."""

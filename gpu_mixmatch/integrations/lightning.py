@@ -1,4 +1,4 @@
-"""MixMatch in a Lightning module: a mixin, and a callback that shows what is guessed."""
+"""MixMatch in a Lightning module: a mixin, and a callback that writes previews and guesses."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,11 +19,11 @@ _LOADER_KEY = "mixmatch_loader"
 
 
 class MixMatchMixin:
-    """Trains a LightningModule with MixMatch; it stands before `LightningModule`.
+    """Train a LightningModule with MixMatch; name it before `LightningModule` among the bases.
 
     The module sets ``self.mixmatch`` and ``self.criterion``, and its ``forward`` maps images to
-    logits; validation, test and prediction stay its own. Where it has a hook that is also defined
-    here, it calls ``super()``'s.
+    logits; validation, test and prediction stay its own. If it defines a hook that is also defined
+    here, it must call ``super()``'s.
 
     Example:
         >>> class Classifier(MixMatchMixin, L.LightningModule):
@@ -38,14 +38,14 @@ class MixMatchMixin:
 
     Batches come from a `SemiSupervisedLoader`, `ResidentLoader` or `DaliLoader`, or from a
     `CombinedLoader` of two DataLoaders, ``{"labelled": ..., "unlabelled": ...}`` or a list of both.
-    Make loaders of ours in a ``train_dataloader`` method, of the module or of a data module: there
-    the process group stands, so that each rank takes its own share. Lightning leaves their order
-    alone, and gives a `DistributedSampler` to the DataLoaders of a `CombinedLoader`.
+    Make loaders of ours in a ``train_dataloader`` method, of the module or of a data module: it is
+    called when the process group exists, so that each rank takes its own share. Lightning leaves
+    their order alone, and gives a `DistributedSampler` to the DataLoaders of a `CombinedLoader`.
 
-    The builder is part of the module, so that a checkpoint has its seed and step, and its step
-    counts batches, also where gradients are accumulated. With a loader of ours a run resumes
-    through ``Trainer.fit(ckpt_path=...)`` to the last bit, in mid-epoch too; a checkpoint holds no
-    gradients, so that with accumulation it has to be made between two optimizer steps.
+    The builder is part of the module, so that a checkpoint has its seed and step. The step counts
+    batches, also where gradients are accumulated. With a loader of ours a run resumes through
+    ``Trainer.fit(ckpt_path=...)`` to the last bit, in mid-epoch too. A checkpoint holds no
+    gradients: with accumulation, make it between two optimizer steps.
 
     Attributes:
         mixmatch: The builder, set by the module.
@@ -78,17 +78,17 @@ class MixMatchMixin:
         if not self.trainer.training:
             return batch
         model: Any = self
-        # Lightning enters it for training_step only, and the guess is a forward pass as well
+        # Lightning enters it for training_step alone, but the guess is a forward pass too
         with self.trainer.precision_plugin.forward_context():
-            # ids of u alone: few labelled images repeat within a batch, and by their positions
-            # each copy is drawn anew
+            # ids of u alone: where labelled images are few, one may be in a batch twice, and only
+            # positions draw its copies apart
             if isinstance(batch, AugmentedBatch):
                 return self.mixmatch.from_views(
                     batch.x, batch.y, batch.views, model, ids_u=batch.ids_u
                 )
             if isinstance(batch, SemiSupervisedBatch):
                 return self.mixmatch(batch.x, batch.y, batch.u, model, ids_u=batch.ids_u)
-            return self.mixmatch(*_two_streams(batch), model)
+            return self.mixmatch(*_labelled_and_unlabelled(batch), model)
 
     def training_step(self, batch: MixMatchBatch, batch_idx: int) -> Tensor:
         """Return the loss; log it and its parts as loss, loss_x, loss_u and weight_u."""
@@ -99,7 +99,7 @@ class MixMatchMixin:
         return output.loss
 
     def on_train_start(self) -> None:
-        """See to it that a loader of ours has this rank's share, and begins where it should.
+        """Check that a loader of ours has this rank's share, and set where it begins.
 
         Raises:
             RuntimeError: If the loader was made for another rank or number of processes.
@@ -144,7 +144,7 @@ class MixMatchMixin:
         self._loader_state = checkpoint.get(_LOADER_KEY)
 
     def _state_of(self, loader: KeyedLoader) -> dict[str, int]:
-        """State after the latest batch; if it was its epoch's last one, the next epoch's."""
+        """Return the state after the latest batch; at an epoch's end, the next epoch's."""
         state, length = loader.state_dict(), len(loader)
         if self.trainer.is_last_batch:
             state["step"] = -(-state["step"] // length) * length
@@ -189,7 +189,7 @@ def insight_callback(
         attached.append(
             TensorBoardInsight(
                 module.mixmatch,
-                loggers[0].experiment,  # on other ranks a dummy: they only draw along
+                loggers[0].experiment,  # on other ranks a dummy, which writes nothing
                 every_n_steps,
                 truth=truth,
                 class_names=class_names,
@@ -205,11 +205,11 @@ def insight_callback(
 
 
 def _keep_epoch(epoch: int) -> None:
-    """Stay where the loader is: its epochs follow each other."""
+    """Do nothing: the loader counts its epochs itself."""
 
 
-def _two_streams(batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Take x, y and u out of what a `CombinedLoader` gives."""
+def _labelled_and_unlabelled(batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x, y and u of what a `CombinedLoader` gives."""
     if isinstance(batch, Mapping) and {"labelled", "unlabelled"} <= set(batch):
         batch = batch["labelled"], batch["unlabelled"]
     match batch:

@@ -1,4 +1,4 @@
-"""MixMatch in Hugging Face's Trainer. This module imports transformers, the package never does."""
+"""MixMatch in Hugging Face's Trainer. Only this module of the package imports transformers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -31,14 +31,14 @@ class MixMatchTrainer(Trainer):
     unlabelled images. Order and shards are the loader's, keyed by ``data_seed`` (or ``seed``).
     Under gradient accumulation each micro-batch is a batch of its own, and losses are averaged.
 
-    The builder's step is the number of the micro-batch, so that a checkpoint holds nothing of it:
-    a run that resumes with the same arguments ends with the same weights, and no batch that it
-    skips is fetched. ``loss_x``, ``loss_u`` and ``weight_u`` are logged with the loss, averaged as
-    it is, with no synchronisation in between.
+    The builder's step is the number of the micro-batch, so that a checkpoint need not hold it. A
+    run that resumes with the same arguments ends with the same weights, and fetches no batch that
+    it skips. ``loss_x``, ``loss_u`` and ``weight_u`` are logged with the loss and averaged like it,
+    with no synchronisation in between.
 
-    Evaluation calls the model as `Trainer` does, with ``pixel_values`` and ``labels``. Images of 8
-    bits are normalised by the builder's augmentation, on the device; images that a
-    ``data_collator`` has made floats are taken as they are.
+    Evaluation calls the model as `Trainer` does, with ``pixel_values`` and ``labels``. 8-bit images
+    are normalised by the builder's engine, on the device; images that a ``data_collator`` has made
+    floats are taken as they are.
 
     Args:
         model: Maps ``[n, C, H, W]`` to what the builder's ``logits_getter`` takes logits from.
@@ -46,7 +46,7 @@ class MixMatchTrainer(Trainer):
         mixmatch: The builder; it is moved to the device.
         criterion: The loss; its ramp counts micro-batches.
         train_dataset: Labelled samples, for instance a ``datasets.Dataset``.
-        unlabelled_dataset: Unlabelled samples, likewise; labels are not looked at.
+        unlabelled_dataset: Unlabelled samples, likewise; labels are not read.
         ratio: Unlabelled images per labelled one.
         image: Name of the image in samples that are dicts.
         label: Name of the label in samples that are dicts.
@@ -142,7 +142,7 @@ class MixMatchTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Normalise images of 8 bits on the device, then predict as `Trainer` does."""
+        """Normalise 8-bit images on the device, then predict as `Trainer` does."""
         images = inputs.get("pixel_values")
         if isinstance(images, Tensor) and images.dtype == torch.uint8:
             normalize = getattr(self.mixmatch.augment, "normalize", None)
@@ -158,7 +158,7 @@ class MixMatchTrainer(Trainer):
         return step
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the means of loss_x, loss_u and weight_u where a training loss is logged."""
+        """Log; add the means of loss_x, loss_u and weight_u where a training loss is logged."""
         if "loss" in logs and self._num_batches > 0:
             totals = torch.tensor(list(map(float, self._sums.values())), device=self.args.device)
             means = self.accelerator.reduce(totals / self._num_batches, "mean")
@@ -189,7 +189,7 @@ def _check_arguments(args: TrainingArguments, options: Mapping[str, Any]) -> Non
 
 
 class _EvaluationCollator:
-    """Makes a batch of images as they are, and labels, by the names that models take."""
+    """Stack images, unchanged, and labels, under the names that models take."""
 
     def __init__(self, image: str, label: str) -> None:
         self.image = image
@@ -208,9 +208,9 @@ class _EvaluationCollator:
 
 
 class _StepLoader(DataLoader[Any]):
-    """The steps of a loader as a `DataLoader`, of which Trainer knows how to skip the first ones.
+    """A loader's steps as a `DataLoader`, whose first ones Trainer can skip.
 
-    At resumption Trainer leaves out batches of the batch sampler. These are numbers of steps here,
+    At resumption Trainer leaves out batches of the batch sampler. Here these are numbers of steps,
     and the loader goes to the step that it is asked for.
     """
 
@@ -239,12 +239,12 @@ class _StepNumbers(Sampler[list[int]]):
         return ([step] for step in range(first, first + self.steps_per_epoch))
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to an epoch; where steps are skipped, Trainer finds this and not the loader's."""
+        """Go to an epoch; where steps are skipped, Trainer calls this and not the loader's."""
         self.epoch = epoch
 
 
 class _Steps(Dataset[dict[str, Any]]):
-    """The batches of a loader by their numbers; in a row they are fetched ahead."""
+    """A loader's batches by their numbers; consecutive ones are fetched ahead."""
 
     def __init__(self, loader: SemiSupervisedLoader) -> None:
         self.loader = loader

@@ -1,4 +1,4 @@
-"""Runs side by side over seeds: the paper's ablation, and MixMatch against supervised only."""
+"""Compare runs over seeds: the paper's ablation, and MixMatch with supervised training."""
 
 import dataclasses
 import json
@@ -115,7 +115,7 @@ def compare(
 
 
 def choose_rows(keys: str | None) -> list[Row]:
-    """Rows of the ablation by their keys, comma-separated; None takes all of them.
+    """Return rows of the ablation by their keys, comma-separated; None returns all of them.
 
     Raises:
         ValueError: If a key is unknown.

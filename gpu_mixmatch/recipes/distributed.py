@@ -1,8 +1,8 @@
-"""What several processes add to the training loop; each of these does nothing in a single one.
+"""What several processes add to a training loop; in a single one, each of these does nothing.
 
-Every rank builds batches of its own rows, whose ids key its draws. DDP averages the gradients, and
-`average_buffers` BatchNorm's running statistics: after every step the ranks are equal to the last
-bit, so that one checkpoint serves them all.
+Every rank builds batches of its own rows, whose ids key its draws. DDP averages the gradients;
+`average_buffers` averages BatchNorm's running statistics. After every step the ranks are equal to
+the last bit, so that one checkpoint serves them all.
 """
 
 import os
@@ -52,15 +52,15 @@ def current_device(name: str) -> torch.device:
 
 
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return the model in DDP, to train with; one process gets it as it is.
+    """Return the model in DDP, to train with; in a single process, return it as it is.
 
-    Guess with the model itself: DDP has nothing to add to a pass without gradients.
+    Guess with the model itself: DDP adds nothing to a pass without gradients.
     """
     if not is_initialized():
         return model
     network = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
-    # `average_buffers` keeps them equal. The argument of this name is deprecated since torch 2.13,
-    # and what replaces it is not in 2.11
+    # `average_buffers` keeps them equal. The argument of this name is deprecated since torch 2.13;
+    # its successor is not in 2.11
     network.broadcast_buffers = False
     return network
 
@@ -69,8 +69,8 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
 def average_buffers(model: nn.Module) -> None:
     """Give every rank the mean of the ranks' running statistics, in one all-reduce.
 
-    DDP by itself would broadcast rank 0's, before every forward pass: three times a step where
-    the forward is interleaved, and too late for a guess or a checkpoint that comes before.
+    DDP alone would broadcast rank 0's before every forward pass: three times a step where the
+    forward is interleaved, and too late for a guess or a checkpoint that comes first.
     """
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     if world_size() == 1 or not buffers:
@@ -84,7 +84,7 @@ def average_buffers(model: nn.Module) -> None:
 
 
 def average_values(values: Mapping[str, Tensor], device: torch.device) -> dict[str, float]:
-    """Return the mean of each 0-d tensor over the ranks; waits for the device."""
+    """Return the mean over the ranks of each 0-d tensor; waits for the device."""
     numbers = [float(value) for value in values.values()]
     if world_size() > 1:
         total = torch.tensor(numbers, dtype=torch.float64, device=device)

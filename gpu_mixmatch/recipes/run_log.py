@@ -1,4 +1,4 @@
-"""What a run writes: metrics, checkpoints, TensorBoard's events and curves."""
+"""What a run writes: its configuration, metrics, checkpoint, TensorBoard's events and curves."""
 
 import json
 import os
@@ -9,14 +9,14 @@ import torch
 
 
 class MetricsLog:
-    """What a run writes: the metrics so far, a checkpoint, TensorBoard's events, the curves.
+    """Write a run's files: each evaluation as it comes, and the curves at the end.
 
     Args:
-        out: Folder of the run, made if it is not there.
-        config: What the run depends on, for ``config.json``.
-        metrics: Of all evaluations so far; the list is kept, and read again by each `write`.
+        out: Folder of the run; made if it does not exist.
+        config: What ``config.json`` says.
+        metrics: Of all evaluations so far; the list itself is kept, and each `write` reads it.
         step: The step that the run goes on from.
-        tested_on: "test" or "labelled": which images the error is of.
+        tested_on: "test" or "labelled", the images that errors are measured on.
 
     Raises:
         ImportError: If TensorBoard is not installed.
@@ -37,7 +37,7 @@ class MetricsLog:
                 'writing events needs TensorBoard: pip install "gpu-mixmatch[cli]"'
             ) from error
         self.out = out
-        self.metrics = metrics  # they travel in the checkpoint: the two cannot disagree
+        self.metrics = metrics  # the checkpoint holds them too, so that the two agree
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
         self._write_metrics()
@@ -67,7 +67,7 @@ class MetricsLog:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader finds the old content or the new, never a part."""
+    """Write a file whose readers find the old content or the new, never a part."""
     temporary = path.with_name(path.name + ".partial")
     temporary.write_bytes(content)
     os.replace(temporary, path)

@@ -142,9 +142,10 @@ class Summary(NamedTuple):
 
 
 class TrainRun:
-    """The parts of a run: what a checkpoint saves, and what a step needs.
+    """A run's parts: the model, builder, loss, optimizer and loader, and its step.
 
-    In a process group, ranks hold the same model after every step; ``network`` is its DDP wrapper.
+    In a process group all ranks hold the same model after every step; ``network`` is the model in
+    DDP.
 
     Args:
         config: What to train.
@@ -260,7 +261,7 @@ class TrainRun:
 
     @torch.no_grad()
     def test_error(self) -> float:
-        """Error of the averaged weights on the test set, in percent."""
+        """Return the error of the averaged weights on the test images, in percent."""
         self.ema.eval()
         wrong = torch.zeros((), dtype=torch.int64, device=self.device)
         images, labels = self.test_images, self.test_labels
@@ -272,7 +273,7 @@ class TrainRun:
         return 100 * int(wrong) / len(images)
 
     def description(self) -> dict[str, Any]:
-        """What ``config.json`` says: the configuration, and the network that it comes to."""
+        """Return what ``config.json`` says: the configuration, and how large the network is."""
         return {
             **dataclasses.asdict(self.config),
             "filters": choose_filters(self.config.model, self.config.filters, self.preset),
@@ -280,7 +281,7 @@ class TrainRun:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs, of tensors and plain values."""
+        """Return all that a resumed run needs, as tensors and plain values."""
         return {
             "config": self._settings(),
             "step": self.step,
@@ -384,7 +385,7 @@ def train(
 
 
 def _load_checkpoint(run: TrainRun, path: Path) -> None:
-    """Continue from a checkpoint, if there is one; the other ranks get it from rank 0."""
+    """Continue from a checkpoint if there is one; rank 0 reads it for all ranks."""
 
     def read() -> dict[str, Any] | None:
         if not path.exists():
