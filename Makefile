@@ -1,6 +1,8 @@
 # make demo   set up .venv and train digits with 40 labels, supervised only and with MixMatch
 # make test   set up .venv and run the tests
 # make check  lint, format and types, as the gate has them
+# make docs   build the documents and the API reference in build/site
+# make package  use pip install . and the wheel in clean environments
 # make gpu    all that wants a CUDA device: tests, checks and measurements
 PYTHON ?= python3
 VENV ?= .venv
@@ -70,3 +72,16 @@ $(TRITON36)/.installed: pyproject.toml constraints.txt
 	$(TRITON36)/bin/python -m pip install -q -c constraints.txt torch pytest
 	$(TRITON36)/bin/python -m pip install -q triton==3.6.0 "numpy>=2,<2.4"
 	touch $@
+
+# Documents and API reference as a site in build/site, from links to what they point to.
+PAGES = README.md CONTRIBUTING.md CHANGELOG.md CITATION.cff LICENSE docs examples benchmarks tests gpu_mixmatch
+.PHONY: docs package
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.installed
+	rm -rf build/pages && mkdir -p build/pages
+	ln -s $(PAGES:%=../../%) build/pages
+	$(RUN)/mkdocs build --strict
+
+# pip install . and the wheel, each used in a clean environment.
+package:
+	PYTHON=$(PYTHON) .ci/package
