@@ -59,7 +59,7 @@ def lam_of(alpha, lam="sample", count=20_000, step=0):
     return sampling.draw_mixup(7, step, ids, 0, num_augmentations=1, alpha=alpha, lam=lam).lam
 
 
-# The sketch's mistakes, FACTS section 2
+# Mistakes of the numpy sketch that this package grew from
 
 
 def test_sharpening_logits_instead_of_probabilities():
@@ -221,7 +221,7 @@ def test_powers_underflowing_in_half_precision(dtype):
         torch.testing.assert_close(guess, torch.full_like(guess, 1e-3), rtol=1e-5, atol=0)
 
 
-# The peers' bugs, STYLE
+# Bugs of other libraries
 
 
 def test_mixup_of_one_hot_rows_that_assigns_instead_of_adding():
