@@ -32,7 +32,6 @@ from benchmarks.common import (
     main,
     need,
     skipped_row,
-    summary,
     timed_rows,
 )
 from benchmarks.peers import (
@@ -46,8 +45,15 @@ from benchmarks.peers import (
     yu1ut_step,
     yu1ut_view,
 )
-from gpu_mixmatch import MixMatch, ResidentLoader, SemiSupervisedLoader, collate, functional
-from gpu_mixmatch.cli.bench import fixed_logits, time_training_step
+from gpu_mixmatch import (
+    MixMatch,
+    MixMatchLoss,
+    ResidentLoader,
+    SemiSupervisedLoader,
+    collate,
+    functional,
+)
+from gpu_mixmatch._timing import fixed_logits, time_training_step
 from gpu_mixmatch.recipes.models import build_model
 from gpu_mixmatch.types import AugmentPolicy, MixUpParams
 
@@ -357,7 +363,7 @@ def device_work(call: Callable[[], Any], device: torch.device) -> Row:
     """
     if device.type == "cuda":
         return _profiled(call)
-    from tests.launch_counter import LaunchCounter
+    from benchmarks.launch_counter import LaunchCounter
 
     # torch does not know autocast of the fake device
     with mock.patch.object(torch, "is_autocast_enabled", return_value=False):
@@ -436,7 +442,9 @@ def step_rows(settings: Settings) -> list[Row]:
             rows += timed_rows(case, [builder], settings, threads)
         torch.manual_seed(0)
         model = build_model("wrn-28-2", NUM_CLASSES, 3)
-        timing = summary([time_training_step(model, mixmatch, (x, y, u))])
+        timing = time_training_step(
+            model, lambda model: mixmatch(x, y, u, model), MixMatchLoss(), device
+        )
     rows.append(
         {"case": case, "contender": "whole step", "threads": threads, "note": f"with {impl}"}
         | timing._asdict()

@@ -3,8 +3,8 @@
 The tests marked ``gpu``, the kernels' tests on the real device, all suites with ``--device cuda``,
 compute-sanitizer and Nsight Compute where they are installed, and the plots. Each part has a time
 limit, so that all fit in eight minutes; a part that fails does not stop the others. Results go to
-the folder that ``$OUT`` names, or to ``benchmarks/results/0.1.0``; a table sums up at the end, and
-the exit code is 1 if a part failed.
+the folder that ``$OUT`` names, or to that of this version's results; a table sums up at the end,
+and the exit code is 1 if a part failed.
 """
 
 import argparse
@@ -23,8 +23,9 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.common import RESULTS, ROOT, machine
+from benchmarks.common import RESULTS, ROOT
 from benchmarks.schema import SUITES
+from gpu_mixmatch._machine import machine
 
 SECONDS = 480.0  # for everything
 SUITE_SECONDS = {"ops": 70, "batch": 45, "augment": 60, "scaling": 25, "loader": 35}

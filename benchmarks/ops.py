@@ -7,7 +7,6 @@ which ``copy_`` moves as many, measured in the same turns. On CUDA the goals of 
 measured too: a captured batch, the host's part of an eager one, and bandwidth at 224 px in bf16.
 """
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,11 +27,11 @@ from benchmarks.common import (
     implementations,
     main,
     skipped_row,
-    summary,
     timed_rows,
 )
 from benchmarks.peers import VIEWS, Images
 from gpu_mixmatch import MixMatch, functional
+from gpu_mixmatch._timing import in_turns
 from gpu_mixmatch.impl import eager
 from gpu_mixmatch.types import MixUpParams
 
@@ -251,7 +250,7 @@ def goal_rows(settings: Settings, report: Report) -> list[Row]:
     """Measure what the fused path is meant to reach, next to the goal."""
     threads = settings.threads[-1]
     batch = 8 if settings.quick else 64
-    values: dict[str, list[float]] = {}
+    values: dict[str, tuple[float, ...]] = {}  # low, median and high
     report("captured batch")
     images = make_images(32, batch, settings.device)
     mixmatch = MixMatch(weak(policy_for("shift, flip", 32), "auto"), NUM_CLASSES).to(
@@ -261,11 +260,20 @@ def goal_rows(settings: Settings, report: Report) -> list[Row]:
     data = images.x, y, images.u
     captured = mixmatch.capture(first_logits, *data)
     replay = captured._graph.replay
-    values["captured batch, replay alone, us"] = _microseconds(replay, settings)
-    values["captured batch, whole call, us"] = _microseconds(lambda: captured(*data), settings)
-    values["host time of an eager batch, us"] = _host_microseconds(
-        lambda: mixmatch(*data, first_logits)
-    )
+    for name, call, calls_per_block in (
+        ("captured batch, replay alone, us", replay, None),
+        ("captured batch, whole call, us", lambda: captured(*data), None),
+        # of the host alone: few enough calls that the device's queue does not fill
+        ("host time of an eager batch, us", lambda: mixmatch(*data, first_logits), 20),
+    ):
+        timing = in_turns(
+            {name: call},
+            settings.device,
+            block_seconds=settings.block_seconds,
+            calls_per_block=calls_per_block,
+            host_only=calls_per_block is not None,
+        )[name]
+        values[name] = tuple(1e3 * value for value in timing[:3])
     report("bandwidth at 224 px, bf16")
     large = make_images(224, batch, settings.device)
     for operation in image_operations(large, "shift, flip", torch.bfloat16):
@@ -273,12 +281,12 @@ def goal_rows(settings: Settings, report: Report) -> list[Row]:
         if name in GOALS:
             rows = operation_rows(operation, name, settings, threads, compile_it=False)
             (share,) = (row["copy_percent"] for row in rows if row["contender"] == "triton")
-            values[name] = [share]
+            values[name] = (share,) * 3
     return [_goal_row(name, measured, threads) for name, measured in values.items()]
 
 
-def _goal_row(name: str, measured: list[float], threads: int) -> Row:
-    low, median, high, _ = summary(measured)
+def _goal_row(name: str, measured: tuple[float, ...], threads: int) -> Row:
+    low, median, high = measured
     goal = GOALS[name]
     met = median <= goal if name.endswith("us") else median >= goal
     return {
@@ -290,25 +298,6 @@ def _goal_row(name: str, measured: list[float], threads: int) -> Row:
         "quartiles": [round(low, 2), round(high, 2)],
         "goal": goal,
     }
-
-
-def _microseconds(call: Callable[[], Any], settings: Settings) -> list[float]:
-    """Device time per call of blocks of calls that follow each other without a wait."""
-    rows = timed_rows("", [Contender("", call)], settings, 1)
-    return [1e3 * rows[0][name] for name in ("low_ms", "median_ms", "high_ms")]
-
-
-def _host_microseconds(call: Callable[[], Any], calls: int = 20) -> list[float]:
-    """Host time per call while the device's queue is not full."""
-    times = []
-    for _ in range(10):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append(1e6 * (time.perf_counter() - start) / calls)
-    torch.cuda.synchronize()
-    return times[1:]
 
 
 def cases(settings: Settings) -> list[tuple[int, int, str, torch.dtype]]:

@@ -29,7 +29,7 @@ from benchmarks.common import (
 )
 from benchmarks.peers import VIEWS, Images, kornia_module, yu1ut_step
 from gpu_mixmatch import MixMatch
-from gpu_mixmatch.cli.bench import fixed_logits
+from gpu_mixmatch._timing import fixed_logits
 
 
 class Point(NamedTuple):

@@ -14,7 +14,7 @@ from PIL import Image
 from benchmarks import augment, batch, common, gpu, loader, ops, peers, report, scaling, schema
 from benchmarks.common import Contender, Settings, Skipped
 from benchmarks.report import ROOT
-from gpu_mixmatch import MixMatch, WeakAugment
+from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, _timing
 from gpu_mixmatch.cli import bench
 from gpu_mixmatch.types import AugmentParams, AugmentPolicy
 from tests.test_launches import EAGER
@@ -104,14 +104,10 @@ def test_a_file_with_nan_is_refused(tmp_path):
 # Timing
 
 
-def test_contenders_take_turns_there_and_back():
+def test_calls_take_turns_there_and_back():
     order = []
-    contenders = [
-        Contender(name, lambda name=name: (order.append(name), time.sleep(0.002)))
-        for name in ("a", "b")
-    ]
-    settings = Settings(CPU, rounds=3, block_seconds=0.0)
-    timings = common.interleaved(contenders, settings)
+    calls = {name: lambda name=name: (order.append(name), time.sleep(0.002)) for name in ("a", "b")}
+    timings = _timing.in_turns(calls, rounds=3, block_seconds=0.0)
     warm_up = ["a"] * 4 + ["b"] * 4
     assert order == [*warm_up, "a", "b", "b", "a", "a", "b"]
     for timing in timings.values():
@@ -119,10 +115,33 @@ def test_contenders_take_turns_there_and_back():
         assert 2 <= timing.low_ms <= timing.median_ms <= timing.high_ms
 
 
+def test_a_block_is_as_long_as_it_is_asked_to_be():
+    counts = []
+    calls = {"a": lambda: time.sleep(0.001)}
+    before = {"a": lambda: counts.append(0)}
+    timing = _timing.in_turns(calls, rounds=2, calls_per_block=5, before_block=before)["a"]
+    assert timing.blocks == 2
+    assert len(counts) == 3  # the warm-up is one block, too
+    assert 1 <= timing.median_ms < 5  # per call
+
+
+def test_no_round_begins_when_time_is_up():
+    calls = {"a": lambda: time.sleep(0.02)}
+    timing = _timing.in_turns(calls, rounds=100, calls_per_block=1, most_seconds=0.1)["a"]
+    assert 1 <= timing.blocks <= 6
+    assert _timing.in_turns(calls, calls_per_block=1, most_seconds=0.0)["a"].blocks == 1
+
+
 def test_what_comes_before_a_block_is_not_timed():
     slow = Contender("slow", lambda: None, before_block=lambda: time.sleep(0.05))
-    timing = common.interleaved([slow], Settings(CPU, rounds=2, block_seconds=0.0))["slow"]
+    settings = Settings(CPU, rounds=2, block_seconds=0.0)
+    timing = common.time_contenders([slow], settings)["slow"]
     assert timing.high_ms < 25
+
+
+def test_quartiles_of_one_time_are_that_time():
+    assert _timing.quartiles([2.0]) == (2.0, 2.0, 2.0, 1)
+    assert _timing.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0, 5)
 
 
 def test_times_are_per_call_and_rates_per_second():
@@ -515,7 +534,7 @@ def test_bench_ranks_engines_and_advises_the_cheapest():
 def test_bench_builds_what_it_says_to_choose():
     builders, _ = bench._builders(16, 2, CPU)
     x, u = augment.make_images(16, 4, CPU)
-    guess = bench.fixed_logits(8, bench.NUM_CLASSES, CPU)
+    guess = _timing.fixed_logits(8, bench.NUM_CLASSES, CPU)
     for mixmatch, detail in builders.values():
         result = mixmatch(x, torch.arange(4), u, guess)
         assert result.inputs.shape == (12, 3, 16, 16)
@@ -546,14 +565,17 @@ def test_a_training_step_trains_the_model():
     before = model[1].weight.clone()
     mixmatch = MixMatch(WeakAugment(1), 10)
     x, u = augment.make_images(8, 4, CPU)
-    assert bench.time_training_step(model, mixmatch, (x, torch.arange(4), u)) > 0
+    timing = _timing.time_training_step(
+        model, lambda model: mixmatch(x, torch.arange(4), u, model), MixMatchLoss(), CPU
+    )
+    assert timing.median_ms > 0
     assert not torch.equal(before, model[1].weight)
-    assert int(mixmatch.step) == 1 + bench._ROUNDS
+    assert int(mixmatch.step) == 1 + timing.blocks  # after one to warm up
 
 
 def test_importing_bench_loads_neither_engines_nor_benchmarks():
     code = (
-        "import sys, gpu_mixmatch.bench; "
+        "import sys, gpu_mixmatch.cli.bench; "
         "print([n for n in ('kornia', 'nvidia.dali', 'rich', 'PIL', 'benchmarks', 'datasets') "
         "if n in sys.modules])"
     )

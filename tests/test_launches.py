@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.launch_counter import DEVICE, LaunchCounter
 from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, functional, sampling
 from gpu_mixmatch.impl import eager
-from tests.launch_counter import DEVICE, LaunchCounter
 from tests.tolerances import TOLERANCES
 
 NUM_CLASSES = 10
