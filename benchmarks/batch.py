@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 from benchmarks.augment import policy_for, weak
 from benchmarks.common import (
     Contender,
-    Report,
     Row,
     Settings,
     Skipped,
+    Tell,
     cpu_threads,
     implementations,
     main,
@@ -36,8 +36,8 @@ from benchmarks.common import (
 )
 from benchmarks.peers import (
     MEAN,
+    NUM_VIEWS,
     STD,
-    VIEWS,
     Mixed,
     kornia_module,
     usb_step,
@@ -50,6 +50,7 @@ from gpu_mixmatch import (
     MixMatchLoss,
     ResidentLoader,
     SemiSupervisedLoader,
+    capture,
     collate,
     functional,
 )
@@ -156,7 +157,7 @@ def ours_captured(
         raise Skipped("CUDA graphs need a CUDA device")
     loader = iter(ResidentLoader(*data, batch, steps_per_epoch=ENDLESS, device=device))
     mixmatch = our_builder(policy, impl, device, reuse=False)
-    captured = mixmatch.capture(guess_for(batch, device), *next(loader)[:3])
+    captured = capture(mixmatch, guess_for(batch, device), *next(loader)[:3])
 
     def call() -> Any:
         return captured(*next(loader)[:3])
@@ -225,7 +226,7 @@ def _per_sample_loop(
     generator = np.random.default_rng(0)
     transform = partial(view, generator=generator, padding=policy.padding)
     labels = data.labels.tolist()
-    labelled, unlabelled = (TwoViews(rows, labels, transform, views) for views in (1, VIEWS))
+    labelled, unlabelled = (TwoViews(rows, labels, transform, views) for views in (1, NUM_VIEWS))
     loaders = _loader(labelled, batch, None), _loader(unlabelled, batch, None)
     batches = zip(*map(iter, loaders), strict=True)
     guess = guess_for(batch, device)
@@ -250,7 +251,7 @@ def kornia_loop(
     def call() -> Mixed:
         (x, y), (u, _) = next(batches)
         x, u = x.to(device), u.to(device)
-        x, *views = module(torch.cat([x, *[u] * VIEWS]).float() / 255).split(batch)
+        x, *views = module(torch.cat([x, *[u] * NUM_VIEWS]).float() / 255).split(batch)
         return yu1ut_step(x, y.to(device), views, guess, generator)
 
     return call
@@ -405,18 +406,18 @@ def count_rows(settings: Settings, size: int, batch: int) -> list[Row]:
     """Count the launches of each loop, with and without blur."""
     device = settings.device if settings.is_cuda else torch.device("meta")
     rows = []
-    for name in ("shift, flip", "shift, flip, blur"):
-        case = f"launches, {name}, {size} px, {batch} + {batch}"
+    for effects in ("shift, flip", "shift, flip, blur"):
+        case = f"launches, {effects}, {size} px, {batch} + {batch}"
         # on the CPU: the kernels are counted by tests, where they are launched
         known = loops(device) if settings.is_cuda else loops(torch.device("cpu"))
         for loop in known:
             if not loop.counted or (not settings.is_cuda and "numba" in loop.name):
                 continue
-            if "blur" in name and loop.name in ("YU1ut's loop", "USB's loop"):
+            if "blur" in effects and loop.name in ("YU1ut's loop", "USB's loop"):
                 continue
             row: Row = {"case": case, "contender": loop.name, "threads": 1, "note": loop.note}
             try:
-                policy = policy_for(name, size)
+                policy = policy_for(effects, size)
                 call = loop.make(make_data(size, 2 * batch), batch, policy, device)
                 rows.append(row | device_work(call, device))
             except Skipped as reason:
@@ -461,12 +462,12 @@ def cases(settings: Settings) -> list[tuple[int, int]]:
     return [(32, 64), (96, 64), (224, 64 if settings.is_cuda else 16)]
 
 
-def run(settings: Settings, report: Report) -> list[Row]:
+def run(settings: Settings, tell: Tell) -> list[Row]:
     """Check, time, count, and put it beside a training step."""
     rows = []
     device = settings.device
     with torch.random.fork_rng(devices=[]):
-        report("checking")
+        tell("checking")
         for step in (yu1ut_step, usb_step):
             check_step(step)
         for loop in loops(device):
@@ -474,12 +475,12 @@ def run(settings: Settings, report: Report) -> list[Row]:
                 check_loop(loop, device)
         for size, batch in cases(settings):
             for threads in settings.threads:
-                report(f"{size} px, {threads} threads")
+                tell(f"{size} px, {threads} threads")
                 with cpu_threads(threads):
                     rows += _timed_case(settings, size, batch, threads)
-        report("launches")
+        tell("launches")
         rows += count_rows(settings, *cases(settings)[0])
-        report("training step of WRN-28-2")
+        tell("training step of WRN-28-2")
         rows += step_rows(settings)
     return rows
 
@@ -499,7 +500,7 @@ def _timed_case(settings: Settings, size: int, batch: int, threads: int) -> list
             faults = faults_per_call(call, 4 if settings.quick else 30)
             extras["faults_per_batch"] = round(faults, 2)
         contenders.append(Contender(loop.name, call, loop.note, extras))
-    fields = {"size": size, "batch": batch, "views": (1 + VIEWS) * batch}
+    fields = {"size": size, "batch": batch, "num_rows": (1 + NUM_VIEWS) * batch}
     return timed_rows(case, contenders, settings, threads, **fields) + rows
 
 

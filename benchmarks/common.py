@@ -23,13 +23,13 @@ RESULTS = ROOT / "benchmarks" / "results" / __version__
 
 Row = dict[str, Any]
 CASE_FIELDS = (
-    "policy",
+    "effects",
     "size",
     "batch",
-    "views",
+    "num_rows",
     "sweep",
     "at",
-    "k",
+    "num_views",
     "classes",
 )  # what a case is; tables of it leave them out
 
@@ -81,8 +81,8 @@ class Settings:
         return self.device.type == "cuda"
 
 
-Report = Callable[[str], None]
-Suite = Callable[[Settings, Report], list[Row]]
+Tell = Callable[[str], None]
+Suite = Callable[[Settings, Tell], list[Row]]
 
 
 def quick_settings(device: torch.device) -> Settings:
@@ -115,7 +115,7 @@ def timed_rows(
         contenders: Those that can run here.
         settings: Of the command line.
         threads: Number of CPU threads that are set.
-        fields: Further fields of all rows; ``views`` also gives ``views_per_s``.
+        fields: Further fields of all rows; ``num_rows`` also gives ``views_per_s``.
     """
     rows = []
     timings = time_contenders(contenders, settings)
@@ -124,8 +124,8 @@ def timed_rows(
         row = {"case": case, "contender": contender.name, "threads": threads}
         row |= {"note": contender.note, **fields, **contender.extras}
         row |= {name: _rounded(value) for name, value in timing._asdict().items()}
-        if "views" in row:
-            row["views_per_s"] = _rounded(1e3 * row["views"] / timing.median_ms)
+        if "num_rows" in row:
+            row["views_per_s"] = _rounded(1e3 * row["num_rows"] / timing.median_ms)
         rows.append(row)
     return rows
 
@@ -138,6 +138,29 @@ def skipped_row(case: str, contender: str, threads: int, reason: str, note: str 
         "threads": threads,
         "note": note,
         "skipped": reason,
+    }
+
+
+def goal_row(case: str, name: str, measured: Sequence[float], threads: int, goal: float) -> Row:
+    """Return a row that says whether a goal is met.
+
+    Args:
+        case: What goals belong together.
+        name: Of the goal, with its unit.
+        measured: Lower quartile, median and upper quartile; the median counts.
+        threads: Number of CPU threads.
+        goal: The most where the unit is a time, else the least.
+    """
+    low, median, high = measured
+    met = median <= goal if name.endswith((" us", " s")) else median >= goal
+    return {
+        "case": case,
+        "contender": name,
+        "threads": threads,
+        "note": "met" if met else "not met",
+        "value": _rounded(median),
+        "quartiles": [_rounded(low), _rounded(high)],
+        "goal": goal,
     }
 
 
@@ -166,7 +189,7 @@ def implementations(device: torch.device) -> list[str]:
     return usable
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def torch_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``torch.compile`` of a function.
 
     Raises:
@@ -204,7 +227,7 @@ def header(suite: str, settings: Settings, rows: list[Row]) -> dict[str, Any]:
         _command(suite, sys.argv[1:]),
         settings.device,
         settings.threads,
-        commit=_commit(),
+        commit=commit(),
         quick=settings.quick,
     )
     return described | {"rows": rows}
@@ -250,10 +273,10 @@ def _with_progress(suite: str, run: Suite, settings: Settings) -> list[Row]:
     with Progress(*columns, transient=True) as progress:
         task = progress.add_task(suite, total=None, at="")
 
-        def report(at: str) -> None:
+        def tell(at: str) -> None:
             progress.update(task, at=at)
 
-        return run(settings, report)
+        return run(settings, tell)
 
 
 def _print_tables(content: dict[str, Any]) -> None:
@@ -306,7 +329,7 @@ def _command(suite: str, arguments: Sequence[str]) -> str:
     return " ".join(["python -m", f"benchmarks.{suite}", *map(shlex.quote, kept)])
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit, with a mark where the package differs from it; "unknown" outside of git."""
 
     def git(*arguments: str) -> str:

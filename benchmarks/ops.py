@@ -14,23 +14,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.augment import draws_of, make_images, policy_for, weak
+from benchmarks.augment import draw_batch, draws_of, make_images, policy_for, weak
 from benchmarks.batch import first_logits
 from benchmarks.common import (
     Contender,
-    Report,
     Row,
     Settings,
     Skipped,
-    compiled,
+    Tell,
     cpu_threads,
+    goal_row,
     implementations,
     main,
     skipped_row,
     timed_rows,
+    torch_compiled,
 )
-from benchmarks.peers import VIEWS, Images
-from gpu_mixmatch import MixMatch, functional
+from benchmarks.peers import NUM_VIEWS, Images
+from gpu_mixmatch import MixMatch, capture, functional
 from gpu_mixmatch._timing import in_turns
 from gpu_mixmatch.impl import eager
 from gpu_mixmatch.types import MixUpParams
@@ -63,16 +64,16 @@ class Operation(NamedTuple):
     tolerance: float = 1e-5
 
 
-def image_operations(images: Images, policy_name: str, dtype: torch.dtype) -> list[Operation]:
+def image_operations(images: Images, effects: str, dtype: torch.dtype) -> list[Operation]:
     """Drawing, augmenting and mixing: what depends on the images."""
     device, size = images.x.device, images.size
-    policy = policy_for(policy_name, size)
+    policy = policy_for(effects, size)
     engines = {impl: weak(policy, impl, dtype).to(device) for impl in implementations(device)}
     plain = engines["eager"]
     draws = draws_of(plain, images, 0)
     mixup = mixup_params(images)
     generator = torch.Generator().manual_seed(0)
-    shape = (images.views, 3, size, size)
+    shape = (images.num_rows, 3, size, size)
     rows = torch.randn(shape, generator=generator).to(device, dtype)
     targets = torch.rand(len(rows), NUM_CLASSES, generator=generator).to(device)
     out, mixed_targets = torch.empty_like(rows), torch.empty_like(targets)
@@ -80,16 +81,7 @@ def image_operations(images: Images, policy_name: str, dtype: torch.dtype) -> li
     target_bytes = targets.numel() * 4
 
     def draw(impl: str) -> Any:
-        return functional.draw_batch(
-            0,
-            torch.tensor(5),
-            len(images.x),
-            len(images.u),
-            num_augmentations=VIEWS,
-            policy=policy,
-            device=device,
-            impl=impl,  # type: ignore[arg-type]
-        )
+        return draw_batch(images, 5, policy, impl)
 
     def augment(impl: str) -> Tensor:
         return engines[impl].apply(tuple(images), draws, out=out)
@@ -119,10 +111,10 @@ def image_operations(images: Images, policy_name: str, dtype: torch.dtype) -> li
 def class_operations(batch: int, num_classes: int, device: torch.device) -> list[Operation]:
     """Sharpening, targets and the loss: what depends on the classes."""
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(VIEWS, batch, num_classes, generator=generator).to(device)
+    logits = torch.randn(NUM_VIEWS, batch, num_classes, generator=generator).to(device)
     probs = logits[0].softmax(dim=1)
     y = (torch.arange(batch) % num_classes).to(device)
-    rows = torch.randn((1 + VIEWS) * batch, num_classes, generator=generator).to(device)
+    rows = torch.randn((1 + NUM_VIEWS) * batch, num_classes, generator=generator).to(device)
     rows.requires_grad_()
     targets = functional.batch_targets(y, logits, 0.5, impl="eager")
     weight = torch.tensor(75.0, device=device)
@@ -165,16 +157,7 @@ def class_operations(batch: int, num_classes: int, device: torch.device) -> list
 
 def mixup_params(images: Images) -> MixUpParams:
     """λ' and partners of a batch."""
-    _, params = functional.draw_batch(
-        0,
-        torch.tensor(0),
-        len(images.x),
-        len(images.u),
-        num_augmentations=VIEWS,
-        device=images.x.device,
-        impl="eager",
-    )
-    return params
+    return draw_batch(images, 0, None, "eager")[1]
 
 
 def check_equal(operation: Operation, call: Callable[[], Any]) -> None:
@@ -233,7 +216,7 @@ def operation_rows(
 def _compiled_call(operation: Operation) -> Callable[[], Any]:
     assert operation.plain is not None
     torch.compiler.reset()
-    call = compiled(operation.plain)
+    call = torch_compiled(operation.plain)
     try:
         check_equal(operation, call)
     except AssertionError as error:
@@ -246,19 +229,19 @@ def _compiled_call(operation: Operation) -> Callable[[], Any]:
 # Goals of the fused path, on CUDA
 
 
-def goal_rows(settings: Settings, report: Report) -> list[Row]:
+def goal_rows(settings: Settings, tell: Tell) -> list[Row]:
     """Measure what the fused path is meant to reach, next to the goal."""
     threads = settings.threads[-1]
     batch = 8 if settings.quick else 64
     values: dict[str, tuple[float, ...]] = {}  # low, median and high
-    report("captured batch")
+    tell("captured batch")
     images = make_images(32, batch, settings.device)
     mixmatch = MixMatch(weak(policy_for("shift, flip", 32), "auto"), NUM_CLASSES).to(
         settings.device
     )
     y = torch.arange(batch, device=settings.device) % NUM_CLASSES
     data = images.x, y, images.u
-    captured = mixmatch.capture(first_logits, *data)
+    captured = capture(mixmatch, first_logits, *data)
     replay = captured._graph.replay
     for name, call, calls_per_block in (
         ("captured batch, replay alone, us", replay, None),
@@ -274,7 +257,7 @@ def goal_rows(settings: Settings, report: Report) -> list[Row]:
             host_only=calls_per_block is not None,
         )[name]
         values[name] = tuple(1e3 * value for value in timing[:3])
-    report("bandwidth at 224 px, bf16")
+    tell("bandwidth at 224 px, bf16")
     large = make_images(224, batch, settings.device)
     for operation in image_operations(large, "shift, flip", torch.bfloat16):
         name = f"{operation.name}, share of copy, %"
@@ -282,26 +265,12 @@ def goal_rows(settings: Settings, report: Report) -> list[Row]:
             rows = operation_rows(operation, name, settings, threads, compile_it=False)
             (share,) = (row["copy_percent"] for row in rows if row["contender"] == "triton")
             values[name] = (share,) * 3
-    return [_goal_row(name, measured, threads) for name, measured in values.items()]
-
-
-def _goal_row(name: str, measured: tuple[float, ...], threads: int) -> Row:
-    low, median, high = measured
-    goal = GOALS[name]
-    met = median <= goal if name.endswith("us") else median >= goal
-    return {
-        "case": "goals of the fused path",
-        "contender": name,
-        "threads": threads,
-        "note": "met" if met else "not met",
-        "value": round(median, 2),
-        "quartiles": [round(low, 2), round(high, 2)],
-        "goal": goal,
-    }
+    case = "goals of the fused path"
+    return [goal_row(case, name, value, threads, GOALS[name]) for name, value in values.items()]
 
 
 def cases(settings: Settings) -> list[tuple[int, int, str, torch.dtype]]:
-    """Size, images per part, policy and dtype of each case."""
+    """Size, images per part, effects and dtype of each case."""
     if settings.quick:
         return [(32, 8, "shift, flip", torch.float32)]
     last = 64 if settings.is_cuda else 16
@@ -313,21 +282,21 @@ def cases(settings: Settings) -> list[tuple[int, int, str, torch.dtype]]:
     return found
 
 
-def run(settings: Settings, report: Report) -> list[Row]:
+def run(settings: Settings, tell: Tell) -> list[Row]:
     """Check and time all operations."""
     rows: list[Row] = []
     for threads in settings.threads:
         with cpu_threads(threads):
-            for size, batch, policy, dtype in cases(settings):
-                shapes = f"{policy}, {size} px, {batch} + {batch}, {str(dtype)[6:]}"
+            for size, batch, effects, dtype in cases(settings):
+                shapes = f"{effects}, {size} px, {batch} + {batch}, {str(dtype)[6:]}"
                 images = make_images(size, batch, settings.device)
-                # compiling takes seconds: one policy will do
-                compile_it = policy == "shift, flip" and not settings.quick
-                for operation in image_operations(images, policy, dtype):
-                    if "blur" in policy and operation.name in ("draw", "mixup"):
+                # compiling takes seconds: one case will do
+                compile_it = effects == "shift, flip" and not settings.quick
+                for operation in image_operations(images, effects, dtype):
+                    if "blur" in effects and operation.name in ("draw", "mixup"):
                         continue  # as without
                     case = f"{operation.name}: {shapes}"
-                    report(f"{case}, {threads} threads")
+                    tell(f"{case}, {threads} threads")
                     rows += operation_rows(
                         operation, case, settings, threads, compile_it=compile_it
                     )
@@ -335,14 +304,14 @@ def run(settings: Settings, report: Report) -> list[Row]:
             for classes in (10,) if settings.quick else (10, 1000):
                 for operation in class_operations(batch, classes, settings.device):
                     case = f"{operation.name}: {batch} + {batch}, {classes} classes"
-                    report(f"{case}, {threads} threads")
+                    tell(f"{case}, {threads} threads")
                     first = classes == 10
                     compile_it = first and (not settings.quick or operation.name == "sharpen")
                     rows += operation_rows(
                         operation, case, settings, threads, compile_it=compile_it
                     )
     if settings.is_cuda:
-        rows += goal_rows(settings, report)
+        rows += goal_rows(settings, tell)
     return rows
 
 
