@@ -14,6 +14,7 @@ from PIL import Image
 from benchmarks import (
     augment,
     batch,
+    claims,
     common,
     drawings,
     gpu,
@@ -430,6 +431,20 @@ def test_the_builders_share_is_of_the_whole_step(ran):
     for row in rows:
         expected = 100 * row["median_ms"] / whole["median_ms"]
         assert row["share_percent"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_claims_are_reported_as_met_or_not():
+    rows = claims.run(QUICK, lambda _: None)
+    schema.check(content_of("claims", rows))
+    assert [row["contender"] for row in rows] == list(claims.GOALS)
+    for row in rows:
+        if "skipped" in row:
+            continue
+        less = row["contender"].endswith(" s")
+        met = row["value"] <= row["goal"] if less else row["value"] >= row["goal"]
+        assert row["note"] == ("met" if met else "not met")
+        assert row["value"] > 0
+    assert tables.goals_table([rows[-1]]).count("met") == 1
 
 
 def test_operations_that_differ_are_not_timed():

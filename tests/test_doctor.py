@@ -377,11 +377,9 @@ def test_the_report_of_this_machine_is_plain_ascii_of_100_columns() -> None:
 @pytest.fixture(scope="module")
 def fresh() -> dict[str, str]:
     code = (
-        "import sys, time, gpu_mixmatch.cli.doctor as doctor\n"
+        "import sys, gpu_mixmatch.cli.doctor as doctor\n"
         "before = set(sys.modules)\n"
-        "start = time.perf_counter()\n"
         "doctor.examine()\n"
-        "print('seconds', time.perf_counter() - start)\n"
         "print('new', sorted({name.split('.')[0] for name in set(sys.modules) - before}))\n"
         "print('loaded', [n for n in ('kornia', 'nvidia', 'matplotlib') if n in sys.modules])\n"
     )
@@ -401,8 +399,3 @@ def test_the_doctor_imports_nothing_that_it_looks_for(fresh: dict[str, str]) -> 
     assert fresh["loaded"] == "[]"
     for module in ("triton", "torchvision", "PIL", "sklearn", "tensorboard", "typer", "rich"):
         assert f"'{module}'" not in fresh["new"]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA takes its own time to start")
-def test_the_doctor_is_quick(fresh: dict[str, str]) -> None:
-    assert float(fresh["seconds"]) < 1
