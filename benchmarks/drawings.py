@@ -148,7 +148,7 @@ def draw_views(content: Content, path: Path) -> None:
                 title = f"{size} px: {_times(lead(found, thousand_views))}"
                 axis.set_title(f"{effects}, {title}" if effects else title)
                 axis.set_xlabel("thousand views/s")
-        _legend(figure, content)
+        _legend(figure, content, "; ×: times as fast as the best other")
 
 
 def draw_loaders(content: Content, path: Path) -> None:
@@ -243,7 +243,7 @@ def _bars(axis: Any, rows: list[Row], names: list[str], rate: Rate) -> None:
     axis.set_xlim(0, max(map(rate, rows)) * 1.18)
 
 
-def _legend(figure: Any, content: Content) -> None:
+def _legend(figure: Any, content: Content, remark: str = "") -> None:
     from matplotlib.patches import Patch
 
     rows = timed_rows(content)
@@ -253,7 +253,7 @@ def _legend(figure: Any, content: Content) -> None:
     ]
     if any(is_bound(row) for row in rows):
         handles.append(Patch(color=plots.BOUND, label="bound"))
-    title = f"medians, {machine_name(content)}, {threads(rows[0])}"
+    title = f"medians, {machine_name(content)}, {threads(rows[0])}{remark}"
     figure.legend(handles=handles, loc="outside lower left", ncols=4, title=title, alignment="left")
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from benchmarks import (
     common,
     drawings,
     gpu,
+    kernels,
     loader,
     ops,
     peers,
@@ -431,6 +433,19 @@ def test_the_builders_share_is_of_the_whole_step(ran):
     for row in rows:
         expected = 100 * row["median_ms"] / whole["median_ms"]
         assert row["share_percent"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_arguments_of_kernels_are_read_by_name_however_deep_they_lie():
+    class Rows(NamedTuple):
+        x_ptr: int
+        count: int
+
+    class Source(NamedTuple):
+        rows: Rows
+        size: int
+
+    named = kernels.named_arguments(["seed", "source", "out_ptr"], [7, Source(Rows(1, 2), 3), 4])
+    assert named == {"seed": 7, "x_ptr": 1, "count": 2, "size": 3, "out_ptr": 4}
 
 
 def test_claims_are_reported_as_met_or_not():

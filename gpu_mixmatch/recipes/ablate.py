@@ -197,7 +197,8 @@ def draw_bars(
     with plots.picture(path, width, height, headline(results)) as figure:
         panels = figure.subplots(1, 2 if with_paper else 1, sharey=True, squeeze=False)[0]
         _draw_ours(panels[0], results)
-        panels[0].set_title(f"{title}: mean, standard deviation, seeds")
+        several = any(len(result.errors) > 1 for result in results)
+        panels[0].set_title(f"{title}: mean ± sd, and each seed" if several else title)
         if with_paper:
             _draw_papers(panels[1], results)
         for panel in panels:

@@ -21,6 +21,7 @@ _STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
+    "axes.prop_cycle": f"cycler('color', {[OURS, THEIRS, THIRD]})",
     "grid.color": INK,
     "grid.alpha": 0.25,
     "xtick.color": INK,
