@@ -30,7 +30,7 @@ from benchmarks.common import (
 from benchmarks.peers import MEAN, NUM_VIEWS, PEERS, SKETCH_PEERS, STD, BuildViews, Images, Peer
 from gpu_mixmatch import DaliAugment, WeakAugment, functional
 from gpu_mixmatch._buffers import Workspace
-from gpu_mixmatch.types import AugmentParams, AugmentPolicy, MixUpParams
+from gpu_mixmatch.types import AugmentParams, AugmentPolicy, DrawPlan, MixUpParams
 
 BLUR = (0.1, 3.0)
 EXACT = 2e-4  # of equal draws: a fiftieth of a grey level
@@ -82,9 +82,7 @@ def draw_batch(
         torch.tensor(step),
         len(images.x),
         len(images.u),
-        num_augmentations=NUM_VIEWS,
-        policy=policy,
-        mix=mix,
+        DrawPlan(NUM_VIEWS, policy, mix=mix),
         device=images.x.device,
         impl=impl,  # type: ignore[arg-type]
     )

@@ -147,7 +147,7 @@ def class_operations(batch: int, num_classes: int, device: torch.device) -> list
         Operation(
             "loss",
             loss,
-            lambda: eager.mixmatch_loss(rows.detach(), targets, batch, weight).loss,
+            lambda: eager.mixmatch_losses(rows.detach(), targets, batch, weight).loss,
             2 * target_bytes,
             1e-4,
         ),

@@ -4,8 +4,8 @@ Importing the package loads torch and numpy only.
 """
 
 from gpu_mixmatch import functional, presets, sampling
-from gpu_mixmatch.augment import DaliAugment, KorniaAugment, WeakAugment, as_augment
-from gpu_mixmatch.augment.base import Augment
+from gpu_mixmatch.augment import Augment, DaliAugment, KorniaAugment, WeakAugment, as_augment
+from gpu_mixmatch.capture import capture
 from gpu_mixmatch.data import (
     DaliLoader,
     Indexed,
@@ -44,6 +44,7 @@ __all__ = [
     "SemiSupervisedLoader",
     "WeakAugment",
     "as_augment",
+    "capture",
     "check_images",
     "collate",
     "functional",

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from gpu_mixmatch._extras import PACKAGES
+
 UNKNOWN = "unknown"  # where a field was not, or cannot be, recorded
-DALI_DISTRIBUTIONS = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 
 def header(
@@ -36,6 +37,7 @@ def header(
     """
     from gpu_mixmatch import __version__
 
+    (dali,) = (package for package in PACKAGES if package.module == "nvidia.dali")
     return {
         "suite": suite,
         "command": command,
@@ -54,7 +56,7 @@ def header(
             "torch": torch.__version__,
             "numpy": _version("numpy"),
             "kornia": _version("kornia"),
-            "dali": next(filter(None, map(_version, DALI_DISTRIBUTIONS)), None),
+            "dali": next(filter(None, map(_version, dali.distributions.values())), None),
             "triton": _version("triton"),
             "numba": _version("numba"),
         },

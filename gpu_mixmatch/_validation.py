@@ -5,12 +5,22 @@ A message names the argument, what is wanted and what came.
 
 import math
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from gpu_mixmatch.types import SUM_TOLERANCE, MixUpParams, PaddingMode
+from gpu_mixmatch.types import (
+    SUM_TOLERANCE,
+    AugmentParams,
+    DrawPlan,
+    Geometry,
+    LamMode,
+    MixMode,
+    MixUpParams,
+    PaddingMode,
+    Scaling,
+)
 
 IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -35,12 +45,21 @@ def image_layout(name: str, images: Tensor) -> tuple[bool, tuple[int, int, int]]
 
 def check_padding(padding: int, padding_mode: PaddingMode) -> None:
     """Raise a ValueError if ``padding`` is negative or ``padding_mode`` is unknown."""
-    if padding_mode not in get_args(PaddingMode):
-        raise ValueError(
-            f"padding_mode must be one of {list(get_args(PaddingMode))}, got {padding_mode!r}"
-        )
+    check_choice("padding_mode", padding_mode, PaddingMode)
     if padding < 0:
         raise ValueError(f"padding must be at least 0, got {padding}")
+
+
+def check_plan(plan: DrawPlan) -> None:
+    """Raise a ValueError if a word of the plan is unknown."""
+    check_choice("lam", plan.lam, LamMode)
+    check_choice("mix", plan.mix, MixMode)
+
+
+def check_choice(name: str, choice: object, kind: Any) -> None:
+    """Raise a ValueError if ``choice`` is none of the words of a Literal."""
+    if choice not in get_args(kind):
+        raise ValueError(f"{name} must be one of {list(get_args(kind))}, got {choice!r}")
 
 
 def check_labels(y: Tensor, num_classes: int) -> None:
@@ -101,6 +120,117 @@ def check_mixup(params: MixUpParams, length: int, like_name: str) -> None:
                 f"params.{name} must be [N] {dtype_name(dtype)} with N = {length} like "
                 f"{like_name}, got {list(tensor.shape)} {dtype_name(tensor.dtype)}"
             )
+
+
+def check_batch_logits(logits: Tensor) -> tuple[int, int, int]:
+    """Raise if ``logits`` are not ``[K, M, L]`` floats with K at least 1; return K, M and L."""
+    if logits.dim() != 3 or len(logits) < 1:
+        raise ValueError(f"logits must be [K, M, L] with K >= 1, got {list(logits.shape)}")
+    check_float("logits", logits)
+    num_views, num_images, num_classes = logits.shape
+    return num_views, num_images, num_classes
+
+
+def check_mixup_rows(
+    inputs: Tensor, targets: Tensor, params: MixUpParams, out: Tensor | None
+) -> None:
+    """Raise if rows, targets, draws and the output of a MixUp do not fit each other."""
+    length = len(inputs)
+    check_float("inputs", inputs)
+    if targets.dim() != 2 or len(targets) != length:
+        raise ValueError(
+            f"targets must be [N, L] with N = {length} like inputs, got {list(targets.shape)}"
+        )
+    if targets.dtype != torch.float32:
+        raise ValueError(f"targets must be float32, got {dtype_name(targets.dtype)}")
+    check_mixup(params, length, "inputs")
+    check_device("targets", targets, "inputs", inputs)
+    check_device("params.index", params.index, "inputs", inputs)
+    check_dense("inputs", inputs)
+    check_dense("targets", targets)
+    if out is not None:
+        check_like("out", out, "inputs", inputs)
+
+
+def check_loss(logits: Tensor, targets: Tensor, num_labelled: int) -> None:
+    """Raise if logits, targets and the number of labelled rows do not fit each other."""
+    check_float("logits", logits)
+    if logits.dim() != 2 or logits.shape != targets.shape:
+        raise ValueError(
+            f"logits must be [N, L] = {list(targets.shape)} like targets, got {list(logits.shape)}"
+        )
+    if not 0 <= num_labelled <= len(logits):
+        raise ValueError(f"num_labelled must be in 0 .. N = {len(logits)}, got {num_labelled}")
+    check_device("targets", targets, "logits", logits)
+
+
+def check_augment(
+    sources: Sequence[Tensor],
+    params: AugmentParams,
+    geometry: Geometry,
+    scaling: Scaling,
+    dtype: torch.dtype,
+    mixup: MixUpParams | None,
+    out: Tensor | None,
+) -> tuple[bool, tuple[int, int, int, int]]:
+    """Raise if the arguments of an augmentation do not fit each other.
+
+    Returns:
+        Whether the sources are NHWC, and the shape of the views, R, C, H and W.
+    """
+    first = sources[0]
+    nhwc, image_shape = image_layout("images", first)
+    for image in sources[1:]:
+        if image_layout("u", image) != (nhwc, image_shape) or image.dtype != first.dtype:
+            raise ValueError(
+                "x and u must have the same channels, height, width, layout and dtype, got "
+                f"{list(first.shape)} {dtype_name(first.dtype)} and "
+                f"{list(image.shape)} {dtype_name(image.dtype)}"
+            )
+        check_device("u", image, "x", first)
+    channels, height, width = image_shape
+    check_padding(geometry.padding, geometry.padding_mode)
+    check_reflection(geometry.padding, geometry.padding_mode, height, width)
+    if dtype not in IMAGE_DTYPES:
+        raise ValueError(
+            f"dtype must be one of {dtype_names(IMAGE_DTYPES)}, got {dtype_name(dtype)}"
+        )
+    check_device("params.top", params.top, "images", first)
+    rows = params.top.shape[0]
+    *once, last = (source.shape[0] for source in sources)
+    if rows < sum(once) or (rows - sum(once)) % max(last, 1):
+        raise ValueError(f"params must have a row per view of {[*once, last]} images, got {rows}")
+    if last == 0 and rows > sum(once):
+        raise ValueError(f"images must not be empty where params have rows, got {rows} rows")
+    for name, factor in zip(("scale", "bias"), scaling, strict=True):
+        if not isinstance(factor, Tensor):
+            continue
+        if tuple(factor.shape) != (channels,):
+            raise ValueError(
+                f"{name} must be [C] with C = {channels} like images, got {list(factor.shape)}"
+            )
+        check_device(name, factor, "images", first)
+    shape = (rows, channels, height, width)
+    if out is not None:
+        if tuple(out.shape) != shape or out.dtype != dtype:
+            raise ValueError(
+                f"out must be {list(shape)} {dtype_name(dtype)}, "
+                f"got {list(out.shape)} {dtype_name(out.dtype)}"
+            )
+        check_dense("out", out)
+    if mixup is not None:
+        check_mixup(mixup, rows, "params")
+        check_device("mixup.index", mixup.index, "images", first)
+    return nhwc, shape
+
+
+def check_reflection(padding: int, padding_mode: PaddingMode, height: int, width: int) -> None:
+    """Raise a ValueError if an image is too small to be reflected into its padding."""
+    if padding_mode == "reflect" and padding >= min(height, width):
+        raise ValueError(
+            f"padding must be smaller than the image to reflect it, got padding = {padding} for "
+            f"images of {height} x {width} pixels"
+        )
 
 
 def check_groups(num_groups: int, length: int) -> None:
@@ -167,6 +297,16 @@ def check_not_empty(x: Tensor, u: Tensor) -> None:
     for name, images in (("x", x), ("u", u)):
         if len(images) == 0:
             raise ValueError(f"{name} must hold at least one image, got {list(images.shape)}")
+
+
+def check_images_alike(x: Tensor, u: Tensor) -> None:
+    """Raise a ValueError if x or u is empty, or their images are not of one shape and dtype."""
+    check_not_empty(x, u)
+    if x.shape[1:] != u.shape[1:] or x.dtype != u.dtype:
+        raise ValueError(
+            "x and u must have the same channels, height, width and dtype, got "
+            f"{list(x.shape)} {x.dtype} and {list(u.shape)} {u.dtype}"
+        )
 
 
 def check_least(name: str, value: int, least: int) -> None:

@@ -1,40 +1,51 @@
-"""A captured builder: one CUDA graph that builds a batch, the guess's forward pass included."""
-
-from __future__ import annotations
+"""One CUDA graph that builds a batch, the guess's forward pass included."""
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from gpu_mixmatch._ranks import positions
 from gpu_mixmatch._validation import check_labels
+from gpu_mixmatch.methods.mixmatch import MixMatch
+from gpu_mixmatch.methods.passes import Model
 from gpu_mixmatch.types import MixMatchBatch
-
-if TYPE_CHECKING:
-    from gpu_mixmatch.methods.mixmatch import MixMatch
-    from gpu_mixmatch.methods.passes import Model
 
 _WARM_UP = 3  # calls before the capture, as torch's own wrappers make them
 
 
-class CapturedMixMatch:
-    """Builds batches of one shape by replaying a CUDA graph; see `MixMatch.capture`.
-
-    Seed, step and ids are read from the device by every replay, so that it draws anew, and equals
-    the eager call of that step. A batch is overwritten by the next replay.
+def capture(
+    mixmatch: MixMatch, model: Model, x: Tensor, y: Tensor, u: Tensor
+) -> "CapturedMixMatch":
+    """Capture a whole builder, the guess's forward pass included, as one CUDA graph.
 
     Args:
         mixmatch: The builder, on a CUDA device; its step goes on with every batch.
-        model: Guesses; its parameters and buffers must stay where they are, as optimisers leave
-            them. Its mode is that of the capture.
-        x, y, u: A batch like those to come: shapes and dtypes count, values do not.
+        model: As for `MixMatch.forward`. Its parameters and buffers must stay where they are, as
+            optimisers leave them; its mode is that of the capture.
+        x: A batch like those to come, ``[B, C, H, W]`` or ``[B, H, W, C]``: shapes and dtypes
+            count, values do not.
+        y: Its labels.
+        u: Its unlabelled images.
+
+    Returns:
+        A callable ``(x, y, u, *, ids_x, ids_u) -> MixMatchBatch`` in place of
+        ``mixmatch(x, y, u, model)``: it counts the builder's step on, and equals the eager call of
+        every step. What it returns is overwritten by its next call.
 
     Raises:
         RuntimeError: If the builder is not on a CUDA device, or has no kernels there.
         TypeError: If the engine draws on the host, which a graph cannot repeat.
+    """
+    return CapturedMixMatch(mixmatch, model, x, y, u)
+
+
+class CapturedMixMatch:
+    """Builds batches of one shape by replaying a CUDA graph; see `capture`.
+
+    Seed, step and ids are read from the device by every replay, so that it draws anew, and equals
+    the eager call of that step. A batch is overwritten by the next replay.
     """
 
     def __init__(self, mixmatch: MixMatch, model: Model, x: Tensor, y: Tensor, u: Tensor) -> None:
@@ -101,9 +112,10 @@ class CapturedMixMatch:
 
     def _build(self) -> MixMatchBatch:
         ids_x, ids_u = self._ids
-        return self.mixmatch.build_keyed(
-            self._key, self._x, self._y, self._u, self.model, ids_x=ids_x, ids_u=ids_u
+        batch: MixMatchBatch = self.mixmatch(
+            self._x, self._y, self._u, self.model, ids_x=ids_x, ids_u=ids_u, key=self._key
         )
+        return batch
 
     def _send_ids(self, number: int, name: str, ids: Tensor | None) -> None:
         held = self._ids[number]
@@ -140,7 +152,7 @@ def check_capturable(mixmatch: MixMatch) -> None:
             "capture needs the kernels, whose draws are made on the device: "
             f"got impl={mixmatch.impl!r}, which runs eager here"
         )
-    if getattr(mixmatch.augment, "policy", None) is None:
+    if mixmatch.plan.policy is None:
         raise TypeError(
             "capture needs an engine whose draws are made on the device, such as WeakAugment, "
             f"got {type(mixmatch.augment).__name__}"

@@ -1,7 +1,7 @@
 """The public operations: each validates its arguments, chooses an implementation and calls it."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,31 +9,29 @@ from torch import Tensor
 from gpu_mixmatch import sampling
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch._validation import (
-    IMAGE_DTYPES,
-    check_dense,
+    check_augment,
+    check_batch_logits,
     check_device,
     check_float,
     check_groups,
     check_labels,
-    check_like,
+    check_loss,
     check_mixup,
-    check_padding,
+    check_mixup_rows,
+    check_plan,
     check_temperature,
-    dtype_name,
-    dtype_names,
-    image_layout,
 )
-from gpu_mixmatch.impl import asks_for_triton, eager, implementation
-from gpu_mixmatch.impl import library as ops
+from gpu_mixmatch.impl import eager, resolve_impl
+from gpu_mixmatch.impl.library import FusedLoss, backend
 from gpu_mixmatch.types import (
+    MOST_ROWS,
     AugmentParams,
-    AugmentPolicy,
+    DrawPlan,
+    Geometry,
     Impl,
-    LamMode,
     LossOutput,
-    MixMode,
     MixUpParams,
-    PaddingMode,
+    Scaling,
 )
 
 
@@ -42,12 +40,8 @@ def draw_batch(
     step: Tensor,
     ids_x: Tensor | int,
     ids_u: Tensor | int,
+    plan: DrawPlan,
     *,
-    num_augmentations: int = 2,
-    policy: AugmentPolicy | None = None,
-    alpha: float = 0.75,
-    lam: LamMode = "sample",
-    mix: MixMode = "all",
     device: torch.device,
     key: Tensor | None = None,
     impl: Impl = "auto",
@@ -59,11 +53,7 @@ def draw_batch(
         step: The training step, 0 ≤ step < 2^32, a 0-d tensor on the CPU.
         ids_x: Labelled sample ids, ``[B]`` int64; an integer B stands for 0 .. B - 1.
         ids_u: Unlabelled sample ids, ``[M]`` int64; an integer M stands for 0 .. M - 1.
-        num_augmentations: K.
-        policy: What an augmentation is drawn from; None draws none.
-        alpha: The Beta parameter α, in [0.05, 1000].
-        lam: "sample" or "batch".
-        mix: Which rows meet.
+        plan: What is drawn.
         device: Where the draws are wanted.
         key: Seed and step as a tensor on ``device``, ``[2]`` int64, instead of ``seed`` and
             ``step``: for CUDA graphs, whose replays read them anew. Kernels only.
@@ -74,37 +64,20 @@ def draw_batch(
     Raises:
         ValueError: If an argument is out of its range.
     """
-    for name, choice, kind in (("lam", lam, LamMode), ("mix", mix, MixMode)):
-        if choice not in get_args(kind):
-            raise ValueError(f"{name} must be one of {list(get_args(kind))}, got {choice!r}")
+    check_plan(plan)
+    tracing = torch.compiler.is_compiling()
+    if not tracing and device.type == "cpu" and resolve_impl(impl, device) != "triton":
+        return sampling.draw_batch(seed, int(step), ids_x, ids_u, plan)
+    if not tracing and key is None:
+        sampling.check_key(seed, int(step))
     num_x, num_u = (ids if isinstance(ids, int) else len(ids) for ids in (ids_x, ids_u))
-    switches: dict[str, Any] = {"alpha": alpha, "lam": lam, "mix": mix}
-    if torch.compiler.is_compiling():
-        ids = (None if isinstance(ids, int) else ids for ids in (ids_x, ids_u))
-        packed = ops.draw_batch(
-            seed,
-            step,
-            *ids,
-            num_x,
-            num_u,
-            num_augmentations,
-            ops.flat_policy(policy),
-            *switches.values(),
-            device,
-            impl,
-        )
-    else:
-        backend = implementation(impl, device)
-        switches |= {"num_augmentations": num_augmentations, "policy": policy}
-        if device.type == "cpu" and not asks_for_triton(impl, device):
-            return sampling.draw_batch(seed, int(step), ids_x, ids_u, **switches)
-        if key is None:
-            sampling.check_key(seed, int(step))
-        packed = backend.draw_batch(
-            (seed, int(step)) if key is None else key, ids_x, ids_u, **switches, device=device
-        )
-    num_rows = num_x + num_augmentations * num_u
-    return sampling.unpack(packed, num_rows, with_augment=policy is not None)
+    num_rows, has_policy = num_x + plan.num_augmentations * num_u, plan.policy is not None
+    if num_rows > MOST_ROWS:
+        raise ValueError(f"a batch must have at most {MOST_ROWS} rows, got {num_rows}")
+    words = sampling.words_per_row(with_augment=has_policy)
+    out = torch.empty(words * num_rows, dtype=torch.int32, device=device)
+    backend(impl, device).draw_batch((seed, step) if key is None else key, ids_x, ids_u, plan, out)
+    return sampling.unpack(out, num_rows, with_augment=has_policy)
 
 
 def sharpen(probs: Tensor, temperature: float) -> Tensor:
@@ -149,15 +122,10 @@ def guess_labels(logits: Tensor, temperature: float, *, impl: Impl = "auto") -> 
         Berthelot et al. 2019, eq. 6-7.
     """
     check_temperature(temperature)
-    if logits.dim() != 3 or len(logits) < 1:
-        raise ValueError(f"logits must be [K, M, L] with K >= 1, got {list(logits.shape)}")
-    check_float("logits", logits)
-    if torch.compiler.is_compiling():
-        compiled: Tensor = ops.guess_labels(logits.detach(), temperature, impl)
-        return compiled
-    backend = implementation(impl, logits.device)
-    guess: Tensor = backend.guess_labels(logits.detach(), temperature)
-    return guess
+    check_batch_logits(logits)
+    out = torch.empty(logits.shape[1:], dtype=torch.float32, device=logits.device)
+    backend(impl, logits.device).guess_labels(logits.detach(), temperature, out)
+    return out
 
 
 def batch_targets(
@@ -185,10 +153,7 @@ def batch_targets(
         ValueError: As for `guess_labels`, and if labels or logits do not fit each other.
     """
     check_temperature(temperature)
-    if logits.dim() != 3 or len(logits) < 1:
-        raise ValueError(f"logits must be [K, M, L] with K >= 1, got {list(logits.shape)}")
-    check_float("logits", logits)
-    num_views, num_images, num_classes = logits.shape
+    num_views, num_images, num_classes = check_batch_logits(logits)
     check_labels(y, num_classes)
     check_device("y", y, "logits", logits)
     shape = (len(y) + num_views * num_images, num_classes)
@@ -196,13 +161,9 @@ def batch_targets(
         check_mixup(mixup, shape[0], "y and logits")
         check_device("mixup.index", mixup.index, "logits", logits)
     out = torch.empty(shape, dtype=torch.float32, device=logits.device)
-    if torch.compiler.is_compiling():
-        ops.batch_targets(
-            y, logits.detach(), temperature, label_smoothing, list(mixup or ()), out, impl
-        )
-        return out
-    backend = implementation(impl, logits.device)
-    backend.batch_targets(y, logits.detach(), temperature, label_smoothing, mixup, out)
+    backend(impl, logits.device).batch_targets(
+        y, logits.detach(), temperature, label_smoothing, mixup, out
+    )
     return out
 
 
@@ -211,7 +172,6 @@ def mixup(
     targets: Tensor,
     params: MixUpParams,
     *,
-    num_groups: int = 1,
     out: Tensor | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -221,7 +181,6 @@ def mixup(
         inputs: Images of any layout, ``[N, ...]``, contiguous or channels_last, floating point.
         targets: Distributions, ``[N, L]`` float32.
         params: λ' ``[N]`` and partners ``[N]``, as `sampling.draw_mixup` gives them.
-        num_groups: Write images in the order of `interleave` with as many groups; targets stay.
         out: Where to write the mixed images, like ``inputs`` and apart from it; None allocates.
 
     Returns:
@@ -233,30 +192,10 @@ def mixup(
     References:
         Berthelot et al. 2019, eq. 8-11.
     """
-    length = len(inputs)
-    check_float("inputs", inputs)
-    if targets.dim() != 2 or len(targets) != length:
-        raise ValueError(
-            f"targets must be [N, L] with N = {length} like inputs, got {list(targets.shape)}"
-        )
-    if targets.dtype != torch.float32:
-        raise ValueError(f"targets must be float32, got {dtype_name(targets.dtype)}")
-    check_mixup(params, length, "inputs")
-    check_device("targets", targets, "inputs", inputs)
-    check_device("params.index", params.index, "inputs", inputs)
-    check_dense("inputs", inputs)
-    check_dense("targets", targets)
-    if out is not None:
-        check_like("out", out, "inputs", inputs)
-    check_groups(num_groups, length)
+    check_mixup_rows(inputs, targets, params, out)
     out = torch.empty_like(inputs) if out is None else out
     mixed_targets = torch.empty_like(targets)
-    order = eager.interleave_index(length, num_groups, inputs.device) if num_groups > 1 else None
-    if torch.compiler.is_compiling():
-        ops.mixup(inputs, targets, *params, order, out, mixed_targets, impl)
-    else:
-        backend = implementation(impl, inputs.device)
-        backend.mixup(inputs, targets, params, out, mixed_targets, order)
+    backend(impl, inputs.device).mixup(inputs, targets, params, out, mixed_targets)
     return out, mixed_targets
 
 
@@ -330,32 +269,23 @@ def mixmatch_loss(
     References:
         Berthelot et al. 2019, eq. 2-5.
     """
-    check_float("logits", logits)
-    if logits.dim() != 2 or logits.shape != targets.shape:
-        raise ValueError(
-            f"logits must be [N, L] = {list(targets.shape)} like targets, got {list(logits.shape)}"
-        )
-    if not 0 <= num_labelled <= len(logits):
-        raise ValueError(f"num_labelled must be in 0 .. N = {len(logits)}, got {num_labelled}")
-    check_device("targets", targets, "logits", logits)
+    check_loss(logits, targets, num_labelled)
+    targets = targets.detach()
     weight = torch.as_tensor(weight_u, dtype=torch.float32).detach()
-    if not asks_for_triton(impl, logits.device):  # plain torch, which autograd sees through
-        return eager.mixmatch_loss(logits, targets.detach(), num_labelled, weight)
-    losses = ops.mixmatch_loss(logits, targets.detach(), num_labelled, weight, impl)
-    loss, loss_x, loss_u = losses
+    if resolve_impl(impl, logits.device) != "triton":  # plain torch, which autograd sees through
+        return eager.mixmatch_losses(logits, targets, num_labelled, weight)
+    loss, loss_x, loss_u = FusedLoss.apply(  # type: ignore[no-untyped-call]
+        logits, targets, num_labelled, weight, impl
+    )
     return LossOutput(loss, loss_x, loss_u, weight)
 
 
 def augment(
     images: Tensor | tuple[Tensor, Tensor],
     params: AugmentParams,
+    geometry: Geometry,
+    scaling: Scaling,
     *,
-    scale: Tensor | float,
-    bias: Tensor | float,
-    padding: int = 0,
-    padding_mode: PaddingMode = "reflect",
-    zoom: bool = False,
-    blur_radius: int = 0,
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
     mixup: MixUpParams | None = None,
@@ -363,19 +293,15 @@ def augment(
     workspace: Workspace | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Apply drawn parameters: shift-crop, zoom-crop, flip, blur, then value·scale + bias.
+    """Apply drawn parameters: shift, zoom, flip, blur, then value·scale + bias.
 
     Args:
         images: ``[M, C, H, W]`` or ``[M, H, W, C]``, uint8 or floating point; an NHWC tensor is
             known by its last axis of 1, 3 or 4 channels when the second is none of them. A pair
             (x, u) draws x once and u as often as rows remain.
         params: Draws of R rows, view-major, as `sampling.draw_augment` gives them.
-        scale: Factor, a number or one per channel, ``[C]`` float32.
-        bias: Addend, likewise.
-        padding: Pixels that images are padded by before the crop.
-        padding_mode: "reflect" (without the edge), "zeros" (black) or "edge".
-        zoom: Whether to cut ``params.zoom`` and resize back, bilinear.
-        blur_radius: Radius of the sampled Gaussian in pixels; 0 is no blur.
+        geometry: Padding, zoom and blur, which all rows have in common.
+        scaling: Factor and addend, numbers or one per channel, ``[C]`` float32.
         dtype: Of the result: float32, float16 or bfloat16. The arithmetic is float32.
         channels_last: Memory format of the result.
         mixup: λ' and partners of the R rows, to blend the views by; None leaves them unmixed.
@@ -390,90 +316,17 @@ def augment(
             reflection.
     """
     sources = images if isinstance(images, tuple) else (images,)
-    layouts = [
-        image_layout(name, image) for name, image in zip(("images", "u"), sources, strict=False)
-    ]
-    first, *others = layouts
-    for image, other in zip(sources[1:], others, strict=True):
-        if other != first or image.dtype != sources[0].dtype:
-            raise ValueError(
-                "x and u must have the same channels, height, width, layout and dtype, got "
-                f"{list(sources[0].shape)} {dtype_name(sources[0].dtype)} and "
-                f"{list(image.shape)} {dtype_name(image.dtype)}"
-            )
-        check_device("u", image, "x", sources[0])
-    nhwc, (channels, height, width) = first
-    check_padding(padding, padding_mode)
-    if padding_mode == "reflect" and padding >= min(height, width):
-        raise ValueError(
-            f"padding must be smaller than the image to reflect it, got padding = {padding} for "
-            f"images of {height} x {width} pixels"
-        )
-    if dtype not in IMAGE_DTYPES:
-        raise ValueError(
-            f"dtype must be one of {dtype_names(IMAGE_DTYPES)}, got {dtype_name(dtype)}"
-        )
-    check_device("params.top", params.top, "images", sources[0])
-    rows = params.top.shape[0]
-    *once, last = (source.shape[0] for source in sources)
-    if rows < sum(once) or (rows - sum(once)) % max(last, 1):
-        raise ValueError(f"params must have a row per view of {[*once, last]} images, got {rows}")
-    if last == 0 and rows > sum(once):
-        raise ValueError(f"images must not be empty where params have rows, got {rows} rows")
-    for name, factor in (("scale", scale), ("bias", bias)):
-        if not isinstance(factor, Tensor):
-            continue
-        if tuple(factor.shape) != (channels,):
-            raise ValueError(
-                f"{name} must be [C] with C = {channels} like images, got {list(factor.shape)}"
-            )
-        check_device(name, factor, "images", sources[0])
-    shape = (rows, channels, height, width)
+    channels_last_in, shape = check_augment(sources, params, geometry, scaling, dtype, mixup, out)
     if out is None:
         layout = torch.channels_last if channels_last else torch.contiguous_format
         out = torch.empty(shape, dtype=dtype, device=sources[0].device, memory_format=layout)
-    elif tuple(out.shape) != shape or out.dtype != dtype:
-        raise ValueError(
-            f"out must be {list(shape)} {dtype_name(dtype)}, "
-            f"got {list(out.shape)} {dtype_name(out.dtype)}"
-        )
-    check_dense("out", out)
-    if mixup is not None:
-        check_mixup(mixup, rows, "params")
-        check_device("mixup.index", mixup.index, "images", sources[0])
-    if torch.compiler.is_compiling():
-        factors = [
-            factor if isinstance(factor, Tensor) else sources[0].new_full((channels,), factor)
-            for factor in (scale, bias)
-            if isinstance(scale, Tensor) or isinstance(bias, Tensor)
-        ]
-        ops.augment(
-            sources,
-            params,
-            list(mixup or ()),
-            factors,
-            *((0.0, 0.0) if factors else (scale, bias)),
-            padding,
-            padding_mode,
-            zoom,
-            blur_radius,
-            nhwc,
-            out,
-            impl,
-        )
-        return out
-    backend = implementation(impl, out.device)
     with _without_autocast(out.device):
-        backend.augment(
+        backend(impl, out.device).augment(
             sources,
             params,
-            scale,
-            bias,
-            padding=padding,
-            padding_mode=padding_mode,
-            zoom=zoom,
-            blur_radius=blur_radius,
-            channels_last_in=nhwc,
+            geometry,
+            scaling,
+            channels_last_in=channels_last_in,
             out=out,
             workspace=workspace,
             mixup=mixup,

@@ -1,4 +1,4 @@
-"""The named tuples that travel between the parts of the package."""
+"""The named tuples that travel between the parts of the package, and the words that they use."""
 
 from typing import Literal, NamedTuple
 
@@ -11,6 +11,12 @@ LamMode = Literal["sample", "batch"]
 
 # Soft labels and targets may miss a sum of one by this much: float16 rows of 1000 classes do.
 SUM_TOLERANCE = 1e-2
+# Below this many pixels a Gaussian's taps beside the centre are zero in float32: no blur at all.
+LEAST_SIGMA = 0.01
+# Positions of rows, and the grid that they are shuffled on, are int32 in kernels.
+MOST_ROWS = 2**30
+# Rows of more classes do not fit into a tile of Triton's kernels.
+MOST_CLASSES = 2**16
 
 
 class AugmentPolicy(NamedTuple):
@@ -45,6 +51,54 @@ class AugmentParams(NamedTuple):
     flip: Tensor
     zoom: Tensor
     sigma: Tensor
+
+
+class Geometry(NamedTuple):
+    """How pixels are moved and weighed: what all views of a batch have in common.
+
+    Attributes:
+        padding: Pixels that images are padded by before the shift.
+        padding_mode: "reflect" (without the edge), "zeros" (black) or "edge".
+        zoom: Whether `AugmentParams.zoom` is cut off and the rest resized back, bilinear.
+        blur_radius: Radius of the sampled Gaussian in pixels; 0 is no blur.
+    """
+
+    padding: int = 0
+    padding_mode: PaddingMode = "reflect"
+    zoom: bool = False
+    blur_radius: int = 0
+
+
+class Scaling(NamedTuple):
+    """The last step of a view: value · scale + bias.
+
+    Attributes:
+        scale: A number, or one per channel, ``[C]`` float32.
+        bias: Likewise.
+    """
+
+    scale: Tensor | float
+    bias: Tensor | float
+
+
+class DrawPlan(NamedTuple):
+    """What is drawn for a batch, beside its seed, step and ids.
+
+    Attributes:
+        num_augmentations: K, views per unlabelled image.
+        policy: What an augmentation is drawn from; None draws none.
+        alpha: The Beta parameter α, in [0.05, 1000].
+        lam: "sample" draws one λ per row (the paper), "batch" one for all rows.
+        mix: Which rows meet: "all" (the paper), X with X and U with U ("separate"), only one of the
+            two parts within itself ("labelled", "unlabelled"), or "none". Rows that are not mixed
+            have λ' = 1 and themselves as partner.
+    """
+
+    num_augmentations: int = 2
+    policy: AugmentPolicy | None = None
+    alpha: float = 0.75
+    lam: LamMode = "sample"
+    mix: MixMode = "all"
 
 
 class MixUpParams(NamedTuple):

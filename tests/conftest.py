@@ -15,7 +15,8 @@ torch.set_num_threads(1)
 def _choose_numba(monkeypatch, installed):
     from gpu_mixmatch import impl
 
-    monkeypatch.setattr(impl, "_NUMBA_INSTALLED", installed)
+    monkeypatch.setitem(impl._installed, "numba", installed)
+    monkeypatch.setattr(impl, "_warned_of", {"numba"})
     impl.implementation.cache_clear()
     yield
     impl.implementation.cache_clear()

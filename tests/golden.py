@@ -14,7 +14,7 @@ import torch
 
 from gpu_mixmatch import MixMatch, WeakAugment, sampling
 from gpu_mixmatch.data.formats.common import split_labels
-from gpu_mixmatch.types import AugmentPolicy
+from gpu_mixmatch.types import AugmentPolicy, DrawPlan
 
 FILE = Path(__file__).with_suffix(".json")
 NUM_CLASSES = 3
@@ -50,9 +50,8 @@ def draws():
     found = {}
     for name, policy in POLICIES.items():
         padding, _, zoom, flip, blur = policy
-        drawn = sampling.draw_batch(
-            7, 3, ids, 5, policy=AugmentPolicy(padding, zoom, flip, blur), mix="all"
-        )
+        plan = DrawPlan(policy=AugmentPolicy(padding, zoom, flip, blur))
+        drawn = sampling.draw_batch(7, 3, ids, 5, plan)
         found[f"batch, {name}"] = digest(*drawn[0], *drawn[1])
     for mix in ("all", "separate", "labelled", "unlabelled", "none"):
         for lam in ("sample", "batch"):

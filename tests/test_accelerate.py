@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from gpu_mixmatch import MixMatch, MixMatchLoss, ResidentLoader, SemiSupervisedLoader, WeakAugment
 from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.recipes.models import SmallCNN
+from tests.skips import skip_without
 
-accelerate = pytest.importorskip("accelerate")
-state = pytest.importorskip("accelerate.state")
+accelerate = skip_without("accelerate")
+state = skip_without("accelerate.state")
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -13,7 +13,7 @@ from gpu_mixmatch import WeakAugment, as_augment, functional
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch.augment import CallableAugment
 from gpu_mixmatch.augment.base import Augment
-from gpu_mixmatch.types import AugmentParams
+from gpu_mixmatch.types import AugmentParams, Geometry, Scaling
 from tests import oracle
 from tests.tolerances import TOLERANCES
 
@@ -935,8 +935,9 @@ def test_an_out_that_is_not_dense_is_refused():
 
 def plain_augment(images=None, **fields):
     images = random_images(2) if images is None else images
-    fields = {"scale": torch.ones(3), "bias": torch.zeros(3), **fields}
-    return functional.augment(images, still_params(2), **fields)
+    scaling = Scaling(fields.pop("scale", torch.ones(3)), fields.pop("bias", torch.zeros(3)))
+    moved = {name: fields.pop(name) for name in Geometry._fields if name in fields}
+    return functional.augment(images, still_params(2), Geometry(**moved), scaling, **fields)
 
 
 @pytest.mark.usefixtures("no_kernels_here")
@@ -949,7 +950,7 @@ def plain_augment(images=None, **fields):
         ({"padding_mode": "wrap"}, ValueError, "padding_mode must be one of .*got 'wrap'"),
         ({"dtype": torch.float64}, ValueError, "dtype must be one of .*got float64"),
         ({"impl": "x"}, ValueError, "impl must be one of .*got 'x'"),
-        ({"impl": "triton"}, RuntimeError, 'impl="triton" on cpu cannot be met'),
+        ({"impl": "triton"}, RuntimeError, 'impl="triton" cannot run on cpu'),
     ],
     ids=["scale", "bias", "padding", "padding_mode", "dtype", "impl", "triton"],
 )
@@ -961,7 +962,7 @@ def test_arguments_that_do_not_fit_are_refused(fields, error, message):
 @pytest.mark.usefixtures("no_kernels_here")
 def test_an_implementation_that_is_missing_is_refused_by_the_module_too():
     augment = WeakAugment(0, impl="triton")
-    with pytest.raises(RuntimeError, match='impl="triton" on cpu cannot be met'):
+    with pytest.raises(RuntimeError, match='impl="triton" cannot run on cpu'):
         augment.apply(random_images(2), still_params(2))
 
 

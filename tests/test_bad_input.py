@@ -9,7 +9,7 @@ from torch import nn
 from gpu_mixmatch import MixMatch, MixMatchBatch, MixMatchLoss, MixUpParams, WeakAugment
 from gpu_mixmatch import functional as F
 from gpu_mixmatch.sampling import draw_augment
-from gpu_mixmatch.types import AugmentParams
+from gpu_mixmatch.types import AugmentParams, Geometry, Scaling
 
 NUM_CLASSES = 5
 B, M, K = 3, 4, 2
@@ -118,7 +118,7 @@ def test_augment_must_be_an_engine_or_a_callable(augment):
 
 
 @pytest.mark.usefixtures("no_kernels_here")
-def test_impl_triton_that_cannot_be_met_is_an_error_with_the_reason():
+def test_impl_triton_that_cannot_run_is_an_error_with_the_reason():
     params = MixUpParams(torch.ones(2), torch.arange(2))
     calls = [
         lambda: builder_of(impl="triton"),
@@ -127,7 +127,7 @@ def test_impl_triton_that_cannot_be_met_is_an_error_with_the_reason():
         lambda: F.mixmatch_loss(torch.zeros(2, 3), torch.zeros(2, 3), 1, 1.0, impl="triton"),
     ]
     for call in calls:
-        with raises(RuntimeError, 'impl="triton" on cpu cannot be met: '):
+        with raises(RuntimeError, 'impl="triton" cannot run on cpu: '):
             call()
 
 
@@ -179,7 +179,7 @@ def test_draws_on_another_device_than_the_images_are_an_error():
     elsewhere = type(params)(*(tensor.to("meta") for tensor in params))
     with raises(ValueError, "params.top must be on cpu like images, got it on meta"):
         F.augment(
-            torch.zeros(2, 3, 8, 8), elsewhere, scale=torch.ones(3), bias=torch.zeros(3), padding=1
+            torch.zeros(2, 3, 8, 8), elsewhere, Geometry(1), Scaling(torch.ones(3), torch.zeros(3))
         )
 
 
@@ -578,4 +578,4 @@ def test_augment_pair_must_fit_the_draws():
         torch.zeros(7),
     )
     with raises(ValueError, "params must have a row per view of [3, 3] images, got 7"):
-        F.augment((images_of(3), images_of(3)), params, scale=torch.ones(3), bias=torch.zeros(3))
+        F.augment((images_of(3), images_of(3)), params, Geometry(), Scaling(1.0, 0.0))

@@ -1,10 +1,10 @@
-"""MixMatch.capture: a CUDA graph that builds batches; what of it runs anywhere is tested here."""
+"""capture: a CUDA graph that builds batches; what of it runs anywhere is tested here."""
 
 import pytest
 import torch
 from torch import nn
 
-from gpu_mixmatch import MixMatch, WeakAugment
+from gpu_mixmatch import MixMatch, WeakAugment, capture
 from gpu_mixmatch.capture import check_capturable, fits
 
 NUM_CLASSES = 5
@@ -67,20 +67,20 @@ def test_a_key_on_the_device_builds_the_batch_of_its_step(with_ids):
     eager.step, keyed.step = torch.tensor(11), torch.tensor(11)
     model = net(INTERPRETED)
     key = torch.tensor([eager.seed, 11], device=INTERPRETED)
-    built = keyed.build_keyed(key, x, y, u, model, **ids)
+    built = keyed(x, y, u, model, key=key, **ids)
     assert_same(built, eager(x, y, u, model, **ids))
     assert int(keyed.step) == 12
     other = torch.tensor([eager.seed, 12], device=INTERPRETED)
-    again = keyed.build_keyed(other, x, y, u, model, **ids)
+    again = keyed(x, y, u, model, key=other, **ids)
     assert not torch.equal(again.params.index, built.params.index)
 
 
-def test_the_key_is_forgotten_after_a_failed_call():
+def test_a_key_leaves_no_trace_after_a_failed_call():
     x, y, u = data(device=INTERPRETED)
     mixmatch = builder(INTERPRETED)
     key = torch.tensor([mixmatch.seed, 5], device=INTERPRETED)
     with pytest.raises(ValueError, match="model must return logits"):
-        mixmatch.build_keyed(key, x, y, u, lambda images: images.flatten(1))
+        mixmatch(x, y, u, lambda images: images.flatten(1), key=key)
     batch = mixmatch(x, y, u, net(INTERPRETED))
     assert_same(batch, builder(INTERPRETED)(x, y, u, net(INTERPRETED)))
 
@@ -88,7 +88,7 @@ def test_the_key_is_forgotten_after_a_failed_call():
 def test_capture_without_cuda_says_so():
     x, y, u = data()
     with pytest.raises(RuntimeError, match="capture needs CUDA, got a MixMatch on cpu"):
-        builder().capture(net(), x, y, u)
+        capture(builder(), net(), x, y, u)
 
 
 def test_capture_wants_kernels_and_draws_on_the_device(monkeypatch):
@@ -119,7 +119,7 @@ def test_every_replay_equals_the_eager_call_of_its_step(blur_sigma, reuse_buffer
 
     model = net("cuda")
     eager, captured = make(), make()
-    build = captured.capture(model, *data(device="cuda", seed=9))
+    build = capture(captured, model, *data(device="cuda", seed=9))
     assert int(captured.step) == 0
     for step in range(4):
         x, y, u = data(device="cuda" if step % 2 else "cpu", seed=step)
@@ -142,7 +142,7 @@ def test_a_capture_leaves_the_model_and_the_step_alone():
     model = net("cuda")
     before = [buffer.clone() for buffer in model.buffers()]
     mixmatch = MixMatch(WeakAugment(padding=2), NUM_CLASSES, guess_bn="update").to("cuda")
-    build = mixmatch.capture(model, *data(device="cuda"))
+    build = capture(mixmatch, model, *data(device="cuda"))
     assert int(mixmatch.step) == 0
     assert all(torch.equal(*pair) for pair in zip(before, model.buffers(), strict=True))
     build(*data(device="cuda"))
@@ -155,7 +155,7 @@ def test_replays_follow_the_weights():
     model = net("cuda")
     mixmatch = MixMatch(WeakAugment(padding=2), NUM_CLASSES).to("cuda")
     twin = MixMatch(WeakAugment(padding=2), NUM_CLASSES).to("cuda")
-    build = mixmatch.capture(model, *data(device="cuda"))
+    build = capture(mixmatch, model, *data(device="cuda"))
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(-2.0)

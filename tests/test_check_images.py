@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from gpu_mixmatch.data.check import check_images
+from gpu_mixmatch.data.dali import DaliLoader
 from gpu_mixmatch.data.images import file_list, image_folder, open_images, tfrecords, web_dataset
 from tests import image_files
 from tests.image_files import encode, tile
+from tests.skips import skip_without
 
-pytest.importorskip("nvidia.dali", reason='needs DALI: pip install "gpu-mixmatch[dali]"')
-
-from gpu_mixmatch.data.dali import DaliLoader
+skip_without("nvidia.dali")
 
 
 @pytest.fixture

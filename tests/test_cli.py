@@ -214,4 +214,4 @@ def test_missing_extra_is_named():
     code = "import sys; sys.modules['typer'] = None\nimport gpu_mixmatch.cli.app"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
-    assert 'pip install "gpu-mixmatch[cli]"' in result.stderr
+    assert 'the command line needs Typer: pip install -e ".[cli]"' in result.stderr

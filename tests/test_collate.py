@@ -9,8 +9,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from gpu_mixmatch.data.collate import Indexed, collate
+from tests.skips import skip_without
 
-PIL = pytest.importorskip("PIL.Image", reason="needs pillow")
+PIL = skip_without("PIL.Image")
 
 Pair = collections.namedtuple("Pair", ["image", "label"])
 COUNT = 5

@@ -10,13 +10,13 @@ from torch.utils._pytree import tree_leaves
 
 from gpu_mixmatch import MixMatch, WeakAugment
 from gpu_mixmatch.augment.base import Augment
+from gpu_mixmatch.augment.dali import DaliAugment
 from gpu_mixmatch.types import AugmentParams
+from tests.skips import skip_without
 from tests.test_augment import oracle_rows, random_images, still_params
 from tests.tolerances import TOLERANCES
 
-pytest.importorskip("nvidia.dali", reason='needs DALI: pip install "gpu-mixmatch[dali]"')
-
-from gpu_mixmatch.augment.dali import DaliAugment
+skip_without("nvidia.dali")
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -273,7 +273,7 @@ def test_images_that_do_not_fit_are_refused():
 
 def test_without_dali_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali.experimental.dynamic", None)
-    with pytest.raises(ImportError, match=r'pip install "gpu-mixmatch\[dali\]"'):
+    with pytest.raises(ImportError, match=r"needs NVIDIA DALI: pip install -e"):
         DaliAugment(WeakAugment())
 
 

@@ -15,15 +15,16 @@ import torch
 from PIL import Image
 
 from gpu_mixmatch import MixMatch, WeakAugment
+from gpu_mixmatch.augment.dali import DaliAugment
+from gpu_mixmatch.data.dali import AugmentedBatch, DaliLoader, mixmatch_pipeline
 from gpu_mixmatch.data.images import ImageIndex, image_folder
 from gpu_mixmatch.types import SemiSupervisedBatch
 from tests import image_files
 from tests.image_files import decode, encode, tile
+from tests.skips import skip_without
 
-pytest.importorskip("nvidia.dali", reason='needs DALI: pip install "gpu-mixmatch[dali]"')
+skip_without("nvidia.dali")
 
-from gpu_mixmatch.augment.dali import DaliAugment
-from gpu_mixmatch.data.dali import AugmentedBatch, DaliLoader, _draw_regions, mixmatch_pipeline
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -130,32 +131,6 @@ def test_a_random_window_is_the_region_of_the_image_that_was_drawn():
         box = (left, top, left + wide, top + tall)
         expected = image.resize((24, 24), Image.Resampling.BILINEAR, box=box)
         assert_like_pil(result, expected)
-
-
-def test_regions_depend_on_seed_step_id_and_stream_alone():
-    ids_x, ids_u = torch.arange(5, 9), torch.tensor([2**40, 5, 6])
-    limits = (0.2, 0.7)
-    whole = _draw_regions(1, 2, ids_x, ids_u, limits)
-    assert whole.shape == (7, 4)
-    assert whole.dtype == np.float32
-    assert np.array_equal(_draw_regions(1, 2, ids_x[[3, 0]], ids_u[:1], limits), whole[[3, 0, 4]])
-    assert not np.isclose(whole[0], whole[5]).any()  # id 5, labelled and unlabelled
-    for seed, step in ((2, 2), (1, 3)):
-        assert not np.isclose(_draw_regions(seed, step, ids_x, ids_u, limits), whole).any()
-
-
-def test_regions_fill_their_limits_evenly():
-    ids = torch.arange(20_000)
-    area, aspect, down, across = _draw_regions(0, 0, ids, ids[:0], (0.2, 0.7)).T
-    for values, low, high in (
-        (area, 0.2, 0.7),
-        (np.log(aspect), np.log(3 / 4), np.log(4 / 3)),
-        (down, 0, 1),
-        (across, 0, 1),
-    ):
-        counts, _ = np.histogram(values, bins=10, range=(low, high))
-        assert counts.sum() == 20_000
-        assert (np.abs(counts - 2000) < 5 * 2000**0.5).all()
 
 
 # Batches

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.data.formats.common import split_labels
 from gpu_mixmatch.data.formats.mnist import read_idx
+from gpu_mixmatch.sampling import split_order
+from tests.skips import skip_without
 
 Bytes = NDArray[np.uint8]
 
@@ -213,7 +215,7 @@ def test_root_without_the_files_lists_what_it_holds(tmp_path: Path) -> None:
 
 
 def test_digits_are_every_row_of_load_digits_exactly_once() -> None:
-    datasets = pytest.importorskip("sklearn.datasets")
+    datasets = skip_without("sklearn.datasets")
     raw = datasets.load_digits()
     data = load_dataset("digits")
     assert_contract(data)
@@ -238,7 +240,7 @@ def test_digits_are_every_row_of_load_digits_exactly_once() -> None:
 
 
 def test_digits_test_rows_are_stratified_and_spread_over_the_file() -> None:
-    datasets = pytest.importorskip("sklearn.datasets")
+    datasets = skip_without("sklearn.datasets")
     target = datasets.load_digits().target
     data = load_dataset("digits")
     totals = np.bincount(target)
@@ -256,7 +258,7 @@ def test_digits_test_rows_are_stratified_and_spread_over_the_file() -> None:
 
 
 def test_digits_ignore_global_random_states() -> None:
-    pytest.importorskip("sklearn")
+    skip_without("sklearn")
     splits = []
     for seed in (0, 1):
         random.seed(seed)
@@ -269,7 +271,7 @@ def test_digits_ignore_global_random_states() -> None:
 
 def test_digits_without_scikit_learn_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=message('pip install "gpu-mixmatch[cli]"')):
+    with pytest.raises(ImportError, match=message('needs scikit-learn: pip install -e ".[cli]"')):
         load_dataset("digits")
 
 
@@ -708,6 +710,12 @@ def test_split_depends_on_the_seed_alone() -> None:
         splits.append(split_labels(labels, 47, seed=3, num_classes=10))
     assert torch.equal(*splits)
     assert not torch.equal(splits[0], split_labels(labels, 47, seed=4, num_classes=10))
+
+
+def test_split_orders_are_the_permutations_that_were_recorded() -> None:
+    assert split_order(3, 12).tolist() == [6, 9, 8, 7, 11, 4, 0, 10, 1, 3, 2, 5]
+    assert split_order(3, 10, 1).tolist() == [5, 0, 3, 2, 7, 6, 4, 8, 1, 9]
+    assert split_order(2**62 + 1, 9).tolist() == [4, 0, 3, 1, 7, 2, 5, 8, 6]
 
 
 def test_split_leaves_global_random_states_alone() -> None:

@@ -5,7 +5,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import tomllib
 import warnings
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -15,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
+import gpu_mixmatch.impl as implementations
+from gpu_mixmatch._extras import PACKAGES, Package, install_hint
 from gpu_mixmatch.cli import doctor
-from gpu_mixmatch.cli.doctor import Finding, examine, report
+from gpu_mixmatch.cli.doctor import Finding, examine
 
 ROOT = Path(__file__).parents[1]
-OPTIONAL = ("torchvision", "PIL", "scikit-learn", "matplotlib", "tensorboard", "typer", "rich")
-MODULES = {"kornia": "kornia", "DALI": "nvidia", "PIL": "PIL", "scikit-learn": "sklearn"}
+NAMES = [package.name for package in PACKAGES if package.module not in doctor._OWN_FINDINGS]
 
 
 def found(name: str) -> Finding:
@@ -87,7 +87,8 @@ def test_findings_come_once_each_with_a_reason_and_no_needless_remedy() -> None:
     assert names[0] == "torch"
     assert names[1].startswith("CUDA device")
     assert len(names) == len(set(names))
-    assert {"impl eager", "impl triton", "kornia", "DALI", "numpy", *OPTIONAL} <= {*names}
+    seen = {name.lower().removeprefix("impl ") for name in names}
+    assert {"eager", *(package.name.lower() for package in PACKAGES)} <= seen
     assert names[-1] == "CPU threads"
     for finding in findings:
         assert finding.detail
@@ -97,8 +98,8 @@ def test_findings_come_once_each_with_a_reason_and_no_needless_remedy() -> None:
 def test_what_is_always_there_is_usable_with_its_version() -> None:
     assert found("torch") == ("torch", True, found("torch").detail, None)
     assert torch.__version__ in found("torch").detail
-    assert found("numpy").usable
-    assert importlib.metadata.version("numpy") in found("numpy").detail
+    assert found("NumPy").usable
+    assert importlib.metadata.version("numpy") in found("NumPy").detail
     assert found("impl eager").usable
     assert f"torch uses {torch.get_num_threads()};" in found("CPU threads").detail
 
@@ -193,7 +194,7 @@ def test_triton_kernels_are_not_claimed_without_cuda(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     finding = found("impl triton")
     assert not finding.usable
-    assert "its kernels run on CUDA devices" in finding.detail
+    assert "its kernels need a CUDA device" in finding.detail
     assert 'impl="auto" runs eager' in finding.detail
     hide(monkeypatch, "triton")
     assert "triton is not installed" in found("impl triton").detail
@@ -207,38 +208,38 @@ def test_numba_is_reported_without_importing_it(monkeypatch: pytest.MonkeyPatch)
         "impl numba", True, 'numba 9.8.7: impl="auto" runs it on the CPU', None
     )
     hide(monkeypatch, "numba")
-    assert found("impl numba").remedy == 'pip install "gpu-mixmatch[cpu]"'
+    assert found("impl numba").remedy == "pip install -e ."
 
 
-@pytest.mark.usefixtures("without_numba")
 def test_triton_kernels_are_reported_once_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = SimpleNamespace(__name__="gpu_mixmatch.impl.triton")
-    monkeypatch.setattr(doctor, "implementation", lambda impl, device: kernels)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor, "implementation", lambda impl, device: None)
+    monkeypatch.setitem(implementations._installed, "triton", True)
     finding = found("impl triton")
     assert finding.usable
-    assert 'impl="auto" runs triton' in finding.detail
-
-
-@pytest.mark.parametrize("engine", [False, True])
-def test_kornia_is_usable_only_with_the_engine(
-    monkeypatch: pytest.MonkeyPatch, engine: bool
-) -> None:
-    pretend(monkeypatch, kornia="0.9.1", **({"gpu_mixmatch.augment.kornia": ""} if engine else {}))
-    if not engine:
-        hide(monkeypatch, "gpu_mixmatch.augment.kornia")
-    finding = found("kornia")
-    assert finding.usable == engine
-    assert finding.remedy is None
-    assert "0.9.1" in finding.detail
-    assert ("later version" in finding.detail) != engine
+    assert 'impl="auto" runs triton on cuda' in finding.detail
 
 
 def test_a_missing_kornia_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     hide(monkeypatch, "kornia")
-    finding = found("kornia")
-    assert not finding.usable
-    assert "not installed" in finding.detail
-    assert finding.remedy == "pip install kornia"
+    assert found("Kornia") == Finding(
+        "Kornia", False, "not installed; for KorniaAugment", "pip install -e ."
+    )
+
+
+def test_triton_is_offered_where_there_is_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_triton(impl: str, device: torch.device) -> None:
+        if impl == "triton":
+            raise RuntimeError("Triton cannot be imported. Install it")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor, "implementation", without_triton)
+    monkeypatch.setitem(implementations._installed, "triton", False)
+    pretend(monkeypatch, triton="9.8.7")
+    assert found("impl triton").remedy is None
+    hide(monkeypatch, "triton")
+    assert found("impl triton").remedy == "pip install triton"
+    assert 'impl="auto" runs eager on cuda' in found("impl triton").detail
 
 
 @pytest.mark.parametrize(
@@ -250,11 +251,16 @@ def test_the_remedy_for_dali_fits_torchs_cuda(
     hide(monkeypatch, "nvidia")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    finding = found("DALI")
+    finding = found("NVIDIA DALI")
     assert not finding.usable
-    assert finding.remedy == f'pip install "gpu-mixmatch[{extra}]"'
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert extra in project["optional-dependencies"]
+    assert finding.remedy == f'pip install -e ".[{extra}]"'
+
+
+def test_dali_is_not_offered_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide(monkeypatch, "nvidia")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert "for Linux only" in found("NVIDIA DALI").detail
+    assert found("NVIDIA DALI").remedy is None
 
 
 @pytest.mark.parametrize("installed", [True, False])
@@ -265,22 +271,21 @@ def test_dali_is_looked_for_beside_the_other_packages_of_nvidia(
     folder.mkdir(parents=True)
     (folder / "__init__.py").touch()
     pretend(monkeypatch, folder.parent, **{"nvidia-dali-cuda120": "2.5.0"})
-    finding = found("DALI")
+    finding = found("NVIDIA DALI")
     assert ("2.5.0 (nvidia-dali-cuda120)" in finding.detail) == installed
     assert ("not installed" in finding.detail) != installed
 
 
-@pytest.mark.parametrize("name", [*OPTIONAL, "numpy"])
-def test_a_missing_package_is_named_with_its_remedy(
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_package_is_named_with_its_purpose_and_its_remedy(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    hide(monkeypatch, MODULES.get(name, name))
+    (package,) = [package for package in PACKAGES if package.name == name]
+    hide(monkeypatch, package.module.partition(".")[0])
     finding = found(name)
     assert not finding.usable
-    assert finding.detail.startswith("not installed; for ")
-    assert (finding.remedy or "").startswith("pip install ")
-    in_extra = name not in ("torchvision", "PIL", "numpy")
-    assert ('"gpu-mixmatch[cli]"' in (finding.remedy or "")) == in_extra
+    assert finding.detail == f"not installed; for {package.purpose}"
+    assert finding.remedy == install_hint(package.module)
 
 
 def test_a_package_without_metadata_is_of_unknown_version(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,18 +293,19 @@ def test_a_package_without_metadata_is_of_unknown_version(monkeypatch: pytest.Mo
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    assert found("numpy").usable
-    assert "unknown version" in found("numpy").detail
+    assert found("NumPy").usable
+    assert "unknown version" in found("NumPy").detail
 
 
 def test_a_bare_folder_of_a_packages_name_is_not_the_package(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    if importlib.util.find_spec("torchvision") is not None:
-        pytest.skip("torchvision is installed, so that a folder cannot be taken for it")
-    (tmp_path / "torchvision").mkdir()
+    package = Package("nothing", "a_bare_folder", {"cli": "nothing"}, "nothing")
+    monkeypatch.setattr(doctor, "PACKAGES", (package,))
+    (tmp_path / "a_bare_folder").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    assert not found("torchvision").usable
+    assert importlib.util.find_spec("a_bare_folder") is not None
+    assert not found("nothing").usable
 
 
 def broken(*_args: Any, **_options: Any) -> Any:
@@ -328,50 +334,17 @@ def test_whatever_fails_is_a_finding_and_not_an_error(
     if attribute != "_has_driver" or torch.version.cuda is None:
         assert any("could not be examined: OSError: broken" in reason for reason in reasons)
     assert "broken" not in "".join(finding.detail for finding in findings if finding.usable)
-    report(findings)
 
 
 @pytest.mark.usefixtures("no_kernels_here")
-@pytest.mark.parametrize("blocked", ["kornia", "matplotlib", "rich", "numba", "triton"])
+@pytest.mark.parametrize("blocked", ["Kornia", "matplotlib", "Rich", "numba", "triton"])
 def test_a_module_that_python_refuses_to_find_is_not_installed(
     monkeypatch: pytest.MonkeyPatch, blocked: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, blocked, None)
+    monkeypatch.setitem(sys.modules, blocked.lower(), None)
     name = f"impl {blocked}" if blocked in ("numba", "triton") else blocked
     assert not found(name).usable
     assert "not installed" in found(name).detail
-
-
-def test_the_report_marks_every_finding_and_indents_remedies() -> None:
-    long = "word " * 40
-    text = report(
-        [
-            Finding("torch", True, "2.13.0", None),
-            Finding("CUDA device", False, "no driver", "install one"),
-            Finding("DALI", False, long, None),
-        ]
-    )
-    lines = text.splitlines()
-    assert lines[:3] == [
-        "ok  torch        2.13.0",
-        "no  CUDA device  no driver",
-        "                 -> install one",
-    ]
-    assert lines[3].startswith("no  DALI         word")
-    assert len(lines) > 4
-    assert all(line.startswith(" " * 17) for line in lines[4:])
-    assert max(map(len, lines)) <= 100
-    assert " ".join(" ".join(lines[3:]).split()[2:]) == long.strip()
-
-
-def test_the_report_of_this_machine_is_plain_ascii_of_100_columns() -> None:
-    findings = examine()
-    text = report(findings)
-    assert text.isascii()
-    assert max(map(len, text.splitlines())) <= 100
-    marks = [line[:2] for line in text.splitlines() if not line.startswith(" ")]
-    assert marks == ["ok" if finding.usable else "no" for finding in findings]
-    assert report([]) == ""
 
 
 @pytest.fixture(scope="module")
@@ -397,5 +370,5 @@ def fresh() -> dict[str, str]:
 
 def test_the_doctor_imports_nothing_that_it_looks_for(fresh: dict[str, str]) -> None:
     assert fresh["loaded"] == "[]"
-    for module in ("triton", "torchvision", "PIL", "sklearn", "tensorboard", "typer", "rich"):
+    for module in ("triton", "PIL", "sklearn", "tensorboard", "typer", "rich", "lightning"):
         assert f"'{module}'" not in fresh["new"]

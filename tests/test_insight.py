@@ -7,6 +7,7 @@ from torch import nn
 from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, _validation
 from gpu_mixmatch.insight import GuessWatch, TensorBoardInsight
 from gpu_mixmatch.recipes.train import parameter_digest
+from tests.skips import skip_without
 from tests.test_no_sync import NUM_CLASSES, Net, NoExport, NoSync, data, train_step
 
 NUM_UNLABELLED = 20
@@ -240,7 +241,7 @@ def test_training_goes_on_as_without_it_to_the_last_bit(insight):
     train(builder_of(), plain)
     mixmatch = builder_of()
     if insight == "tensorboard":
-        pytest.importorskip("matplotlib")
+        skip_without("matplotlib")
         TensorBoardInsight(mixmatch, Writer(), 2, truth=truth_of(), rows=1)
     else:
         GuessWatch(mixmatch, truth_of())
@@ -304,7 +305,7 @@ def test_interval_below_one_is_refused():
 
 
 def test_previews_and_quality_come_every_n_steps():
-    pytest.importorskip("matplotlib")
+    skip_without("matplotlib")
     mixmatch, model, writer = builder_of(), new_net(), Writer()
     insight = TensorBoardInsight(mixmatch, writer, 2, truth=truth_of(), rows=1)
     train(mixmatch, model)
@@ -332,10 +333,11 @@ def test_previews_and_quality_come_every_n_steps():
 
 
 def test_events_are_those_that_tensorboard_reads(tmp_path):
-    pytest.importorskip("matplotlib")
-    tensorboard = pytest.importorskip("torch.utils.tensorboard")
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    mixmatch, writer = builder_of(), tensorboard.SummaryWriter(str(tmp_path))
+    skip_without("matplotlib")
+    accumulator = skip_without("tensorboard.backend.event_processing.event_accumulator")
+    from torch.utils.tensorboard import SummaryWriter
+
+    mixmatch, writer = builder_of(), SummaryWriter(str(tmp_path))
     insight = TensorBoardInsight(mixmatch, writer, 3, truth=truth_of(), rows=1)
     train(mixmatch, new_net())
     insight.close()

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.skips import skip_without
+
 ROOT = Path(__file__).parent.parent
-pytest.importorskip("triton", reason="needs Triton")
+skip_without("triton")
 pytestmark = pytest.mark.slow
 
 

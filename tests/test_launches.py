@@ -12,13 +12,11 @@ import torch
 from torch import nn
 
 from benchmarks.launch_counter import DEVICE, LaunchCounter
-from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, functional, sampling
-from gpu_mixmatch.impl import eager
-from tests.tolerances import TOLERANCES
+from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, sampling
 
 NUM_CLASSES = 10
-# README states these
-EAGER = {"plain": (9, 19), "blur": (17, 27), "zoom": (59, 69), "zeros": (10, 20)}
+# docs/cuda.md states these
+EAGER = {"plain": (12, 22), "blur": (19, 29), "zoom": (61, 71), "zeros": (13, 23)}
 POLICIES = {
     "plain": {"padding": 4},
     "blur": {"padding": 4, "blur_sigma": (0.0, 3.0)},
@@ -91,50 +89,6 @@ def test_eager_stays_within_its_launches_and_sends_one_copy(policy, no_autocast)
     with LaunchCounter() as counter:
         mixmatch.augment.apply((x, u), params)
     assert counter.total == of_augment, counter.launches
-
-
-@pytest.mark.parametrize("size", [(12, 12), (9, 14)])
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-@pytest.mark.parametrize("padding_mode", ["reflect", "zeros", "edge"])
-@pytest.mark.parametrize("effects", ["plain", "zoom", "blur", "zoom and blur"])
-def test_few_launches_give_the_same_views(size, layout, padding_mode, effects):
-    generator = torch.Generator().manual_seed(0)
-    shape = (3, *size) if layout == "NCHW" else (*size, 3)
-    x, u = (
-        torch.randint(0, 256, (n, *shape), dtype=torch.uint8, generator=generator) for n in (2, 3)
-    )
-    zoom, radius = "zoom" in effects, 4 if "blur" in effects else 0
-    params = sampling.draw_augment(
-        0,
-        1,
-        8,
-        0,
-        padding=3,
-        zoom_px=(0, 4) if zoom else (0, 0),
-        flip=0.5,
-        blur_sigma=(0.0, 1.3) if radius else None,
-    )
-    scale, bias = torch.tensor([0.01, 0.02, 0.03]), torch.tensor([-1.0, 0.5, 0.0])
-    expected = functional.augment(
-        (x, u),
-        params,
-        scale=scale,
-        bias=bias,
-        padding=3,
-        padding_mode=padding_mode,
-        zoom=zoom,
-        blur_radius=radius,
-        impl="eager",
-    )
-    for channels_last, dtype in ((False, torch.float32), (True, torch.bfloat16)):
-        out = torch.full_like(expected, float("nan"), dtype=dtype)
-        if channels_last:
-            out = out.contiguous(memory_format=torch.channels_last)
-        eager._augment_in_few_launches(
-            (x, u), params, scale, bias, 3, padding_mode, zoom, radius, layout == "NHWC", out=out
-        )
-        tolerance = 4 * TOLERANCES[dtype]
-        torch.testing.assert_close(out.float(), expected, atol=tolerance, rtol=tolerance)
 
 
 # The kernels

@@ -22,10 +22,11 @@ from gpu_mixmatch.integrations.lightning import MixMatchMixin, insight_callback
 from gpu_mixmatch.recipes.models import build_model
 from gpu_mixmatch.recipes.train import parameter_digest
 from gpu_mixmatch.types import MixMatchBatch
+from tests.skips import skip_without
 
-L = pytest.importorskip("lightning", reason="needs lightning")
-CombinedLoader = pytest.importorskip("lightning.pytorch.utilities").CombinedLoader
-callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+L = skip_without("lightning")
+CombinedLoader = skip_without("lightning.pytorch.utilities").CombinedLoader
+callbacks = skip_without("lightning.pytorch.callbacks")
 
 pytestmark = [
     # Lightning 2.6 with torch 2.13
@@ -735,8 +736,8 @@ def test_lightning_learns_digits_with_half_the_error_of_supervised_only():
 
 
 def test_insight_callback_writes_to_tensorboard_and_leaves_training_alone(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    pytest.importorskip("matplotlib")
+    accumulator = skip_without("tensorboard.backend.event_processing.event_accumulator")
+    skip_without("matplotlib")
     truth = images_and_labels()[1]
     with_it, without = Classifier(), Classifier()
     fit(without, resident())
@@ -761,7 +762,7 @@ def test_insight_callback_without_tensorboard_logger_is_refused():
 
 def test_insight_callback_without_lightning_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning.pytorch.callbacks", None)
-    with pytest.raises(ImportError, match=r'pip install "gpu-mixmatch\[lightning\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[lightning\]"'):
         insight_callback()
 
 

@@ -29,6 +29,7 @@ from gpu_mixmatch.data.order import BatchOrder
 from gpu_mixmatch.data.upload import Upload
 from gpu_mixmatch.sampling import epoch_order
 from gpu_mixmatch.types import SemiSupervisedBatch
+from tests.skips import skip_without
 
 # workers are forked from a process that has threads, of which Python 3.12 and later warn
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -244,7 +245,7 @@ LABELS = np.arange(LABELLED, dtype=np.int32) % 3
 
 
 def pil_rows(count, labels):
-    image = pytest.importorskip("PIL.Image", reason="needs pillow")
+    image = skip_without("PIL.Image")
     images = [image.fromarray(IMAGES[index].transpose(1, 2, 0)) for index in range(count)]
     return [(i, n % 3) for n, i in enumerate(images)] if labels else images
 

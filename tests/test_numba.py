@@ -1,5 +1,6 @@
 """The compiled path for CPUs equals eager over odd shapes, whatever the threads, and is chosen."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -10,14 +11,17 @@ import pytest
 import torch
 from torch import nn
 
+import gpu_mixmatch.impl as impl_module
 from gpu_mixmatch import MixMatch, WeakAugment, functional
 from gpu_mixmatch._buffers import Workspace
+from gpu_mixmatch._validation import image_layout
 from gpu_mixmatch.augment import weak
-from gpu_mixmatch.impl import implementation
-from gpu_mixmatch.types import AugmentPolicy, MixUpParams
+from gpu_mixmatch.impl import eager, implementation, resolve_impl
+from gpu_mixmatch.types import AugmentPolicy, DrawPlan, MixUpParams
 from tests.tolerances import TOLERANCES
 
 compiled = pytest.importorskip("gpu_mixmatch.impl.numba", reason="needs numba")
+threads = importlib.import_module("gpu_mixmatch.impl.numba.threads")
 
 SHAPES = [(3, 32, 32), (1, 31, 33), (4, 5, 13), (3, 3, 96), (3, 1, 1)]
 POLICIES = {
@@ -40,7 +44,7 @@ def random_images(count, shape, nhwc=False, dtype=torch.uint8, seed=0):
 def views_of(impl, images, rows, policy, mixup=None, workspace=None, **fields):
     augment = WeakAugment(**POLICIES[policy], impl=impl, **fields)
     params = augment.draw(seed=1, step=2, ids=rows)
-    channels, height, width = functional.image_layout("images", images[0])[1]
+    channels, height, width = image_layout("images", images[0])[1]
     layout = torch.channels_last if augment.channels_last else torch.contiguous_format
     out = torch.full((rows, channels, height, width), float("nan"), dtype=augment.dtype)
     out = out.to(memory_format=layout)
@@ -129,21 +133,21 @@ def test_threads_change_no_bit(monkeypatch, policy, mixes):
     images = random_images(5, (3, 9, 7)), random_images(7, (3, 9, 7), seed=1)
     mixup = params_for(19) if mixes else None
     alone = views_of("numba", images, 19, policy, mixup)
-    monkeypatch.setattr(compiled, "_LEAST_PER_THREAD", 1)
+    monkeypatch.setattr(threads, "_LEAST_PER_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    for team in (compiled._torch_team(), None):  # torch's threads, then our own
-        monkeypatch.setattr(compiled, "_torch_team", lambda team=team: team)
+    for team in (threads._torch_team(), None):  # torch's threads, then our own
+        monkeypatch.setattr(threads, "_torch_team", lambda team=team: team)
         assert torch.equal(views_of("numba", images, 19, policy, mixup), alone)
 
 
 @pytest.mark.parametrize("with_team", [True, False])
 def test_every_part_runs_once_and_errors_arrive(monkeypatch, with_team):
-    if with_team and compiled._torch_team() is None:
+    if with_team and threads._torch_team() is None:
         pytest.skip("torch is not built with GNU OpenMP here")
     if not with_team:
-        monkeypatch.setattr(compiled, "_torch_team", lambda: None)
+        monkeypatch.setattr(threads, "_torch_team", lambda: None)
     done = []
-    compiled._in_threads(done.append, 5)
+    threads.in_threads(done.append, 5)
     assert sorted(done) == list(range(5))
 
     def fail(part):
@@ -151,11 +155,11 @@ def test_every_part_runs_once_and_errors_arrive(monkeypatch, with_team):
             raise ArithmeticError("of a part")
 
     with pytest.raises(ArithmeticError, match="of a part"):
-        compiled._in_threads(fail, 3)
+        threads.in_threads(fail, 3)
 
 
 def test_builders_in_several_threads_do_not_disturb_each_other(monkeypatch):
-    monkeypatch.setattr(compiled, "_LEAST_PER_THREAD", 1)
+    monkeypatch.setattr(threads, "_LEAST_PER_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     images = random_images(5, (3, 9, 7)), random_images(7, (3, 9, 7), seed=1)
     wanted = views_of("numba", images, 19, "all")
@@ -164,24 +168,22 @@ def test_builders_in_several_threads_do_not_disturb_each_other(monkeypatch):
     def repeat():
         same.extend(torch.equal(views_of("numba", images, 19, "all"), wanted) for _ in range(50))
 
-    threads = [threading.Thread(target=repeat) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    workers = [threading.Thread(target=repeat) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
     assert same == [True] * 150
 
 
-@pytest.mark.parametrize("num_groups", [1, 3])
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_mixup_equals_eager(layout, dtype, num_groups):
+def test_mixup_equals_eager(layout, dtype):
     inputs = torch.rand(9, 3, 5, 7).to(dtype).to(memory_format=layout)
     targets = torch.softmax(torch.rand(9, 10), dim=1)
     params = params_for(9)
     found, wanted = (
-        functional.mixup(inputs, targets, params, num_groups=num_groups, impl=impl)
-        for impl in ("numba", "eager")
+        functional.mixup(inputs, targets, params, impl=impl) for impl in ("numba", "eager")
     )
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, atol=TOLERANCES[dtype], rtol=0)
@@ -249,18 +251,27 @@ def test_auto_is_the_compiled_path_on_a_cpu():
 
 
 def test_another_device_is_refused():
-    with pytest.raises(RuntimeError, match=r'impl="numba" on cuda cannot be met: .* for CPUs'):
+    with pytest.raises(RuntimeError, match=r'impl="numba" cannot run on cuda: .* for CPUs'):
         implementation("numba", torch.device("cuda"))
 
 
-def test_without_numba_auto_is_eager_and_a_request_names_the_extra(monkeypatch):
+def test_without_numba_auto_is_eager_with_one_warning_and_a_request_raises(monkeypatch):
+    cpu = torch.device("cpu")
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "gpu_mixmatch.impl.numba")
+    for name in [name for name in sys.modules if name.startswith("gpu_mixmatch.impl.numba")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(impl_module, "numba", raising=False)
+    monkeypatch.setitem(impl_module._installed, "numba", True)
+    monkeypatch.setattr(impl_module, "_warned_of", set())
     implementation.cache_clear()
     try:
-        assert implementation("auto", torch.device("cpu")).__name__.endswith(".eager")
-        with pytest.raises(RuntimeError, match=r'pip install "gpu-mixmatch\[cpu\]"'):
-            implementation("numba", torch.device("cpu"))
+        with pytest.warns(RuntimeWarning, match=r"auto.* runs plain torch on cpu.*pip install"):
+            assert implementation("auto", cpu) is eager
+        assert resolve_impl("auto", cpu) == "eager"
+        implementation.cache_clear()
+        implementation("auto", cpu)  # warns no second time
+        with pytest.raises(RuntimeError, match=r"cannot run on cpu: .*numba.*pip install"):
+            implementation("numba", cpu)
     finally:
         implementation.cache_clear()
 
@@ -272,7 +283,7 @@ def test_draws_are_those_of_every_implementation():
             torch.tensor(3),
             5,
             6,
-            policy=AugmentPolicy(padding=4, flip=0.5),
+            DrawPlan(policy=AugmentPolicy(padding=4, flip=0.5)),
             device=torch.device("cpu"),
             impl=impl,
         )

@@ -48,7 +48,9 @@ def test_draw_batch_passes_opcheck(impl, policy, with_ids):
     ids = [None if each is None else each.to(DEVICE) for each in ids]
     step = torch.tensor(4)
     numbers = ops.flat_policy(policy)
-    switches = (2, numbers, 0.75, "sample", "all", DEVICE, impl)
+    words = sampling.words_per_row(with_augment=policy is not None)
+    out = torch.zeros(8 * words, dtype=torch.int32, device=DEVICE)
+    switches = (2, numbers, 0.75, "sample", "all", out, impl)
     opcheck(ops.draw_batch, (0, step, *ids, 2, 3, *switches))
 
 
@@ -88,7 +90,8 @@ def test_augment_passes_opcheck(impl, per_channel, mixed):
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_guess_labels_passes_opcheck(impl, dtype):
-    opcheck(ops.guess_labels, (random(2, 3, NUM_CLASSES, dtype=dtype), 0.5, impl))
+    out = torch.zeros(3, NUM_CLASSES, device=DEVICE)
+    opcheck(ops.guess_labels, (random(2, 3, NUM_CLASSES, dtype=dtype), 0.5, out, impl))
 
 
 @both
@@ -103,35 +106,35 @@ def test_batch_targets_passes_opcheck(impl, soft, mixed):
 
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_mixup_passes_opcheck(impl, dtype, interleaved):
+def test_mixup_passes_opcheck(impl, dtype):
     inputs, targets = random(8, 3, 4, 5, dtype=dtype), targets_of(8, NUM_CLASSES)
-    order = torch.arange(8, device=DEVICE).flip(0) if interleaved else None
     outs = torch.zeros_like(inputs), torch.zeros_like(targets)
-    opcheck(ops.mixup, (inputs, targets, *mixup_params(), order, *outs, impl))
+    opcheck(ops.mixup, (inputs, targets, *mixup_params(), *outs, impl))
 
 
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_loss_passes_opcheck(impl, dtype):
-    logits = random(8, NUM_CLASSES, dtype=dtype).requires_grad_()
-    weight = torch.tensor(3.0)
-    opcheck(ops.mixmatch_loss, (logits, targets_of(8, NUM_CLASSES), 3, weight, impl))
+    logits, targets = random(8, NUM_CLASSES, dtype=dtype), targets_of(8, NUM_CLASSES)
+    outs = [torch.zeros((), dtype=dtype, device=DEVICE) for _ in range(3)]
+    opcheck(ops.mixmatch_loss, (logits, targets, 3, torch.tensor(3.0), *outs, impl))
 
 
 @both
 def test_the_backward_of_the_loss_passes_opcheck(impl):
-    tail = (random(8, NUM_CLASSES), targets_of(8, NUM_CLASSES), 3, torch.tensor(3.0), impl)
-    one = torch.ones((), device=DEVICE)
+    logits, targets = random(8, NUM_CLASSES), targets_of(8, NUM_CLASSES)
+    one, out = torch.ones((), device=DEVICE), torch.zeros(8, NUM_CLASSES, device=DEVICE)
     for grads in ((one, None, None), (None, one, 2 * one), (one, one, one)):
-        opcheck(ops.mixmatch_loss_backward, (*grads, *tail))
+        opcheck(
+            ops.mixmatch_loss_backward, (*grads, logits, targets, 3, torch.tensor(3.0), out, impl)
+        )
 
 
 # Gradients
 
 
 @pytest.mark.parametrize("num_labelled", [0, 3, 6])
-@pytest.mark.parametrize("form", ["plain torch", "op, eager", "op, triton"])
+@pytest.mark.parametrize("form", ["plain torch", "fused, eager", "fused, triton"])
 def test_the_loss_passes_gradcheck_in_float64(num_labelled, form):
     logits = random(6, 4, dtype=torch.float64).requires_grad_()
     targets, weight = targets_of(6, 4).double(), torch.tensor(3.0)
@@ -139,7 +142,8 @@ def test_the_loss_passes_gradcheck_in_float64(num_labelled, form):
     def losses(logits):
         if form == "plain torch":
             return functional.mixmatch_loss(logits, targets, num_labelled, weight, impl="eager")[:3]
-        return ops.mixmatch_loss(logits, targets, num_labelled, weight, form.removeprefix("op, "))
+        impl = form.removeprefix("fused, ")
+        return ops.FusedLoss.apply(logits, targets, num_labelled, weight, impl)
 
     # a part without rows is a constant in plain torch
     assert gradcheck(
@@ -148,7 +152,7 @@ def test_the_loss_passes_gradcheck_in_float64(num_labelled, form):
 
 
 @pytest.mark.parametrize("num_labelled", [0, 3, 6])
-def test_gradients_of_the_op_equal_those_of_plain_torch(num_labelled):
+def test_gradients_of_the_fused_loss_equal_those_of_plain_torch(num_labelled):
     targets, weight = targets_of(6, 4), torch.tensor(75.0)
     factors = (0.5, -2.0, 30.0)
     grads = []
@@ -159,7 +163,7 @@ def test_gradients_of_the_op_equal_those_of_plain_torch(num_labelled):
                 :3
             ]
         else:
-            parts = ops.mixmatch_loss(logits, targets, num_labelled, weight, impl)
+            parts = ops.FusedLoss.apply(logits, targets, num_labelled, weight, impl)
         sum(factor * part for factor, part in zip(factors, parts, strict=True)).backward()
         grads.append(logits.grad)
     plain, *others = grads

@@ -411,7 +411,9 @@ def test_a_missing_matplotlib_says_what_to_install(
 ) -> None:
     for module in ("matplotlib", "matplotlib.style"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=re.escape('pip install "gpu-mixmatch[cli]"')):
+    with pytest.raises(
+        ImportError, match=re.escape('a preview needs matplotlib: pip install -e ".[cli]"')
+    ):
         draw(builder(), tmp_path / "preview.png")
 
 

@@ -14,7 +14,7 @@ import torch
 from scipy import special, stats
 
 from gpu_mixmatch import sampling
-from gpu_mixmatch.types import AugmentParams, AugmentPolicy, MixUpParams
+from gpu_mixmatch.types import AugmentParams, AugmentPolicy, DrawPlan, MixUpParams
 
 LEAST_P = 1e-4
 philox_module = importlib.import_module("gpu_mixmatch.sampling.philox")
@@ -209,9 +209,7 @@ def test_views_drawn_together_equal_views_drawn_one_by_one():
 def test_batch_draws_equal_the_draws_of_their_parts(len_x, len_u, views, as_tensors):
     ids_x = torch.arange(len_x) + 10 if as_tensors else len_x
     ids_u = torch.arange(len_u) + 90 if as_tensors else len_u
-    batch, mixup = sampling.draw_batch(
-        3, 5, ids_x, ids_u, num_augmentations=views, policy=AugmentPolicy(**POLICY), mix="all"
-    )
+    batch, mixup = sampling.draw_batch(3, 5, ids_x, ids_u, DrawPlan(views, AugmentPolicy(**POLICY)))
     x = augment_params(ids_x, 0)
     u = augment_params(ids_u, range(1, views + 1))
     assert_same(batch, joined(x, u))
@@ -253,9 +251,7 @@ def test_another_key_gives_another_lam_and_another_shuffle(change):
 
 def test_an_image_in_both_sets_is_never_drawn_alike():
     ids = torch.arange(2000)
-    params, mixup = sampling.draw_batch(
-        3, 5, ids, ids, num_augmentations=3, policy=AugmentPolicy(**POLICY), mix="all"
-    )
+    params, mixup = sampling.draw_batch(3, 5, ids, ids, DrawPlan(3, AugmentPolicy(**POLICY)))
     parts = whole_rows(params).reshape(4, 2000, 8)
     for one, other in combinations(range(4), 2):
         assert not (parts[one] == parts[other]).all(axis=1).any()
@@ -269,7 +265,9 @@ def test_global_generators_are_neither_read_nor_moved():
     def draw_everything():
         return (
             *augment_params(16, (0, 1)),
-            *sampling.draw_batch(0, 1, 4, 4, policy=AugmentPolicy(**POLICY))[0],
+            *sampling.draw_batch(0, 1, 4, 4, DrawPlan(policy=AugmentPolicy(**POLICY), mix="none"))[
+                0
+            ],
             *sampling.draw_mixup(0, 1, 4, 4),
             sampling.epoch_order(0, 1, 100),
             torch.tensor(sampling.generator_seed(0, 1) >> 1),
@@ -656,7 +654,7 @@ def test_an_unknown_mode_is_refused(field, value):
 def draw_calls(seed, step):
     return [
         lambda: sampling.draw_augment(seed, step, 4, 0, padding=4),
-        lambda: sampling.draw_batch(seed, step, 4, 4, policy=AugmentPolicy(**POLICY)),
+        lambda: sampling.draw_batch(seed, step, 4, 4, DrawPlan(policy=AugmentPolicy(**POLICY))),
         lambda: sampling.draw_mixup(seed, step, 4, 4),
         lambda: sampling.generator_seed(seed, step),
     ]
@@ -699,7 +697,7 @@ def test_the_last_seed_and_step_are_allowed():
 def test_ids_of_another_kind_are_refused(ids, got):
     for call in (
         lambda: sampling.draw_augment(0, 0, ids, 0),
-        lambda: sampling.draw_batch(0, 0, 4, ids, policy=AugmentPolicy(**POLICY)),
+        lambda: sampling.draw_batch(0, 0, 4, ids, DrawPlan(policy=AugmentPolicy(**POLICY))),
         lambda: sampling.draw_mixup(0, 0, ids, torch.arange(4)),
     ):
         with pytest.raises(ValueError, match=rf"ids must be \[M\] int64, got {got}"):
@@ -715,7 +713,7 @@ def test_a_negative_length_is_refused():
 
 
 def batch_draws(len_x=5, len_u=3):
-    return sampling.draw_batch(0, 1, len_x, len_u, policy=AugmentPolicy(**POLICY), mix="all")
+    return sampling.draw_batch(0, 1, len_x, len_u, DrawPlan(policy=AugmentPolicy(**POLICY)))
 
 
 @pytest.mark.parametrize("len_x", [1, 2, 5])

@@ -16,11 +16,12 @@ from torch.nn import functional as F
 from gpu_mixmatch import MixMatch, MixMatchLoss, SemiSupervisedLoader, WeakAugment, collate
 from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.data.formats.common import split_labels
+from tests.skips import skip_without
 
 datasets = pytest.importorskip("datasets")
-pil = pytest.importorskip("PIL.Image")
-pytest.importorskip("accelerate")
-transformers = pytest.importorskip("transformers")
+pil = skip_without("PIL.Image")
+skip_without("accelerate")
+transformers = skip_without("transformers")
 MixMatchTrainer = importlib.import_module("gpu_mixmatch.integrations.transformers").MixMatchTrainer
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -390,7 +391,7 @@ def test_a_missing_logits_getter_is_explained(tmp_path, labelled, unlabelled):
 def test_without_transformers_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, "gpu_mixmatch.integrations.transformers")
-    with pytest.raises(ImportError, match=r'pip install "gpu-mixmatch\[transformers\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[transformers\]"'):
         importlib.import_module("gpu_mixmatch.integrations.transformers")
 
 

@@ -14,9 +14,17 @@ import torch
 from torch import nn
 
 from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, functional, sampling
-from gpu_mixmatch.impl import eager
-from gpu_mixmatch.types import AugmentParams, AugmentPolicy, MixUpParams
+from gpu_mixmatch.impl import eager, library
+from gpu_mixmatch.types import (
+    AugmentParams,
+    AugmentPolicy,
+    DrawPlan,
+    Geometry,
+    MixUpParams,
+    Scaling,
+)
 from tests import oracle
+from tests.skips import skip_without
 from tests.tolerances import KERNEL_TOLERANCES
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -24,7 +32,8 @@ FORMATS = {False: torch.contiguous_format, True: torch.channels_last}
 HALVES = [torch.float16, torch.bfloat16]
 FLOATS = [torch.float32, *HALVES]
 
-kernels = pytest.importorskip("gpu_mixmatch.impl.triton", reason="needs Triton")
+skip_without("triton")
+kernels = importlib.import_module("gpu_mixmatch.impl.triton")
 launching = importlib.import_module("gpu_mixmatch.impl.triton.launch")
 losing = importlib.import_module("gpu_mixmatch.impl.triton.mixmatch_loss")
 
@@ -69,15 +78,14 @@ def nan(shape, dtype=torch.float32, channels_last=False):
 
 @pytest.fixture(autouse=True)
 def fresh_memory_is_nan(monkeypatch):
-    """Outputs that the launchers allocate themselves start as NaN, or as no index at all."""
+    """Outputs start as NaN, or as no index at all."""
     empty = torch.empty
 
     def filled(*shape, **options):
         tensor = empty(*shape, **options)
         return tensor.fill_(math.nan if tensor.is_floating_point() else 0x7BADBAD)
 
-    for name in ("draw", "guess_labels", "mixmatch_loss"):
-        module = importlib.import_module(f"gpu_mixmatch.impl.triton.{name}")
+    for module in (functional, library, losing):
         fake = type(torch)("torch")
         fake.__dict__.update(torch.__dict__)
         fake.empty = filled
@@ -129,10 +137,10 @@ def draw(seed, step, ids_x, ids_u, key=None, **switches):
         seed,
         torch.tensor(step),
         *(ids if isinstance(ids, int) else ids.to(DEVICE) for ids in (ids_x, ids_u)),
+        DrawPlan(**switches),
         device=DEVICE,
         key=key,
         impl="triton",
-        **switches,
     )
 
 
@@ -170,7 +178,7 @@ def test_draws_equal_those_of_the_host(mix, lam, alpha, size, policy, ids):
         "mix": mix,
     }
     drawn = draw(5, 77, ids_x, ids_u, **switches)
-    assert_draws_equal(drawn, sampling.draw_batch(5, 77, ids_x, ids_u, **switches))
+    assert_draws_equal(drawn, sampling.draw_batch(5, 77, ids_x, ids_u, DrawPlan(**switches)))
 
 
 @pytest.mark.parametrize("step", [0, 1, 16, 2**31 - 1, 2**31, 2**32 - 1])
@@ -178,7 +186,7 @@ def test_draws_equal_those_of_the_host(mix, lam, alpha, size, policy, ids):
 def test_draws_equal_those_of_the_host_at_any_seed_step_and_id(seed, step):
     ids = torch.tensor(FAR_IDS)
     switches = {"policy": POLICIES["all"], "mix": "separate"}
-    expected = sampling.draw_batch(seed, step, ids, ids.flip(0), **switches)
+    expected = sampling.draw_batch(seed, step, ids, ids.flip(0), DrawPlan(**switches))
     assert_draws_equal(draw(seed, step, ids, ids.flip(0), **switches), expected)
 
 
@@ -187,7 +195,7 @@ def test_a_key_on_the_device_draws_what_the_host_s_key_draws(seed, step):
     key = torch.tensor([seed, step], device=DEVICE)
     switches = {"policy": POLICIES["all"], "mix": "all"}
     by_key = draw(999, 999, 3, 5, key=key, **switches)
-    assert_draws_equal(by_key, sampling.draw_batch(seed, step, 3, 5, **switches))
+    assert_draws_equal(by_key, sampling.draw_batch(seed, step, 3, 5, DrawPlan(**switches)))
 
 
 def test_an_empty_batch_draws_nothing():
@@ -212,9 +220,24 @@ def augment_params(num_rows, height, width, padding, zoom, blur_radius, seed=3):
     return on_device(params)
 
 
-def augmented(backend, sources, params, shape, *, dtype, channels_last, **options):
+def in_whole(scale, bias, padding=0, padding_mode="reflect", zoom=False, blur_radius=0):
+    """Geometry and scaling of fields."""
+    return Geometry(padding, padding_mode, zoom, blur_radius), Scaling(scale, bias)
+
+
+def augmented(
+    backend, sources, params, shape, *, dtype, channels_last, channels_last_in, mixup=None, **fields
+):
     out = nan(shape, dtype, channels_last)
-    backend.augment(sources, params, out=out, workspace=None, **options)
+    backend.augment(
+        sources,
+        params,
+        *in_whole(**fields),
+        channels_last_in=channels_last_in,
+        out=out,
+        workspace=None,
+        mixup=mixup,
+    )
     return out
 
 
@@ -340,15 +363,10 @@ def test_mixing_while_augmenting_equals_augment_then_mixup(channels_last):
     x, u = random_images(2, 3, 9, 11), random_images(3, 3, 9, 11, seed=1)
     params = augment_params(8, 9, 11, 2, zoom=False, blur_radius=0)
     mixup = mixup_params(8)
-    options = {
-        "scale": 1 / 127.5,
-        "bias": -1.0,
-        "padding": 2,
-        "channels_last": channels_last,
-        "impl": "triton",
-    }
-    mixed = functional.augment((x, u), params, mixup=mixup, **options)
-    views = functional.augment((x, u), params, **options)
+    whole = in_whole(1 / 127.5, -1.0, padding=2)
+    options = {"channels_last": channels_last, "impl": "triton"}
+    mixed = functional.augment((x, u), params, *whole, mixup=mixup, **options)
+    views = functional.augment((x, u), params, *whole, **options)
     expected, _ = functional.mixup(views, random_targets(8, 2), mixup, impl="triton")
     close(mixed, expected)
     assert mixed.is_contiguous(memory_format=FORMATS[channels_last])
@@ -358,8 +376,7 @@ def test_the_largest_zoom_leaves_one_pixel():
     images = random_images(2, 3, 7, 5)
     params = augment_params(2, 7, 5, 0, zoom=True, blur_radius=0)
     params = params._replace(zoom=torch.full((2, 4), 100, dtype=torch.int32, device=DEVICE))
-    options = {"scale": 1.0, "bias": 0.0, "zoom": True, "impl": "triton"}
-    views = functional.augment(images, params, **options)
+    views = functional.augment(images, params, *in_whole(1.0, 0.0, zoom=True), impl="triton")
     assert torch.equal(views, images[:, :, -1:, -1:].float().expand_as(views))
 
 
@@ -373,22 +390,17 @@ def test_the_largest_zoom_leaves_one_pixel():
     num_classes=[2, 10, 100, 1000],
     dtype=FLOATS,
     channels_last=[False, True],
-    num_groups=[1, 3],
 )
-def test_mixup_equals_the_oracle_and_eager(
-    shape, num_rows, num_classes, dtype, channels_last, num_groups
-):
+def test_mixup_equals_the_oracle_and_eager(shape, num_rows, num_classes, dtype, channels_last):
     num_rows = min(num_rows, 7) if shape == (3, 96, 96) else num_rows
-    num_groups = min(num_groups, max(num_rows, 1))
     params = mixup_params(num_rows)
     inputs = random_logits(num_rows, *shape).clamp(-2, 2).to(dtype)
     inputs = inputs.contiguous(memory_format=FORMATS[channels_last])
     targets = random_targets(num_rows, num_classes)
-    order = eager.interleave_index(num_rows, num_groups, DEVICE) if num_groups > 1 else None
     outs = []
     for backend in (eager, kernels):
         out, mixed_targets = torch.full_like(inputs, math.nan), nan(targets.shape)
-        backend.mixup(inputs, targets, params, out, mixed_targets, order)
+        backend.mixup(inputs, targets, params, out, mixed_targets)
         outs.append((out, mixed_targets))
     (eager_out, eager_targets), (out, mixed_targets) = outs
     close(out, eager_out)
@@ -397,19 +409,8 @@ def test_mixup_equals_the_oracle_and_eager(
         wide = inputs.cpu().double()
         arguments = (targets.cpu(), params.lam.cpu().double(), params.index.cpu())
         expected, expected_targets = oracle.mixup(wide, *arguments)
-        close(out, oracle.interleave(expected, num_groups))
+        close(out, expected)
         close(mixed_targets, expected_targets)
-
-
-@pytest.mark.parametrize("num_groups", [2, 3, 7])
-def test_interleaved_mixup_equals_interleave_after_mixup(num_groups):
-    inputs, targets, params = random_logits(7, 3, 5), random_targets(7, 4), mixup_params(7)
-    plain, plain_targets = functional.mixup(inputs, targets, params, impl="triton")
-    mixed, mixed_targets = functional.mixup(
-        inputs, targets, params, num_groups=num_groups, impl="triton"
-    )
-    assert torch.equal(mixed, functional.interleave(plain, num_groups))
-    assert torch.equal(mixed_targets, plain_targets)  # in batch order
 
 
 # Guesses and targets
@@ -800,14 +801,16 @@ def test_tensors_on_different_devices_are_refused():
     logits, targets, mixup = random_logits(2, 3), random_targets(2, 3), mixup_params(2)
     far_params = AugmentParams(*(field.to("meta") for field in params))
     far_mixup = MixUpParams(*(field.to("meta") for field in mixup))
-    plain = {"scale": 1.0, "bias": 0.0, "impl": "triton"}
+    plain, far = in_whole(1.0, 0.0), in_whole(torch.ones(3, device="meta"), 0.0)
+
+    def augment(images, params, whole=plain, mixup=None):
+        return functional.augment(images, params, *whole, mixup=mixup, impl="triton")
+
     calls = {
-        "u": lambda: functional.augment((images, images.to("meta")), params, **plain),
-        "params.top": lambda: functional.augment(images, far_params, **plain),
-        "mixup.index": lambda: functional.augment(images, params, mixup=far_mixup, **plain),
-        "scale": lambda: functional.augment(
-            images, params, **{**plain, "scale": torch.ones(3, device="meta")}
-        ),
+        "u": lambda: augment((images, images.to("meta")), params),
+        "params.top": lambda: augment(images, far_params),
+        "mixup.index": lambda: augment(images, params, mixup=far_mixup),
+        "scale": lambda: augment(images, params, far),
         "targets": lambda: functional.mixup(logits, targets.to("meta"), mixup, impl="triton"),
         "params.index": lambda: functional.mixup(logits, targets, far_mixup, impl="triton"),
         "y": lambda: functional.batch_targets(
@@ -830,9 +833,9 @@ def test_kernels_on_a_cpu_are_refused_without_the_interpreter():
     params = sampling.draw_augment(0, 0, 2, 0)
     calls = [
         lambda: functional.draw_batch(
-            0, torch.tensor(0), 1, 1, device=torch.device("cpu"), impl="triton"
+            0, torch.tensor(0), 1, 1, DrawPlan(), device=torch.device("cpu"), impl="triton"
         ),
-        lambda: functional.augment(images, params, scale=1.0, bias=0.0, impl="triton"),
+        lambda: functional.augment(images, params, *in_whole(1.0, 0.0), impl="triton"),
         lambda: functional.mixup(logits, targets, mixup, impl="triton"),
         lambda: functional.guess_labels(logits[None], 0.5, impl="triton"),
         lambda: functional.batch_targets(y, logits[None], 0.5, impl="triton"),
@@ -840,20 +843,22 @@ def test_kernels_on_a_cpu_are_refused_without_the_interpreter():
         lambda: MixMatch(WeakAugment(), 5, impl="triton"),
     ]
     for call in calls:
-        with pytest.raises(RuntimeError, match='impl="triton" on cpu cannot be met: its kernels'):
+        with pytest.raises(RuntimeError, match='impl="triton" cannot run on cpu: its kernels'):
             call()
 
 
 def test_dtypes_that_kernels_do_not_know_are_refused():
     params = augment_params(2, 8, 8, 0, False, 0)
-    plain = {"scale": 1.0, "bias": 0.0, "impl": "triton"}
+    plain = in_whole(1.0, 0.0)
     for images in (torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)):
         with pytest.raises(ValueError, match="dtype must be one of float32, float16, bfloat16"):
-            functional.augment(images.to(DEVICE), params, dtype=torch.float64, **plain)
+            functional.augment(
+                images.to(DEVICE), params, *plain, dtype=torch.float64, impl="triton"
+            )
     for dtype in (torch.int16, torch.float64, torch.float8_e4m3fn):
         images = torch.zeros(2, 3, 8, 8, device=DEVICE).to(dtype)
         with pytest.raises(ValueError, match="images must be uint8 or one of float32"):
-            functional.augment(images, params, **plain)
+            functional.augment(images, params, *plain, impl="triton")
     integers = torch.zeros(2, 3, dtype=torch.int64, device=DEVICE)
     with pytest.raises(ValueError, match="inputs must be floating point, got int64"):
         functional.mixup(integers, random_targets(2, 3), mixup_params(2), impl="triton")
@@ -876,7 +881,7 @@ def test_layouts_that_are_not_dense_are_refused():
     images, draws = random_images(2, 3, 8, 8), augment_params(2, 8, 8, 0, False, 0)
     strided = nan((2, 3, 8, 16))[..., ::2]
     with pytest.raises(ValueError, match="out must be contiguous or channels_last"):
-        functional.augment(images, draws, scale=1.0, bias=0.0, out=strided, impl="triton")
+        functional.augment(images, draws, *in_whole(1.0, 0.0), out=strided, impl="triton")
 
 
 def test_more_programs_than_a_grid_can_have_are_refused(monkeypatch):

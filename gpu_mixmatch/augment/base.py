@@ -1,22 +1,92 @@
-"""Augmentation engines: what `MixMatch` asks of one, and how a plain callable becomes one."""
+"""Engines: what a method asks of one, and what engines share."""
 
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from gpu_mixmatch import functional, sampling
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch._validation import IMAGE_DTYPES, image_layout
+from gpu_mixmatch.types import AugmentPolicy, Impl, MixUpParams, Scaling
+
+# Targets of all rows: mixed by the draws that are given, or unmixed for None.
+MakeTargets = Callable[[MixUpParams | None], Tensor]
+
+
+class Views(Protocol):
+    """The views of a batch, as far as they are built: enough to guess on, and to mix."""
+
+    @property
+    def unlabelled(self) -> Tensor:
+        """The views of u, which the model guesses on, ``[K·M, C, H, W]``, view-major."""
+
+    def mix(
+        self, params: MixUpParams, make_targets: MakeTargets, out: Tensor | None, impl: Impl
+    ) -> tuple[Tensor, Tensor]:
+        """Blend each row with its partner.
+
+        Args:
+            params: λ' and partners of the N rows.
+            make_targets: Gives the targets of all rows, mixed or not.
+            out: Where to write the inputs, ``[N, C, H, W]``; None allocates.
+            impl: Implementation of `functional.mixup`.
+
+        Returns:
+            Mixed inputs and mixed targets ``[N, L]``.
+        """
+
+
+class BuiltViews(NamedTuple):
+    """W itself: every view of the batch in one buffer.
+
+    Attributes:
+        images: x once, then u K times, view-major, ``[B + K·M, C, H, W]``.
+        num_labelled: B.
+    """
+
+    images: Tensor
+    num_labelled: int
+
+    @property
+    def unlabelled(self) -> Tensor:
+        """The views of u; see `Views`."""
+        return self.images[self.num_labelled :]
+
+    def mix(
+        self, params: MixUpParams, make_targets: MakeTargets, out: Tensor | None, impl: Impl
+    ) -> tuple[Tensor, Tensor]:
+        """Blend rows and targets in one pass; see `Views`."""
+        return functional.mixup(self.images, make_targets(None), params, out=out, impl=impl)
 
 
 @runtime_checkable
 class Augment(Protocol):
-    """An augmentation engine: it draws for a batch, then builds all views of it in one buffer.
+    """An augmentation engine: it draws for a batch, then builds all views of it.
 
-    An engine whose draws are an `AugmentParams` may have a ``policy``, an `AugmentPolicy`: the
-    builder then draws for it, in one pass with MixUp's draws, and does not call ``draw_batch``.
+    `draw_batch` and `build` are what an engine must have. The rest has a default for whoever
+    inherits from this class, and `complete` gives it to other objects.
     """
+
+    @property
+    def policy(self) -> AugmentPolicy | None:
+        """What the draws are drawn from where they are an `AugmentParams`; else None."""
+        return None
+
+    @property
+    def drawn_by_builder(self) -> bool:
+        """Whether the builder may draw by ``policy`` in place of `draw_batch`.
+
+        It then does so in one pass with MixUp's draws, and where the images are.
+        """
+        return False
+
+    @property
+    def normalisation(self) -> tuple[Sequence[float], Sequence[float]] | None:
+        """Mean and std of the views in [0, 1] units, one or one per channel; None if unknown."""
+        return None
 
     def draw_batch(
         self,
@@ -26,7 +96,18 @@ class Augment(Protocol):
         ids_u: Tensor | int,
         num_augmentations: int,
     ) -> Any:
-        """Draw for x once, as view 0, and for u as views 1..K, on the CPU."""
+        """Draw for x once, as view 0, and for u as views 1..K, on the CPU.
+
+        Args:
+            seed: The key, 0 ≤ seed < 2^63.
+            step: The training step, 0 ≤ step < 2^32.
+            ids_x: Sample ids of x, ``[B]`` int64; an integer B stands for 0 .. B - 1.
+            ids_u: Sample ids of u, ``[M]`` int64, likewise.
+            num_augmentations: K.
+
+        Returns:
+            Whatever `build` takes.
+        """
 
     def build(
         self,
@@ -36,10 +117,91 @@ class Augment(Protocol):
         num_augmentations: int,
         workspace: Workspace | None = None,
     ) -> Tensor:
-        """Return W: x once, then u K times, view-major, ``[B + K·M, C, H, W]``."""
+        """Build W.
+
+        Args:
+            x: Labelled images, ``[B, C, H, W]`` or ``[B, H, W, C]``, uint8 or floats in [0, 1].
+            u: Unlabelled images, like x; M of them.
+            draws: Of `draw_batch`, or an `AugmentParams` on the images' device.
+            num_augmentations: K.
+            workspace: Memory that outlives the call; None allocates.
+
+        Returns:
+            x once, then u K times, view-major, ``[B + K·M, C, H, W]`` floating point.
+        """
+
+    def views(
+        self,
+        x: Tensor,
+        u: Tensor,
+        draws: Any,
+        num_augmentations: int,
+        workspace: Workspace | None = None,
+    ) -> Views:
+        """Build what a method needs of the views; arguments as for `build`."""
+        return BuiltViews(self.build(x, u, draws, num_augmentations, workspace), len(x))
 
 
-class NormalizedViews(nn.Module):
+class _Completed(Augment):
+    """An engine that has `draw_batch` and `build`, perhaps a ``policy``, and nothing more."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    @property
+    def policy(self) -> AugmentPolicy | None:
+        policy: AugmentPolicy | None = getattr(self.engine, "policy", None)
+        return policy
+
+    @property
+    def drawn_by_builder(self) -> bool:
+        return self.policy is not None
+
+    def draw_batch(self, *args: Any, **options: Any) -> Any:
+        return self.engine.draw_batch(*args, **options)
+
+    def build(self, *args: Any, **options: Any) -> Tensor:
+        images: Tensor = self.engine.build(*args, **options)
+        return images
+
+
+def complete(engine: Any) -> Augment:
+    """Return an engine with all that `Augment` names; what it lacks has the default."""
+    if Augment in type(engine).__mro__:  # isinstance would look at every member
+        found: Augment = engine
+        return found
+    return engine if isinstance(engine, Augment) else _Completed(engine)
+
+
+class DrawsForeign(Augment):
+    """What engines share that draw from torch's global generators, by position in the batch."""
+
+    def draw_batch(
+        self,
+        seed: int,
+        step: int,
+        ids_x: Tensor | int,
+        ids_u: Tensor | int,
+        num_augmentations: int,
+    ) -> int:
+        """Return the seed of the call: of (seed, step) and the first ids of x and u."""
+        return sampling.batch_seed(seed, step, ids_x, ids_u)
+
+
+@contextlib.contextmanager
+def seeded_generators(seed: int) -> Iterator[None]:
+    """Seed torch's global generators for a while, of the CPU and of all CUDA devices in use."""
+    # torch.manual_seed would also leave a seed to devices that are not in use yet
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count() if in_use else 0)
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(seed)
+        yield
+
+
+class NormalizedViews(nn.Module, Augment):
     """What engines share: the mean and std of their views, their dtype and memory format.
 
     Args:
@@ -81,6 +243,11 @@ class NormalizedViews(nn.Module):
         self.register_buffer("byte_scale", 1 / (255 * std_values), persistent=False)
         self.register_buffer("bias", -torch.tensor(self.mean) / std_values, persistent=False)
 
+    @property
+    def normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Mean and std; see `Augment`."""
+        return self.mean, self.std
+
     def normalize(self, images: Tensor) -> Tensor:
         """Convert and normalise without augmenting, as evaluation needs it.
 
@@ -91,29 +258,33 @@ class NormalizedViews(nn.Module):
             ``[M, C, H, W]`` in the engine's dtype and memory format.
         """
         nhwc, _ = image_layout("images", images)
-        return self._normalize_nchw(images.permute(0, 3, 1, 2) if nhwc else images)
+        return self.normalize_nchw(images.permute(0, 3, 1, 2) if nhwc else images)
 
-    def _normalize_nchw(self, images: Tensor) -> Tensor:
-        scale, bias = self._scale_and_bias(images, images.shape[1])
+    def normalize_nchw(self, images: Tensor) -> Tensor:
+        """`normalize` of images that are known to be NCHW, of any number of channels."""
+        scale, bias = self.scaling_of(images, images.shape[1])
         if isinstance(scale, Tensor) and isinstance(bias, Tensor):
             scale, bias = scale[:, None, None], bias[:, None, None]
         values = (images.float() * scale).add_(bias)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return values.to(self.dtype).contiguous(memory_format=layout)
 
-    def _scale_and_bias(
-        self, images: Tensor, channels: int
-    ) -> tuple[Tensor, Tensor] | tuple[float, float]:
+    def scaling_of(self, images: Tensor, channels: int) -> Scaling:
+        """Return the factor and the addend that normalise ``images``.
+
+        Raises:
+            ValueError: If mean and std are of another number of channels.
+        """
         if len(self.mean) == len(self.std) == 1:  # numbers: nothing to broadcast
             (mean,), (std,) = self.mean, self.std
-            return 1 / (255 * std if images.dtype == torch.uint8 else std), -mean / std
+            return Scaling(1 / (255 * std if images.dtype == torch.uint8 else std), -mean / std)
         wanted = max(self.scale.shape[0], self.bias.shape[0])
         if wanted not in (1, channels):
             raise ValueError(
                 f"images must have {wanted} channels like mean and std, got {channels}"
             )
         scale = self.byte_scale if images.dtype == torch.uint8 else self.scale
-        return scale.float().expand(channels), self.bias.float().expand(channels)
+        return Scaling(scale.float().expand(channels), self.bias.float().expand(channels))
 
 
 def float_images(images: Tensor) -> Tensor:

@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_mixmatch import sampling
 from gpu_mixmatch._buffers import Workspace
-from gpu_mixmatch.augment.base import Augment, float_images
+from gpu_mixmatch.augment.base import DrawsForeign, float_images, seeded_generators
 
 
-class CallableAugment:
+class CallableAugment(DrawsForeign):
     """Any function or module that maps float images to float images of any one size.
 
     It gets NCHW float32 images in [0, 1], x once and u once per view, and normalises them itself
@@ -22,17 +21,6 @@ class CallableAugment:
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self.function = function
 
-    def draw_batch(
-        self,
-        seed: int,
-        step: int,
-        ids_x: Tensor | int,
-        ids_u: Tensor | int,
-        num_augmentations: int,
-    ) -> int:
-        """Return the seed of the call: of (seed, step) and the first ids of x and u."""
-        return sampling.batch_seed(seed, step, ids_x, ids_u)
-
     def build(
         self,
         x: Tensor,
@@ -42,13 +30,9 @@ class CallableAugment:
         workspace: Workspace | None = None,
     ) -> Tensor:
         """Call the function on x, then K times on u, under a generator of that seed."""
-        devices = [x.device] if x.device.type == "cuda" else []
         # copies, for a function that writes in place
         sources = [float_images(images).clone() for images in (x, *[u] * num_augmentations)]
-        with torch.random.fork_rng(devices=devices):
-            torch.default_generator.manual_seed(draws)
-            if devices:  # torch.manual_seed would reach devices that were not forked
-                torch.cuda.default_generators[x.device.index or 0].manual_seed(draws)
+        with seeded_generators(draws):
             views = [self.function(source) for source in sources]
         for source, view in zip(sources, views, strict=True):
             if not isinstance(view, Tensor) or not view.is_floating_point():
@@ -66,16 +50,19 @@ class CallableAugment:
         return f"CallableAugment({self.function!r})"
 
 
-def as_augment(augment: Any) -> Augment:
+def as_augment(augment: Any) -> Any:
     """Return ``augment`` if it is an engine, or a plain callable as one.
+
+    An engine has the methods ``draw_batch`` and ``build`` of `Augment`.
 
     Raises:
         TypeError: If it is neither; a name is only for the command line.
     """
-    if isinstance(augment, Augment) and not isinstance(augment, type):
-        return augment
-    if callable(augment) and not isinstance(augment, type):
-        return CallableAugment(augment)
+    if not isinstance(augment, type):
+        if all(callable(getattr(augment, name, None)) for name in ("draw_batch", "build")):
+            return augment
+        if callable(augment):
+            return CallableAugment(augment)
     raise TypeError(
         "augment must be an engine such as WeakAugment.cifar10(), or a callable that maps float "
         f"images to float images, got {_described(augment)}"

@@ -1,5 +1,6 @@
 """DaliAugment: the policy of a `WeakAugment` through the operators of NVIDIA DALI."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -9,17 +10,16 @@ from torch import Tensor
 
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch._extras import import_dali
-from gpu_mixmatch._validation import image_layout
+from gpu_mixmatch._validation import check_reflection, image_layout
+from gpu_mixmatch.augment.base import Augment
 from gpu_mixmatch.augment.weak import WeakAugment
-from gpu_mixmatch.types import AugmentParams
+from gpu_mixmatch.types import LEAST_SIGMA, AugmentParams, AugmentPolicy
 
 _DYNAMIC_MODE = "experimental.dynamic"
 _OUT_OF_BOUNDS = {"reflect": "reflect_101", "zeros": "constant", "edge": "edge"}
-# DALI reads a sigma of 0 as "not given"; at this one the taps beside the centre are zero.
-_LEAST_SIGMA = 0.01
 
 
-class DaliAugment:
+class DaliAugment(Augment):
     """What a `WeakAugment` does, done by DALI's dynamic mode with our draws.
 
     DALI's own generator is keyed by the position in the batch. Here every draw is an argument per
@@ -29,8 +29,8 @@ class DaliAugment:
 
     Images enter DALI and views leave it without a copy, all views in one buffer. CPU tensors run
     DALI on the CPU, CUDA tensors on their GPU and torch's current stream. DALI wants the draws on
-    the host, where they are made: there is no ``policy`` for the builder to draw by, since it
-    would send them to the device first.
+    the host, where they are made: the builder does not draw, since it would send them to the
+    device first.
 
     Args:
         weak: Says what is drawn and how it is applied: padding, zoom, flip, blur, mean, std,
@@ -49,6 +49,16 @@ class DaliAugment:
             )
         import_dali(_DYNAMIC_MODE)
         self.weak = weak
+
+    @property
+    def policy(self) -> AugmentPolicy:
+        """What is drawn."""
+        return self.weak.policy
+
+    @property
+    def normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Mean and std; see `Augment`."""
+        return self.weak.normalisation
 
     def draw_batch(
         self,
@@ -120,7 +130,8 @@ class DaliAugment:
         if weak.blur_radius:
             views = ndd.gaussian_blur(
                 views,
-                sigma=ndd.as_batch(draws.sigma.clamp_min(_LEAST_SIGMA)),
+                # DALI reads a sigma of 0 as "not given"; the least one blurs nothing
+                sigma=ndd.as_batch(draws.sigma.clamp_min(LEAST_SIGMA)),
                 window_size=2 * weak.blur_radius + 1,
                 dtype=ndd.float32,
             )
@@ -164,11 +175,7 @@ def _checked_shape(x: Tensor, u: Tensor, weak: WeakAugment) -> tuple[int, int, i
     wanted = max(len(weak.mean), len(weak.std))
     if wanted not in (1, channels):
         raise ValueError(f"x must have {wanted} channels like mean and std, got {channels}")
-    if weak.padding_mode == "reflect" and weak.padding >= min(height, width):
-        raise ValueError(
-            "padding must be smaller than the image to reflect it, got padding = "
-            f"{weak.padding} for images of {height} x {width} pixels"
-        )
+    check_reflection(weak.padding, weak.padding_mode, height, width)
     return channels, height, width
 
 

@@ -1,22 +1,21 @@
 """KorniaAugment: any Kornia augmentation as an engine; KorniaReplay: Kornia with our draws."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from gpu_mixmatch import sampling
 from gpu_mixmatch._buffers import Workspace
-from gpu_mixmatch.augment.base import NormalizedViews, float_images
+from gpu_mixmatch._extras import need
+from gpu_mixmatch.augment.base import DrawsForeign, NormalizedViews, float_images, seeded_generators
 from gpu_mixmatch.augment.weak import WeakAugment
 
 PADDING_MODES = {"reflect": "reflect", "zeros": "constant", "edge": "replicate"}
 
 
-class KorniaAugment(NormalizedViews):
+class KorniaAugment(DrawsForeign, NormalizedViews):
     """Any Kornia augmentation or container, called once for all views of a batch.
 
     The module gets x once and u K times, one after the other, as one batch ``[B + K·M, C, H, W]``
@@ -99,17 +98,6 @@ class KorniaAugment(NormalizedViews):
         """The Kornia module."""
         return self._module[0]
 
-    def draw_batch(
-        self,
-        seed: int,
-        step: int,
-        ids_x: Tensor | int,
-        ids_u: Tensor | int,
-        num_augmentations: int,
-    ) -> int:
-        """Return the seed of the call: of (seed, step) and the first ids of x and u."""
-        return sampling.batch_seed(seed, step, ids_x, ids_u)
-
     def build(
         self,
         x: Tensor,
@@ -128,7 +116,7 @@ class KorniaAugment(NormalizedViews):
         # strides too must not matter: torch.rand_like fills in the order of memory
         images = images.to(self.dtype).contiguous()
         without_autocast = torch.autocast(images.device.type, enabled=False)
-        with torch.no_grad(), without_autocast, _seeded_generators(draws):
+        with torch.no_grad(), without_autocast, seeded_generators(draws):
             views = self.module(images)
         if not isinstance(views, Tensor) or not views.is_floating_point():
             came = f"{views.dtype}" if isinstance(views, Tensor) else type(views).__name__
@@ -138,7 +126,7 @@ class KorniaAugment(NormalizedViews):
                 f"module must return [{len(images)}, C, H, W] for images {list(images.shape)}, "
                 f"got {list(views.shape)}"
             )
-        return self._normalize_nchw(views)
+        return self.normalize_nchw(views)
 
     def forward(self, images: Tensor, seed: int, step: int) -> Tensor:
         """Draw and apply one view of a batch, as training without unlabelled images needs it."""
@@ -158,13 +146,7 @@ class KorniaAugment(NormalizedViews):
 
 def kornia_augmentation() -> ModuleType:
     """Import ``kornia.augmentation`` at the moment of use."""
-    try:
-        import kornia.augmentation
-    except ImportError as error:
-        raise ImportError(
-            'Kornia is missing: pip install "kornia>=0.9,<1" (it comes with gpu-mixmatch)'
-        ) from error
-    return kornia.augmentation
+    return need("kornia.augmentation", "a Kornia engine")
 
 
 def _check_module(module: Any) -> None:
@@ -187,16 +169,3 @@ def _check_module(module: Any) -> None:
                 "blends labelled and unlabelled images while their labels stay; MixMatch mixes "
                 "images and labels afterwards"
             )
-
-
-@contextlib.contextmanager
-def _seeded_generators(seed: int) -> Iterator[None]:
-    """Seed torch's global generators for a while, of the CPU and of all CUDA devices in use."""
-    # torch.manual_seed would also leave a seed to devices that are not in use yet
-    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = range(torch.cuda.device_count() if in_use else 0)
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)
-        for device in devices:
-            torch.cuda.default_generators[device].manual_seed(seed)
-        yield

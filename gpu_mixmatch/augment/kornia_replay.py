@@ -9,10 +9,7 @@ from gpu_mixmatch import sampling
 from gpu_mixmatch.augment.base import float_images
 from gpu_mixmatch.augment.kornia import PADDING_MODES, kornia_augmentation
 from gpu_mixmatch.augment.weak import WeakAugment
-from gpu_mixmatch.types import AugmentParams
-
-# Below this the taps beside the centre are zero in float32: such a blur is none.
-_LEAST_SIGMA = 0.01
+from gpu_mixmatch.types import LEAST_SIGMA, AugmentParams
 
 
 class KorniaStep(NamedTuple):
@@ -78,7 +75,7 @@ class KorniaReplay:
             blur = augmentation.RandomGaussianBlur(
                 2 * augment.blur_radius + 1, augment.blur_sigma, p=0.5
             )
-            blurred = params.sigma >= _LEAST_SIGMA
+            blurred = params.sigma >= LEAST_SIGMA
             sigma = params.sigma.where(blurred, 1.0)  # Kornia refuses 0, also where it is not used
             steps.append(KorniaStep(blur, {"sigma": sigma, "batch_prob": blurred.float()}))
         normalize = augmentation.Normalize(augment.mean, augment.std)
@@ -119,6 +116,17 @@ class KorniaReplay:
 
     def __repr__(self) -> str:
         return f"KorniaReplay({self.augment!r})"
+
+
+def to_kornia(weak: WeakAugment) -> KorniaReplay:
+    """Express an engine by Kornia's modules, which replay draws: an oracle for its `apply`.
+
+    ``to_kornia(weak).apply(images, params)`` equals ``weak.apply(images, params)`` to rounding.
+
+    Raises:
+        ImportError: If Kornia is missing.
+    """
+    return KorniaReplay(weak)
 
 
 def _boxes(top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:

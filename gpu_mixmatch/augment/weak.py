@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -10,12 +10,17 @@ from torch import Tensor
 from gpu_mixmatch import functional, sampling
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch._validation import check_padding, check_range, image_layout
-from gpu_mixmatch.augment.base import NormalizedViews
-from gpu_mixmatch.impl import asks_for_numba, asks_for_triton
-from gpu_mixmatch.types import AugmentParams, AugmentPolicy, Impl, MixUpParams, PaddingMode
-
-if TYPE_CHECKING:
-    from gpu_mixmatch.augment.kornia_replay import KorniaReplay
+from gpu_mixmatch.augment.base import MakeTargets, NormalizedViews, Views
+from gpu_mixmatch.impl import resolve_impl
+from gpu_mixmatch.types import (
+    AugmentParams,
+    AugmentPolicy,
+    DrawPlan,
+    Geometry,
+    Impl,
+    MixUpParams,
+    PaddingMode,
+)
 
 # Values of W that do not stay in a CPU's cache.
 _LEAST_TO_MIX_BYTES = 2**21
@@ -85,11 +90,22 @@ class WeakAugment(NormalizedViews):
         return AugmentPolicy(self.padding, self.zoom_px, self.flip, self.blur_sigma)
 
     @property
+    def drawn_by_builder(self) -> bool:
+        """True: what is drawn is the policy's; see `Augment`."""
+        return True
+
+    @property
+    def geometry(self) -> Geometry:
+        """What all views have in common."""
+        zoom = self.zoom_px[1] > 0
+        return Geometry(self.padding, self.padding_mode, zoom, self.blur_radius)
+
+    @property
     def blur_radius(self) -> int:
         """Reach of the blur's kernel in pixels; 0 where there is no blur."""
         return math.ceil(3 * self.blur_sigma[1]) if self.blur_sigma else 0
 
-    def mixes_bytes(self, images: Tensor, num_rows: int) -> bool:
+    def remixes_from_bytes(self, images: Tensor, num_rows: int) -> bool:
         """Whether mixing ``num_rows`` views anew from the images costs less than reading them back.
 
         It may where a view is one byte per value, without zoom and blur: in Triton's kernels, and
@@ -97,10 +113,10 @@ class WeakAugment(NormalizedViews):
         """
         if self.zoom_px[1] or self.blur_radius:
             return False
-        if asks_for_triton(self.impl, images.device):
-            return True
-        num_values = num_rows * images[0].numel()
-        return asks_for_numba(self.impl, images.device) and num_values >= _LEAST_TO_MIX_BYTES
+        running = resolve_impl(self.impl, images.device)
+        if running == "numba":
+            return num_rows * images[0].numel() >= _LEAST_TO_MIX_BYTES
+        return running == "triton"
 
     def draw(
         self, seed: int, step: int, ids: Tensor | int, views: int | Sequence[int] = 0
@@ -143,7 +159,6 @@ class WeakAugment(NormalizedViews):
             return super().apply(images)  # type: ignore[arg-type, return-value]
         first = images[0] if isinstance(images, tuple) else images
         _, (channels, height, width) = image_layout("images", first)
-        scale, bias = self._scale_and_bias(first, channels)
         if params.top.device != first.device:
             params = sampling.augment_to_device(params, first.device)
         if out is None and workspace is not None:
@@ -155,12 +170,8 @@ class WeakAugment(NormalizedViews):
         return functional.augment(
             images,
             params,
-            scale=scale,
-            bias=bias,
-            padding=self.padding,
-            padding_mode=self.padding_mode,
-            zoom=self.zoom_px[1] > 0,
-            blur_radius=self.blur_radius,
+            self.geometry,
+            self.scaling_of(first, channels),
             dtype=self.dtype,
             channels_last=self.channels_last,
             mixup=mixup,
@@ -182,9 +193,8 @@ class WeakAugment(NormalizedViews):
         num_augmentations: int,
     ) -> AugmentParams:
         """Draw for x as view 0 and for u as views 1..K, on the CPU; see `Augment`."""
-        params, _ = sampling.draw_batch(
-            seed, step, ids_x, ids_u, num_augmentations=num_augmentations, policy=self.policy
-        )
+        plan = DrawPlan(num_augmentations, self.policy, mix="none")
+        params, _ = sampling.draw_batch(seed, step, ids_x, ids_u, plan)
         assert params is not None
         return params
 
@@ -199,18 +209,20 @@ class WeakAugment(NormalizedViews):
         """Write W, x once and u K times, into one buffer; see `Augment`."""
         return self.apply((x, u), draws, workspace=workspace)
 
-    def to_kornia(self) -> "KorniaReplay":
-        """Express this policy by Kornia's modules, which replay draws: an oracle for `apply`.
-
-        ``augment.to_kornia().apply(images, params)`` equals ``augment.apply(images, params)`` to
-        rounding; see `KorniaReplay`.
-
-        Raises:
-            ImportError: If Kornia is missing.
-        """
-        from gpu_mixmatch.augment.kornia_replay import KorniaReplay
-
-        return KorniaReplay(self)
+    def views(
+        self,
+        x: Tensor,
+        u: Tensor,
+        draws: AugmentParams,
+        num_augmentations: int,
+        workspace: Workspace | None = None,
+    ) -> Views:
+        """Build W, or the views of u alone where mixing builds all rows anew; see `Augment`."""
+        if not self.remixes_from_bytes(x, len(draws.top)):
+            return super().views(x, u, draws, num_augmentations, workspace)
+        draws_u = AugmentParams(*(draw[len(x) :] for draw in draws))
+        unlabelled = self.apply(u, draws_u, workspace=workspace)
+        return _ViewsOfBytes(unlabelled, self, (x, u), draws, workspace)
 
     def extra_repr(self) -> str:
         """Show every field."""
@@ -264,3 +276,26 @@ class WeakAugment(NormalizedViews):
         return cls(
             **{"padding": 0, "zoom_px": (0, 16), "flip": 0.5, "blur_sigma": (0.0, 3.0), **fields}
         )
+
+
+class _ViewsOfBytes(NamedTuple):
+    """The views of u, and what it takes to build all rows anew while they are mixed.
+
+    A view is made of one byte per value: two bytes are read faster than two written values.
+    """
+
+    unlabelled: Tensor
+    engine: WeakAugment
+    images: tuple[Tensor, Tensor]
+    draws: AugmentParams
+    workspace: Workspace | None
+
+    def mix(
+        self, params: MixUpParams, make_targets: MakeTargets, out: Tensor | None, impl: Impl
+    ) -> tuple[Tensor, Tensor]:
+        """Augment and blend in one pass; see `Views`."""
+        targets = make_targets(params)
+        inputs = self.engine.apply(
+            self.images, self.draws, mixup=params, out=out, workspace=self.workspace
+        )
+        return inputs, targets

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+from gpu_mixmatch._extras import missing_package
+
 try:
     import typer
     from rich.console import Console
@@ -21,9 +23,7 @@ try:
     from rich.table import Table
     from rich.text import Text
 except ImportError as error:
-    raise SystemExit(
-        f'the command line needs {error.name}: pip install "gpu-mixmatch[cli]"'
-    ) from error
+    raise SystemExit(str(missing_package(error, "typer", "the command line"))) from error
 
 import torch
 

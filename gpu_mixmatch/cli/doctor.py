@@ -8,7 +8,6 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,36 +15,13 @@ from typing import NamedTuple
 
 import torch
 
-from gpu_mixmatch.impl import asks_for_numba, implementation
+from gpu_mixmatch._extras import PACKAGES, Package, install_hint
+from gpu_mixmatch.impl import implementation, resolve_impl
 
-__all__ = ["Finding", "examine", "report"]
+__all__ = ["Finding", "examine"]
 
-CLI = 'pip install "gpu-mixmatch[cli]"'
-LATER = "comes with a later version of gpu_mixmatch"
-DALI_DISTRIBUTIONS = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
-
-
-class _Package(NamedTuple):
-    """A package that is used by a part of gpu_mixmatch, or only beside it."""
-
-    name: str
-    module: str
-    distribution: str
-    purpose: str
-    remedy: str
-
-
-_PACKAGES = (
-    _Package("torchvision", "torchvision", "torchvision", "data sets of your own",
-             "pip install torchvision"),
-    _Package("PIL", "PIL", "pillow", "images that come as PIL objects", "pip install pillow"),
-    _Package("scikit-learn", "sklearn", "scikit-learn", "the digits data set", CLI),
-    _Package("matplotlib", "matplotlib", "matplotlib", "gpu-mixmatch preview", CLI),
-    _Package("tensorboard", "tensorboard", "tensorboard", "curves of gpu-mixmatch train", CLI),
-    _Package("typer", "typer", "typer", "the command line", CLI),
-    _Package("rich", "rich", "rich", "tables of the command line", CLI),
-    _Package("numpy", "numpy", "numpy", "all draws", 'pip install "numpy>=2.0"'),
-)  # fmt: skip
+_BY_MODULE = {package.module: package for package in PACKAGES}
+_OWN_FINDINGS = ("torch", "numba", "triton")  # modules of which more is said than a version
 
 
 class Finding(NamedTuple):
@@ -79,9 +55,11 @@ def examine() -> list[Finding]:
         ("impl eager", _eager),
         ("impl numba", _numba),
         ("impl triton", _triton),
-        ("kornia", _kornia),
-        ("DALI", _dali),
-        *((package.name, functools.partial(_package, package)) for package in _PACKAGES),
+        *(
+            (package.name, functools.partial(_package, package))
+            for package in PACKAGES
+            if package.module not in _OWN_FINDINGS
+        ),
         ("CPU threads", _threads),
     ]
     for name, look in steps:
@@ -92,37 +70,6 @@ def examine() -> list[Finding]:
             found = Finding(name, False, reason, None)
         findings += [found] if isinstance(found, Finding) else found
     return findings
-
-
-def report(findings: Sequence[Finding]) -> str:
-    """Lay findings out as text for a terminal.
-
-    Args:
-        findings: What `examine` returned.
-
-    Returns:
-        A line or more per finding, of at most 100 columns: "ok" or "no", the name, the detail; the
-        remedy below.
-    """
-    width = max((len(finding.name) for finding in findings), default=0)
-    lines = []
-    for finding in findings:
-        start = f"{'ok' if finding.usable else 'no'}  {finding.name:<{width}}  "
-        lines += _wrapped(finding.detail, start, width + 6)
-        if finding.remedy:
-            lines += _wrapped(finding.remedy, " " * (width + 6) + "-> ", width + 9)
-    return "\n".join(lines)
-
-
-def _wrapped(text: str, start: str, indent: int) -> list[str]:
-    return textwrap.wrap(
-        text,
-        100,
-        initial_indent=start,
-        subsequent_indent=" " * indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    ) or [start.rstrip()]
 
 
 def _torch() -> Finding:
@@ -220,80 +167,42 @@ def _eager() -> Finding:
     return Finding("impl eager", True, "plain torch, on the CPU and on CUDA", None)
 
 
+def _numba() -> Finding:
+    package = _BY_MODULE["numba"]
+    version = _version(package)
+    if version is None:
+        detail = f"not installed; for {package.purpose}"
+        return Finding("impl numba", False, detail, install_hint("numba"))
+    return Finding("impl numba", True, f'numba {version}: impl="auto" runs it on the CPU', None)
+
+
 def _triton() -> Finding:
-    version = _version("triton", "triton")
+    version = _version(_BY_MODULE["triton"])
     installed = f"triton {version} is installed" if version else "triton is not installed"
     device = _device()
-    if asks_for_numba("auto", device):
-        running = "numba"  # without importing it
-    else:
-        running = implementation("auto", device).__name__.rsplit(".", 1)[-1]
-    auto = f'impl="auto" runs {running} on {device}'
+    auto = f'impl="auto" runs {_runs_for_auto(device)} on {device}'
     try:
         implementation("triton", device)
     except RuntimeError as error:
         why = str(error).split(". ")[0]
-        return Finding("impl triton", False, f"{why}; {auto}; {installed}", None)
+        remedy = install_hint("triton") if device.type == "cuda" and version is None else None
+        return Finding("impl triton", False, f"{why}; {auto}; {installed}", remedy)
     return Finding("impl triton", True, f"{auto}; {installed}", None)
 
 
-def _numba() -> Finding:
-    version = _version("numba", "numba")
-    if version is None:
-        detail = "not installed; for faster batches on the CPU"
-        return Finding("impl numba", False, detail, 'pip install "gpu-mixmatch[cpu]"')
-    return Finding("impl numba", True, f'numba {version}: impl="auto" runs it on the CPU', None)
+def _runs_for_auto(device: torch.device) -> str:
+    """Name the implementation that ``impl="auto"`` means on ``device``; Numba is not imported."""
+    return resolve_impl("auto", device)
 
 
-def _kornia() -> Finding:
-    version = _version("kornia", "kornia")
-    if version is None:
-        detail = _and_later("not installed; for KorniaAugment", "kornia")
-        return Finding("kornia", False, detail, "pip install kornia")
-    if not _is_found("gpu_mixmatch.augment.kornia"):
-        return Finding("kornia", False, f"{version} is installed; the engine {LATER}", None)
-    return Finding("kornia", True, f"{version}, for KorniaAugment", None)
-
-
-def _dali() -> Finding:
-    version = _dali_version()
-    if version is None:
-        extra = "dali-cu12" if (torch.version.cuda or "").startswith("12.") else "dali"
-        detail = "not installed; for DaliAugment"
-        remedy = f'pip install "gpu-mixmatch[{extra}]"'
-        if sys.platform != "linux":
-            return Finding("DALI", False, f"{detail}; DALI is for Linux only", None)
-        return Finding("DALI", False, _and_later(detail, "dali"), remedy)
-    if not _is_found("gpu_mixmatch.augment.dali"):
-        return Finding("DALI", False, f"{version} is installed; the engine {LATER}", None)
-    return Finding("DALI", True, f"{version}, for DaliAugment", None)
-
-
-def _and_later(detail: str, engine: str) -> str:
-    missing = not _is_found(f"gpu_mixmatch.augment.{engine}")
-    return f"{detail}, which {LATER}" if missing else detail
-
-
-def _dali_version() -> str | None:
-    # to look for nvidia.dali would import its parent, which other packages share
-    spec = importlib.util.find_spec("nvidia")
-    folders = spec.submodule_search_locations if spec else None
-    if not any((Path(folder) / "dali" / "__init__.py").is_file() for folder in folders or ()):
-        return None
-    for distribution in DALI_DISTRIBUTIONS:
-        try:
-            return f"{importlib.metadata.version(distribution)} ({distribution})"
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "an unknown version"
-
-
-def _package(package: _Package) -> Finding:
-    version = _version(package.module, package.distribution)
-    if version is None:
-        detail = f"not installed; for {package.purpose}"
-        return Finding(package.name, False, detail, package.remedy)
-    return Finding(package.name, True, f"{version}, for {package.purpose}", None)
+def _package(package: Package) -> Finding:
+    version = _version(package)
+    if version is not None:
+        return Finding(package.name, True, f"{version}, for {package.purpose}", None)
+    detail = f"not installed; for {package.purpose}"
+    if package.module == "nvidia.dali" and sys.platform != "linux":
+        return Finding(package.name, False, f"{detail}; it is for Linux only", None)
+    return Finding(package.name, False, detail, install_hint(package.module))
 
 
 def _threads() -> Finding:
@@ -305,19 +214,28 @@ def _threads() -> Finding:
     return Finding("CPU threads", True, detail, None)
 
 
-def _version(module: str, distribution: str) -> str | None:
+def _version(package: Package) -> str | None:
     """Return the version of what is installed, or None if its module is not there."""
-    if not _is_found(module):
+    if not _is_found(package.module):
         return None
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "an unknown version"
+    for distribution in package.distributions.values():
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return version if len(package.distributions) == 1 else f"{version} ({distribution})"
+    return "an unknown version"
 
 
 def _is_found(module: str) -> bool:
+    parent, _, child = module.rpartition(".")
     try:
-        spec = importlib.util.find_spec(module)
+        spec = importlib.util.find_spec(parent or module)
     except (ImportError, ValueError):
         return False
-    return spec is not None and spec.origin is not None  # a bare folder of that name has no origin
+    if spec is None:
+        return False
+    if parent:  # looking for the whole name would import the parent, which other packages share
+        folders = spec.submodule_search_locations or ()
+        return any((Path(folder) / child / "__init__.py").is_file() for folder in folders)
+    return spec.origin is not None  # a bare folder of that name has no origin

@@ -13,8 +13,6 @@ from gpu_mixmatch._extras import import_dali
 from gpu_mixmatch.data.images import ImageIndex, PathLike, image_folder
 
 _CHECKED_AT_ONCE = 8  # photographs of 12 megapixels decode to 36 MB each
-
-
 _UNKNOWN_FORMAT = "nvImageCodec failure: '#4'"
 
 
@@ -95,7 +93,7 @@ def read_or_error(images: ImageIndex, number: int) -> NDArray[np.uint8] | OSErro
 def undecodable(
     encoded: Sequence[NDArray[np.uint8] | OSError], device: str = "cpu"
 ) -> dict[int, str]:
-    """Find out which images do not decode: DALI fails as a whole and does not say.
+    """Find the images of a batch that do not decode; DALI itself fails without naming them.
 
     Args:
         encoded: Bytes of images, or why they could not be read.
@@ -115,7 +113,7 @@ def undecodable(
 
 
 def _decode_error(encoded: list[NDArray[np.uint8]], device: str) -> str:
-    """What DALI says when it decodes a batch, nothing if it decodes."""
+    """Decode a batch; return why DALI cannot, or an empty text if it can."""
     ndd = import_dali("experimental.dynamic")
     try:
         with ndd.EvalMode.sync_full:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 _NUMBERS = (bool, int, float, np.number, np.bool_)
-_MOST = np.iinfo(np.int64).max
+_INT64_MAX = np.iinfo(np.int64).max
 _GREY_MODES = ("1", "L", "LA", "La")
 
 
@@ -31,8 +31,8 @@ def collate(samples: Sequence[Any]) -> Any:
       kind, Python's floats being float64.
     - Strings, bytes, None and all other objects are passed through as a list of n.
 
-    Pixels are copied once, with no arithmetic on them, in a worker process straight to the shared
-    memory that they travel in. Nothing here calls CUDA.
+    Pixels are copied once and never computed with. A worker process copies them straight into the
+    shared memory in which they travel. Nothing here calls CUDA.
 
     Args:
         samples: What a data set gives, at least one.
@@ -80,8 +80,8 @@ class Indexed(Dataset[tuple[Any, int]]):
         return f"Indexed({self.dataset!r})"
 
 
-def as_leaf(stacked: Tensor) -> Tensor:
-    """Return stacked leaves as `collate` gives them: grey images with channels, labels int64."""
+def batched(stacked: Tensor) -> Tensor:
+    """Return stacked leaves as `collate` gives them: grey images get channels, integers int64."""
     if stacked.dtype == torch.uint8 and stacked.dim() == 3:
         return stacked.unsqueeze(1)
     is_integer = not (stacked.is_floating_point() or stacked.is_complex())
@@ -91,11 +91,12 @@ def as_leaf(stacked: Tensor) -> Tensor:
 
 
 def _collate(samples: Sequence[Any], place: str) -> Any:
+    """Collate samples, or one part of each: ``place`` says which part, as in "[0]['image']"."""
     first = samples[0]
     if isinstance(first, Tensor):
-        return as_leaf(_stack_tensors(samples, place))
+        return batched(_stack_tensors(samples, place))
     if isinstance(first, np.ndarray) and first.dtype.kind in "biufc":
-        return as_leaf(_stack_arrays(samples, place))
+        return batched(_stack_arrays(samples, place))
     if _is_pil(first):
         return _stack_pil(samples, place)
     if isinstance(first, _NUMBERS):
@@ -112,7 +113,7 @@ def _stack_tensors(tensors: Sequence[Tensor], place: str) -> Tensor:
     shape, dtype = first.shape, first.dtype
     for number, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.dtype != dtype:
-            raise _unlike(number, place, first, tensor)
+            raise _mismatch(number, place, first, tensor)
     if get_worker_info() is None:
         return torch.stack(list(tensors))
     return torch.stack(list(tensors), out=_empty((len(tensors), *shape), dtype))
@@ -123,7 +124,7 @@ def _stack_arrays(arrays: Sequence[Any], place: str) -> Tensor:
     shape, dtype = first.shape, first.dtype
     for number, array in enumerate(arrays):
         if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != dtype:
-            raise _unlike(number, place, first, array)
+            raise _mismatch(number, place, first, array)
     torch_dtype = torch.from_numpy(np.empty(0, dtype.newbyteorder("="))).dtype
     batch = _empty((len(arrays), *shape), torch_dtype)
     rows = batch.numpy()
@@ -142,10 +143,10 @@ def _stack_pil(images: Sequence[Any], place: str) -> Tensor:
     memory = batch.numpy().reshape(-1).data
     for number, image in enumerate(images):
         if not _is_pil(image):
-            raise _unlike(number, place, first, image)
+            raise _mismatch(number, place, first, image)
         row = _eight_bits(image, number, place)
         if row.size != size or row.mode != mode:
-            raise _unlike(number, place, first, row)
+            raise _mismatch(number, place, first, row)
         memory[number * num_bytes : (number + 1) * num_bytes] = row.tobytes()
     return batch.permute(0, 3, 1, 2)
 
@@ -170,18 +171,18 @@ def _eight_bits(image: Any, number: int, place: str) -> Any:
 def _numbers(values: Sequence[Any], place: str) -> Tensor:
     for number, value in enumerate(values):
         if not isinstance(value, _NUMBERS):
-            raise _unlike(number, place, values[0], value)
+            raise _mismatch(number, place, values[0], value)
     array = np.asarray(values)
-    if array.dtype == object or (array.dtype == np.uint64 and array.max() > _MOST):
+    if array.dtype == object or (array.dtype == np.uint64 and array.max() > _INT64_MAX):
         raise ValueError(f"samples[i]{place} must be at most 2**63 - 1, got {array.max()}")
-    return as_leaf(torch.from_numpy(array))
+    return batched(torch.from_numpy(array))
 
 
 def _mapping(samples: Sequence[Any], place: str) -> Any:
     first = samples[0]
     for number, sample in enumerate(samples):
         if not isinstance(sample, Mapping) or sample.keys() != first.keys():
-            raise _unlike(number, place, first, sample)
+            raise _mismatch(number, place, first, sample)
     fields = {
         key: _collate([sample[key] for sample in samples], f"{place}[{key!r}]") for key in first
     }
@@ -201,7 +202,7 @@ def _sequence(samples: Sequence[Any], place: str) -> Any:
     first = samples[0]
     for number, sample in enumerate(samples):
         if not isinstance(sample, type(first)) or len(sample) != len(first):
-            raise _unlike(number, place, first, sample)
+            raise _mismatch(number, place, first, sample)
     columns = [
         _collate(column, f"{place}[{index}]")
         for index, column in enumerate(zip(*samples, strict=True))
@@ -214,18 +215,18 @@ def _sequence(samples: Sequence[Any], place: str) -> Any:
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if get_worker_info() is None:
         return torch.empty(shape, dtype=dtype)
-    # as default_collate does: what is in shared memory already is not copied into it
+    # as default_collate does: a tensor in shared memory is not copied again to be sent
     num_bytes = math.prod(shape) * dtype.itemsize
     storage = torch.UntypedStorage._new_shared(num_bytes)  # type: ignore[no-untyped-call]
     return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
 def _is_pil(value: Any) -> bool:
-    pil = sys.modules.get("PIL.Image")  # where PIL was not imported, nothing is a PIL image
+    pil = sys.modules.get("PIL.Image")  # until PIL is imported, nothing is a PIL image
     return pil is not None and isinstance(value, pil.Image)
 
 
-def _unlike(number: int, place: str, first: Any, other: Any) -> ValueError:
+def _mismatch(number: int, place: str, first: Any, other: Any) -> ValueError:
     hint = ""
     if _is_pil(first) and _is_pil(other) and first.mode != other.mode:
         hint = '; convert all images of the data set, for instance with image.convert("RGB")'

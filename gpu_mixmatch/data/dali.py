@@ -22,8 +22,7 @@ from gpu_mixmatch.data.images import ImageIndex, PathLike, open_images
 from gpu_mixmatch.data.order import BatchOrder, KeyedLoader
 from gpu_mixmatch.types import SemiSupervisedBatch
 
-_AHEAD = 2  # batches made while the training works on another
-_ASPECT = (3 / 4, 4 / 3)  # of a random resized crop, width over height
+_BATCHES_AHEAD = 2  # batches made while the training works on another
 
 
 class AugmentedBatch(NamedTuple):
@@ -118,19 +117,18 @@ def mixmatch_pipeline(
 class DaliLoader(KeyedLoader):
     """Decode labelled and unlabelled images from disk, ahead of the training that uses them.
 
-    Each batch is a function of (seed, step): the order is keyed, and bytes are read by their place
-    in the source, not by DALI's readers, whose shuffling knows only their own position. That makes
-    the state two integers, ids and draws independent of everything else, and all sources one; see
-    `BatchOrder` for the order and its shards and `KeyedLoader` for epochs and state. An image of a
-    tar or a TFRecord is found by an index that is made here, from headers.
+    Each batch is a function of (seed, step), and the state is two integers: see `BatchOrder` for
+    the order and its shards, and `KeyedLoader` for epochs and state. To that end bytes are read by
+    their place in the source, not by DALI's readers, which shuffle by a state of their own. Images
+    in tars and TFRecords are found by an index that is made here, from headers.
 
     Threads read and decode two batches ahead; there are no worker processes. Use the loader in a
     ``with`` block or `close` it to end them at once; otherwise they end with the interpreter.
 
-    An image that does not decode is left out with ``on_error="skip"``: the next sample of this
-    rank's order that does decode takes its place, and comes again in its own. What fills the place
-    does not depend on when the fault was found, so that lengths stay equal on all ranks and a
-    resumed run has the same batches.
+    With ``on_error="skip"`` an image that does not decode is left out: the next good sample of this
+    rank's order takes its place, and comes again in its own. Which one that is does not depend on
+    when the fault was found, so that lengths stay equal on all ranks and a resumed run has the same
+    batches.
 
     Args:
         labelled: Labelled images: a folder of class folders, a ``.txt`` list, ``.tar`` or
@@ -216,13 +214,13 @@ class DaliLoader(KeyedLoader):
         self.device_id = device_id
         self.num_threads = num_threads
         self.skipped: list[str] = []
-        self._x = _Stream(self.labelled, {})
-        self._u = _Stream(self.unlabelled, {})
+        self._x = _Part(self.labelled, {})
+        self._u = _Part(self.unlabelled, {})
         self._pipeline = self._new_pipeline()
         self._decoding = threading.Lock()
-        self._makers = ThreadPoolExecutor(_AHEAD, "DaliLoader makes batches")
+        self._makers = ThreadPoolExecutor(_BATCHES_AHEAD, "DaliLoader makes batches")
         self._readers = ThreadPoolExecutor(num_threads, "DaliLoader reads")
-        self._stream = None if device_id is None else torch.cuda.Stream(device_id)  # type: ignore[no-untyped-call]
+        self._side_stream = None if device_id is None else torch.cuda.Stream(device_id)  # type: ignore[no-untyped-call]
         self._closed = False
 
     def __iter__(self) -> Iterator[Any]:
@@ -261,24 +259,25 @@ class DaliLoader(KeyedLoader):
             while True:
                 for step in waiting:
                     ahead.append((step, self._makers.submit(self._make, step)))
-                    if len(ahead) > _AHEAD:
+                    if len(ahead) > _BATCHES_AHEAD:
                         break
                 if not ahead:
                     return
                 step, made = ahead.popleft()
-                yield self._handed_out(step, made.result())
+                yield self._finish(step, made.result())
         finally:
             for _, made in ahead:
                 made.cancel()
 
-    def _handed_out(self, step: int, batch: SemiSupervisedBatch) -> Any:
-        for stream in (self._x, self._u):
-            for number, reason in list(stream.bad.items()):
-                name = stream.images.name(number)
+    def _finish(self, step: int, batch: SemiSupervisedBatch) -> Any:
+        """Warn of images that were left out and augment if asked to, in the thread that trains."""
+        for part in (self._x, self._u):
+            for number, reason in list(part.bad.items()):
+                name = part.images.name(number)
                 if name not in self.skipped:
                     self.skipped.append(name)
                     warnings.warn(f"{name} is left out: {reason}", stacklevel=4)
-        if self._stream:  # its memory is of the side stream, which must not reuse it too early
+        if self._side_stream:  # it owns the images' memory, and must not reuse it too early
             batch.x.record_stream(torch.cuda.current_stream(self.device_id))
         if self.augment is None:
             return batch
@@ -290,7 +289,7 @@ class DaliLoader(KeyedLoader):
         return AugmentedBatch(images[: len(x)], y, views, ids_x, ids_u)
 
     def _make(self, step: int) -> SemiSupervisedBatch:
-        """Read and decode the batch of a step, again without what turns out not to decode."""
+        """Read and decode the batch of a step; begin again without images that do not decode."""
         while True:
             ids_x = self._x.decodable(self.order.indices_x, step)
             ids_u = self._u.decodable(self.order.indices_u, step)
@@ -307,13 +306,13 @@ class DaliLoader(KeyedLoader):
                 return SemiSupervisedBatch(x, labels[ids_x], u, ids_x, ids_u)
             bad = [(*places[row], reason) for row, reason in images.items()]
             if self.on_error == "raise":
-                names = "; ".join(f"{stream.images.name(at)}: {why}" for stream, at, why in bad)
+                names = "; ".join(f"{part.images.name(at)}: {why}" for part, at, why in bad)
                 raise ValueError(
                     f'{len(bad)} of {len(places)} images do not decode, which on_error="skip" '
                     f"would leave out: {names}"
                 )
-            for stream, number, reason in bad:
-                stream.bad[number] = reason
+            for part, number, reason in bad:
+                part.bad[number] = reason
 
     def _decode(
         self,
@@ -326,7 +325,9 @@ class DaliLoader(KeyedLoader):
         device = "cpu" if self.device_id is None else f"gpu:{self.device_id}"
         inputs: dict[str, Any] = {"encoded": encoded}
         if self.crop_area is not None:
-            inputs["region"] = _draw_regions(self.order.seed, step, ids_x, ids_u, self.crop_area)
+            inputs["region"] = sampling.draw_regions(
+                self.order.seed, step, ids_x, ids_u, self.crop_area
+            )
         with self._decoding:
             if any(isinstance(item, OSError) for item in encoded):
                 return undecodable(encoded, device)
@@ -341,13 +342,13 @@ class DaliLoader(KeyedLoader):
             return self._as_torch(images).permute(0, 3, 1, 2)
 
     def _as_torch(self, images: Any) -> Tensor:
-        """The images in memory of torch's if they are on a GPU, in place if on the CPU."""
-        if self._stream is None:
+        """Return the images as a tensor: on a GPU a copy that torch owns, on the CPU in place."""
+        if self._side_stream is None:
             return from_dlpack(images.as_tensor())
-        with torch.cuda.stream(self._stream):
-            # DALI would reuse its memory without asking the stream that reads it
+        with torch.cuda.stream(self._side_stream):
+            # DALI reuses its memory, whatever stream still reads it
             copy = from_dlpack(images.as_tensor()).clone()
-        self._stream.synchronize()
+        self._side_stream.synchronize()
         return copy
 
     def _new_pipeline(self) -> Any:
@@ -360,14 +361,14 @@ class DaliLoader(KeyedLoader):
         )
 
 
-class _Stream(NamedTuple):
-    """The images of one of the two sources, and why some are known not to decode."""
+class _Part(NamedTuple):
+    """The labelled or the unlabelled part: its images, and why some are known not to decode."""
 
     images: ImageIndex
     bad: dict[int, str]
 
     def decodable(self, indices: Callable[[int], Tensor], step: int) -> Tensor:
-        """The samples of a step, bad ones replaced by the next of the order that are not."""
+        """Return the samples of a step, each bad one replaced by the next good one of the order."""
         chosen = indices(step)[0]
         if not self.bad:
             return chosen
@@ -382,24 +383,6 @@ class _Stream(NamedTuple):
         return torch.tensor(
             [next(spares) if number in self.bad else number for number in chosen.tolist()]
         )
-
-
-def _draw_regions(
-    seed: int, step: int, ids_x: Tensor, ids_u: Tensor, area: tuple[float, float]
-) -> NDArray[np.float32]:
-    """Draw the windows of random resized crops, as `mixmatch_pipeline` takes them."""
-    ids = torch.cat([ids_x, ids_u]).numpy().view(np.uint64)
-    view = np.repeat(np.array([0, 1], dtype=np.uint64), [len(ids_x), len(ids_u)])
-    counter = np.empty((4, len(ids)), dtype=np.uint64)
-    counter[0] = ids & np.uint64(0xFFFF_FFFF)
-    counter[1] = ids >> np.uint64(32)
-    counter[2] = step
-    counter[3] = view * np.uint64(256) + np.uint64(sampling.Purpose.REGION)
-    uniform = (sampling.philox(counter, seed) >> np.uint64(8)) * 2.0**-24
-    limits = np.array([area, np.log(_ASPECT), (0, 1), (0, 1)])
-    regions = limits[:, :1] + (limits[:, 1:] - limits[:, :1]) * uniform  # [4, n]
-    regions[1] = np.exp(regions[1])
-    return np.ascontiguousarray(regions.T, dtype=np.float32)
 
 
 def _height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Encoded images on disk: where each one lies, and which of them do not decode."""
+"""Encoded images on disk: where each one lies, and its bytes."""
 
 import mmap
 import os
@@ -39,7 +39,7 @@ class ImageIndex:
         return len(self.paths)
 
     def name(self, number: int) -> str:
-        """What to call an image in a message: its path, and its key in an archive."""
+        """Name an image in a message: its path and, in an archive, its key."""
         path = self.paths[number]
         return path if self.keys is None else f"{path}:{self.keys[number]}"
 
@@ -56,7 +56,7 @@ class ImageIndex:
 def open_images(
     source: ImageIndex | PathLike | Sequence[PathLike], *, labelled: bool = False
 ) -> ImageIndex:
-    """Find the images of a source by what it is called.
+    """Find the images of a folder, a list, tars or TFRecords; the name tells which it is.
 
     Args:
         source: A folder (`image_folder`), a ``.txt`` list (`file_list`), one or several ``.tar``
@@ -258,7 +258,7 @@ def _archive_index(found: list[tuple[str, str, int, int]], labels: list[int] | N
 
 
 def _records(buffer: mmap.mmap, path: str) -> Iterator[tuple[int, int]]:
-    """Spans of the records: each has its length in 8 bytes and 4 of checksum before it, 4 after."""
+    """Yield each record's span: 8 bytes of length and 4 of checksum precede it, 4 follow it."""
     start = 0
     while start < len(buffer):
         size = int.from_bytes(buffer[start : start + 8], "little")
@@ -273,7 +273,7 @@ def _records(buffer: mmap.mmap, path: str) -> Iterator[tuple[int, int]]:
 
 
 def _features(buffer: mmap.mmap, start: int, stop: int) -> Iterator[tuple[str, tuple[int, int]]]:
-    """The features of an Example by name, with the span of each one's first value."""
+    """Yield the name of each feature of an Example, and the span of its first value."""
     for _, *example in _fields(buffer, start, stop):
         for _, *entry in _fields(buffer, *example):
             parts = {number: (first, last) for number, first, last in _fields(buffer, *entry)}
@@ -286,7 +286,7 @@ def _features(buffer: mmap.mmap, start: int, stop: int) -> Iterator[tuple[str, t
 
 
 def _fields(buffer: mmap.mmap, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """Number and span of the fields of a protocol buffer message."""
+    """Yield number, start and stop of each field of a protocol buffer message."""
     while start < stop:
         tag, start = _varint(buffer, start)
         kind = tag & 7
@@ -301,6 +301,7 @@ def _fields(buffer: mmap.mmap, start: int, stop: int) -> Iterator[tuple[int, int
 
 
 def _varint(buffer: mmap.mmap, start: int) -> tuple[int, int]:
+    """Read an integer of 7 bits a byte; return it and the place after it."""
     value = shift = 0
     while True:
         byte = buffer[start]
@@ -312,5 +313,5 @@ def _varint(buffer: mmap.mmap, start: int) -> tuple[int, int]:
 
 
 def _integer(buffer: mmap.mmap, start: int, stop: int) -> int:
-    """The first varint of a span."""
+    """Read the first varint of a span."""
     return _varint(buffer, start)[0]

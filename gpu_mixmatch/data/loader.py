@@ -19,7 +19,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from gpu_mixmatch.data.collate import as_leaf, collate
+from gpu_mixmatch.data.collate import batched, collate
 from gpu_mixmatch.data.order import BatchOrder, KeyedLoader
 from gpu_mixmatch.data.upload import Upload
 from gpu_mixmatch.types import SemiSupervisedBatch
@@ -115,7 +115,7 @@ class SemiSupervisedLoader(KeyedLoader):
 
     @property
     def batch_sampler(self) -> Any:
-        """The same, in batches."""
+        """The samples of `sampler`, in batches."""
         return self._loaders[1].batch_sampler
 
     def __repr__(self) -> str:
@@ -128,7 +128,7 @@ class SemiSupervisedLoader(KeyedLoader):
 
     def _new_loaders(self) -> list[DataLoader[Any]]:
         order = self.order
-        # seeds the workers, which would otherwise draw from torch's global generator
+        # the workers' seeds come from it, and not from torch's global generator
         generator = torch.Generator().manual_seed((order.seed + order.rank) % 2**63)
         sizes = (order.batch_size, order.ratio * order.batch_size)
         indices = (order.indices_x, order.indices_u)
@@ -141,7 +141,7 @@ class SemiSupervisedLoader(KeyedLoader):
 
     def _batches(self, steps: range) -> Iterator[SemiSupervisedBatch]:
         if any(map(_has_dead_worker, self._loaders)):
-            self._loaders = self._new_loaders()  # torch would wait for the dead one
+            self._loaders = self._new_loaders()  # torch would wait for the dead worker
         batches = self._fetched(steps, [iter(loader) for loader in self._loaders])
         if self._upload:
             return self._upload(batches)
@@ -191,7 +191,7 @@ class _Source(NamedTuple):
         dataset, collate_fn = self.dataset, self.collate_fn
         whole = _whole_tensors(dataset) if collate_fn is collate else None
         if whole is not None:
-            dataset, collate_fn = _TensorRows(whole), _as_it_came
+            dataset, collate_fn = _TensorRows(whole), _unchanged
         return DataLoader(
             dataset,
             batch_size=batch_size,
@@ -206,7 +206,7 @@ class _Source(NamedTuple):
         )
 
     def next_batch(self, batches: Iterator[Any], step: int, length: int) -> tuple[Tensor, Any]:
-        """Return the next images and labels; say which data set and step an error is of."""
+        """Return the next images and labels; an error says which data set and step failed."""
         waiting = f"the {self.name} batch of step {step}"
         try:
             images, labels = next(batches)
@@ -308,7 +308,7 @@ def _has_dead_worker(loader: DataLoader[Any]) -> bool:
 
 
 class _ImageAndLabel:
-    """Collates, then takes out image and label, in the worker: nothing else travels."""
+    """Collate in the worker and keep image and label alone: nothing else travels."""
 
     def __init__(
         self, source: str, collate_fn: Callable[[Any], Any], image: str, label: str
@@ -360,11 +360,11 @@ class _TensorRows(Dataset[Any]):
     def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
         """Return the batch of ``indices``, as `collate` would make it."""
         rows = np.asarray(indices)
-        return [as_leaf(_rows_of(tensor, rows)) for tensor in self.tensors]
+        return [batched(_rows_of(tensor, rows)) for tensor in self.tensors]
 
 
 def _rows_of(tensor: Any, rows: Any) -> Tensor:
-    if isinstance(tensor, Tensor):  # many times faster than tensor[rows], which goes value by value
+    if isinstance(tensor, Tensor):  # many times faster than tensor[rows]
         return tensor.index_select(0, torch.as_tensor(rows, device=tensor.device))
     return torch.as_tensor(tensor[rows])
 
@@ -378,7 +378,7 @@ def _whole_tensors(dataset: Any) -> Sequence[Any] | None:
     return (dataset,) if is_whole else None
 
 
-def _as_it_came(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 

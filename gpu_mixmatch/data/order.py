@@ -1,4 +1,4 @@
-"""Which samples each step takes, and what loaders share whose batches follow from it."""
+"""BatchOrder: which samples each step takes; KeyedLoader: what all loaders in that order share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -37,7 +37,8 @@ class BatchOrder:
 
     Attributes:
         step: Batches handed out since the beginning of training.
-        turn: Counts whatever ends a running iterator.
+        generation: Of the iterator that may run. It grows where a new one begins or the step is
+            set, which ends all older ones.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -55,7 +56,7 @@ class BatchOrder:
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        self._asked = rank is None
+        self._asks_for_ranks = rank is None
         rank, world_size = rank_and_world_size(rank, world_size)
         for name, value in (
             ("the length of the labelled data set", num_labelled),
@@ -78,7 +79,7 @@ class BatchOrder:
         self.rank = rank
         self.world_size = world_size
         self.step = 0
-        self.turn = 0
+        self.generation = 0
 
     @property
     def epoch(self) -> int:
@@ -93,7 +94,7 @@ class BatchOrder:
                 would take the same samples.
         """
         now = rank_and_world_size(None, None)
-        if self._asked and now != (self.rank, self.world_size) and now[1] > 1:
+        if self._asks_for_ranks and now != (self.rank, self.world_size) and now[1] > 1:
             raise RuntimeError(
                 f"this loader was made for rank {self.rank} of {self.world_size}, got rank "
                 f"{now[0]} of {now[1]}: make it after torch.distributed (Accelerator(), a "
@@ -106,7 +107,7 @@ class BatchOrder:
         if epoch < 0:
             raise ValueError(f"epoch must be at least 0, got {epoch}")
         if epoch != self.epoch:
-            self.turn += 1
+            self.generation += 1
             self.step = epoch * self.steps_per_epoch
 
     def indices_x(self, step: int, num_steps: int = 1) -> Tensor:
@@ -126,11 +127,11 @@ class BatchOrder:
 
 
 class KeyedLoader(ABC):
-    """A loader whose batches are a function of (seed, step): what the loaders here share.
+    """A loader whose batches are a function of (seed, step): what all loaders share.
 
     ``iter(loader)`` gives the batches from the current step to the end of its epoch. After a whole
     epoch that is the next one; after a loop that was left early it is the rest. The state counts
-    the batches that were handed out, whatever was fetched ahead.
+    the batches that were handed out, not those fetched ahead.
     """
 
     def __init__(self, order: BatchOrder) -> None:
@@ -148,7 +149,7 @@ class KeyedLoader(ABC):
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of an epoch; in the midst of it already, stay there.
 
-        Nobody needs to call this: epochs follow each other. It is there for training loops that do.
+        Epochs follow each other by themselves; this is for training loops that call it anyway.
         """
         self.order.set_epoch(epoch)
 
@@ -168,19 +169,19 @@ class KeyedLoader(ABC):
         if set(state) != {"seed", "step"} or state["step"] < 0:
             raise ValueError(f"state must have a seed and a step of at least 0, got {dict(state)}")
         check_seed(state["seed"])
-        self.order.turn += 1
+        self.order.generation += 1
         self.order.seed, self.order.step = state["seed"], state["step"]
 
     def __iter__(self) -> Iterator[SemiSupervisedBatch]:
-        self.order.turn += 1
+        self.order.generation += 1
         steps = self.order.steps_left()
-        return self._hand_out(steps, self._batches(steps), self.order.turn)
+        return self._hand_out(steps, self._batches(steps), self.order.generation)
 
     def _hand_out(
-        self, steps: range, batches: Iterator[SemiSupervisedBatch], turn: int
+        self, steps: range, batches: Iterator[SemiSupervisedBatch], generation: int
     ) -> Iterator[SemiSupervisedBatch]:
         for step in steps:
-            if turn != self.order.turn:
+            if generation != self.order.generation:
                 raise RuntimeError(
                     "this iterator has ended: iter(loader), set_epoch or load_state_dict was "
                     "called after it was made. A loader is iterated once at a time"
@@ -195,14 +196,14 @@ class KeyedLoader(ABC):
 
 
 def _positions(seed: int, start: int, stop: int, length: int, view: int) -> Tensor:
-    """Positions start .. stop - 1 of an endless row of permutations of 0 .. length - 1."""
+    """Return positions start .. stop - 1 of an endless row of permutations of 0 .. length - 1."""
     parts = []
     while start < stop:
         epoch, first = divmod(start, length)
         part = _permutation(seed, epoch, length, view)[first : first + stop - start]
         parts.append(part)
         start += len(part)
-    return torch.cat(parts)  # a copy, also of one part: the permutation is kept
+    return torch.cat(parts)  # copies even a single part: the permutation itself is kept
 
 
 @lru_cache(maxsize=4)

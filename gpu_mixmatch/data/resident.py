@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpu_mixmatch.data.collate import as_leaf
+from gpu_mixmatch.data.collate import batched
 from gpu_mixmatch.data.order import BatchOrder, KeyedLoader
 from gpu_mixmatch.types import SemiSupervisedBatch
 
-_STEPS_AT_ONCE = 64  # indices are drawn and sent for as many steps
+_STEPS_AT_ONCE = 64  # indices are drawn and sent for so many steps at a time
 
 
 class ResidentLoader(KeyedLoader):
@@ -63,7 +63,7 @@ class ResidentLoader(KeyedLoader):
         world_size: int | None = None,
     ) -> None:
         images = _images("images", images)
-        labels = as_leaf(_tensor(labels))
+        labels = batched(_tensor(labels))
         if len(labels) != len(images):
             raise ValueError(
                 f"labels must be [N] with N = {len(images)} like images, got {list(labels.shape)}"
@@ -109,8 +109,10 @@ class ResidentLoader(KeyedLoader):
             num_steps = min(_STEPS_AT_ONCE, steps.stop - start)
             ids_x = self.order.indices_x(start, num_steps)
             ids_u = self.order.indices_u(start, num_steps)
-            rows_x = _sent(ids_x if self._labelled is None else self._labelled[ids_x], self.device)
-            rows_u = _sent(ids_u, self.device)
+            rows_x = _to_device(
+                ids_x if self._labelled is None else self._labelled[ids_x], self.device
+            )
+            rows_u = _to_device(ids_u, self.device)
             for number in range(num_steps):
                 yield SemiSupervisedBatch(
                     self.images.index_select(0, rows_x[number]),
@@ -121,8 +123,8 @@ class ResidentLoader(KeyedLoader):
                 )
 
 
-def _sent(indices: Tensor, device: torch.device) -> Tensor:
-    """Send indices to ``device``; on a GPU from pinned memory, so that nobody waits."""
+def _to_device(indices: Tensor, device: torch.device) -> Tensor:
+    """Send indices to ``device``; to a GPU from pinned memory, so that the host does not wait."""
     if device.type == "cuda":
         indices = indices.contiguous().pin_memory()
     return indices.to(device, non_blocking=True)
@@ -135,7 +137,7 @@ def _tensor(values: Any) -> Tensor:
 
 
 def _images(name: str, images: Any) -> Tensor:
-    tensor = as_leaf(_tensor(images))
+    tensor = batched(_tensor(images))
     if tensor.dim() != 4 or tensor.dtype != torch.uint8:
         raise ValueError(
             f"{name} must be [N, C, H, W], [N, H, W, C] or [N, H, W] uint8, got "
@@ -145,7 +147,7 @@ def _images(name: str, images: Any) -> Tensor:
 
 
 def _indices(labelled_indices: Any, images: Tensor) -> Tensor:
-    indices = as_leaf(torch.as_tensor(labelled_indices)).cpu()
+    indices = batched(torch.as_tensor(labelled_indices)).cpu()
     if indices.dim() != 1 or indices.dtype != torch.int64:
         raise ValueError(
             f"labelled_indices must be [n] integers, got {list(indices.shape)} {indices.dtype}"

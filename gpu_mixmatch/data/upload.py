@@ -1,4 +1,4 @@
-"""Upload: batches travel to a CUDA device, each while the one before it is worked on."""
+"""Upload: batches travel to a CUDA device one ahead of the training."""
 
 from collections.abc import Iterator
 
@@ -9,10 +9,10 @@ from gpu_mixmatch.types import SemiSupervisedBatch
 
 
 class Upload:
-    """Sends batches to a CUDA device, each while the one before it is worked on.
+    """Send batches to a CUDA device, each while the training works on the one before.
 
-    There are two sets of pinned buffers. A set is filled again two batches later, and not before
-    the event behind its last copy has passed.
+    There are two sets of pinned buffers, used in turns. A set is filled again only after the event
+    behind its last copy has passed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -24,14 +24,14 @@ class Upload:
 
     def __call__(self, batches: Iterator[SemiSupervisedBatch]) -> Iterator[SemiSupervisedBatch]:
         """Yield the batches on the device."""
-        sent = None
+        travelling = None
         for batch in batches:
             following = self._send(batch)
-            if sent:
-                yield self._receive(*sent)
-            sent = following
-        if sent:
-            yield self._receive(*sent)
+            if travelling:
+                yield self._receive(*travelling)
+            travelling = following
+        if travelling:
+            yield self._receive(*travelling)
 
     def _send(self, batch: SemiSupervisedBatch) -> tuple[SemiSupervisedBatch, torch.cuda.Event]:
         buffers, copied = self.buffers[self.count % 2], self.copied[self.count % 2]
@@ -50,13 +50,13 @@ class Upload:
         current = torch.cuda.current_stream(self.device)
         current.wait_event(copied)
         for tensor in (batch.x, batch.y, batch.u):
-            # its memory is of the side stream, which must not reuse it before this one is done
+            # the side stream owns this memory and must not reuse it before ``current`` is done
             tensor.record_stream(current)
         return batch
 
 
 def _fill(buffers: dict[str, Tensor], name: str, tensor: Tensor) -> None:
-    """Copy ``tensor`` to the pinned buffer of this name, made anew if its kind differs."""
+    """Copy ``tensor`` to the pinned buffer of its name; one of another shape is made anew."""
     buffer = buffers.get(name)
     if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
         with torch.inference_mode(False):  # later batches may be outside of it

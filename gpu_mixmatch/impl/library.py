@@ -1,24 +1,197 @@
-"""The operations as ``torch.library`` ops: what ``torch.compile`` and export see of them.
+"""The operations as ``torch.library`` ops: what ``torch.compile``, export and autograd see of them.
 
-An op serves every device: the eager implementation a CPU, Triton's kernels CUDA, or what ``impl``
-asks for. Arguments are flat, and validated already by `gpu_mixmatch.functional`, which calls the
-implementations directly outside of compilation: the detour costs more than a kernel launch. Where
-an op writes into its arguments, its fake implementation has nothing to do.
+Here alone the arguments are flat, as a schema wants them. Every op writes into its arguments, so
+that one fake serves all, and serves every device: it runs what ``impl`` means where its tensors
+are. Outside of compilation `gpu_mixmatch.functional` calls implementations directly: the detour
+costs more than a kernel launch.
 """
 
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from gpu_mixmatch import sampling
-from gpu_mixmatch.impl import implementation
-from gpu_mixmatch.types import AugmentParams, AugmentPolicy, Impl, MixUpParams, PaddingMode
+from gpu_mixmatch._buffers import Workspace
+from gpu_mixmatch.impl import Implementation, implementation
+from gpu_mixmatch.types import (
+    AugmentParams,
+    AugmentPolicy,
+    DrawPlan,
+    Geometry,
+    Impl,
+    LamMode,
+    MixMode,
+    MixUpParams,
+    PaddingMode,
+    Scaling,
+)
 
 
-@torch.library.custom_op("gpu_mixmatch::draw_batch", mutates_args=())
+class Traced:
+    """An `Implementation` that a compiler can trace: each call is one op.
+
+    Args:
+        impl: What the ops run.
+    """
+
+    def __init__(self, impl: Impl) -> None:
+        self.impl = impl
+
+    def draw_batch(
+        self,
+        key: Tensor | tuple[int, int | Tensor],
+        ids_x: Tensor | int,
+        ids_u: Tensor | int,
+        plan: DrawPlan,
+        out: Tensor,
+    ) -> None:
+        """See `Implementation.draw_batch`; the step is a tensor, which is read when the op runs."""
+        seed, step = (0, key) if isinstance(key, Tensor) else key
+        tensors = (None if isinstance(ids, int) else ids for ids in (ids_x, ids_u))
+        counts = (ids if isinstance(ids, int) else len(ids) for ids in (ids_x, ids_u))
+        num_augmentations, policy, *switches = plan
+        flat = (num_augmentations, flat_policy(policy), *switches)
+        draw_batch(seed, torch.as_tensor(step), *tensors, *counts, *flat, out, self.impl)
+
+    def augment(
+        self,
+        sources: tuple[Tensor, ...],
+        params: AugmentParams,
+        geometry: Geometry,
+        scaling: Scaling,
+        *,
+        channels_last_in: bool,
+        out: Tensor,
+        workspace: Workspace | None,
+        mixup: MixUpParams | None = None,
+    ) -> None:
+        """See `Implementation.augment`."""
+        if isinstance(scaling.scale, Tensor) or isinstance(scaling.bias, Tensor):
+            numbers = (0.0, 0.0)
+            tensors = [
+                factor
+                if isinstance(factor, Tensor)
+                else torch.full(out.shape[1:2], factor, dtype=torch.float32, device=out.device)
+                for factor in scaling
+            ]
+        else:
+            numbers, tensors = (scaling.scale, scaling.bias), []
+        mixed = list(mixup or ())
+        augment(
+            sources, params, mixed, tensors, *numbers, *geometry, channels_last_in, out, self.impl
+        )
+
+    def guess_labels(self, logits: Tensor, temperature: float, out: Tensor) -> None:
+        """See `Implementation.guess_labels`."""
+        guess_labels(logits, temperature, out, self.impl)
+
+    def batch_targets(
+        self,
+        y: Tensor,
+        logits: Tensor,
+        temperature: float,
+        label_smoothing: float,
+        mixup: MixUpParams | None,
+        out: Tensor,
+    ) -> None:
+        """See `Implementation.batch_targets`."""
+        mixed = list(mixup or ())
+        batch_targets(y, logits, temperature, label_smoothing, mixed, out, self.impl)
+
+    def mixup(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        params: MixUpParams,
+        out: Tensor,
+        mixed_targets: Tensor,
+    ) -> None:
+        """See `Implementation.mixup`."""
+        mixup(inputs, targets, *params, out, mixed_targets, self.impl)
+
+    def mixmatch_loss(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        num_labelled: int,
+        weight_u: Tensor,
+        out: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        """See `Implementation.mixmatch_loss`."""
+        mixmatch_loss(logits, targets, num_labelled, weight_u, *out, self.impl)
+
+    def mixmatch_loss_backward(
+        self,
+        grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+        logits: Tensor,
+        targets: Tensor,
+        num_labelled: int,
+        weight_u: Tensor,
+        out: Tensor,
+    ) -> None:
+        """See `Implementation.mixmatch_loss_backward`."""
+        mixmatch_loss_backward(*grads, logits, targets, num_labelled, weight_u, out, self.impl)
+
+
+def backend(impl: Impl, device: torch.device) -> Implementation:
+    """Return what runs ``impl`` on ``device``, here and now or in the graph that is traced."""
+    return Traced(impl) if torch.compiler.is_compiling() else implementation(impl, device)
+
+
+class FusedLoss(torch.autograd.Function):
+    """The loss and its parts from one launch, their gradient from another."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, num_labelled: int, weight_u: Tensor, impl: Impl
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the loss, the cross-entropy on X' and the squared error on U', 0-d each."""
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, targets, weight_u)
+        ctx.num_labelled, ctx.impl = num_labelled, impl
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        empty = partial(torch.empty, (), dtype=dtype, device=logits.device)
+        loss, loss_x, loss_u = empty(), empty(), empty()
+        out = loss, loss_x, loss_u
+        backend(impl, logits.device).mixmatch_loss(logits, targets, num_labelled, weight_u, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Compute the gradient of the logits; a gradient that is None is zero."""
+        logits, targets, weight_u = ctx.saved_tensors
+        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        backend(ctx.impl, logits.device).mixmatch_loss_backward(
+            cast(tuple[Tensor, Tensor, Tensor], grads),
+            logits,
+            targets,
+            ctx.num_labelled,
+            weight_u,
+            out,
+        )
+        return out, None, None, None, None
+
+
+# The schemas
+
+
+def _writing(*outs: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as an op that writes the arguments ``outs`` and returns nothing."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        name = f"gpu_mixmatch::{function.__name__}"
+        op = torch.library.custom_op(name, function, mutates_args=outs)
+        op.register_fake(lambda *args: None)  # outputs are arguments
+        return op
+
+    return register
+
+
+@_writing("out")
 def draw_batch(
     seed: int,
     step: Tensor,
@@ -31,43 +204,114 @@ def draw_batch(
     alpha: float,
     lam: str,
     mix: str,
-    device: torch.device,
+    out: Tensor,
     impl: str,
-) -> Tensor:
-    """All draws of a batch in one tensor, as `sampling.unpack` reads it."""
-    return _backend(impl, device).draw_batch(  # type: ignore[no-any-return]
-        (seed, int(step)),
-        num_x if ids_x is None else ids_x,
-        num_u if ids_u is None else ids_u,
-        num_augmentations=num_augmentations,
-        policy=policy_of(policy),
-        alpha=alpha,
-        lam=lam,
-        mix=mix,
-        device=device,
+) -> None:
+    """All draws of a batch; a step of two numbers is seed and step, on the device."""
+    plan = DrawPlan(
+        num_augmentations, policy_of(policy), alpha, cast(LamMode, lam), cast(MixMode, mix)
+    )
+    x, u = num_x if ids_x is None else ids_x, num_u if ids_u is None else ids_u
+    key = step if step.dim() else (seed, int(step))
+    _running(impl, out).draw_batch(key, x, u, plan, out)
+
+
+@_writing("out")
+def augment(
+    sources: Sequence[Tensor],
+    params: Sequence[Tensor],
+    mixup: Sequence[Tensor],
+    per_channel: Sequence[Tensor],
+    scale: float,
+    bias: float,
+    padding: int,
+    padding_mode: str,
+    zoom: bool,
+    blur_radius: int,
+    channels_last_in: bool,
+    out: Tensor,
+    impl: str,
+) -> None:
+    """Every view of every image; ``per_channel`` is empty, or scale and bias instead of numbers."""
+    _running(impl, out).augment(
+        tuple(sources),
+        AugmentParams(*params),
+        Geometry(padding, cast(PaddingMode, padding_mode), zoom, blur_radius),
+        Scaling(*(per_channel or (scale, bias))),
+        channels_last_in=channels_last_in,
+        out=out,
+        workspace=None,
+        mixup=_mixup_params(mixup),
     )
 
 
-@draw_batch.register_fake
-def _(
-    seed: int,
-    step: Tensor,
-    ids_x: Tensor | None,
-    ids_u: Tensor | None,
-    num_x: int,
-    num_u: int,
-    num_augmentations: int,
-    policy: Sequence[float] | None,
-    alpha: float,
-    lam: str,
-    mix: str,
-    device: torch.device,
+@_writing("out")
+def guess_labels(logits: Tensor, temperature: float, out: Tensor, impl: str) -> None:
+    """Guessed distributions of unlabelled images."""
+    _running(impl, out).guess_labels(logits, temperature, out)
+
+
+@_writing("out")
+def batch_targets(
+    y: Tensor,
+    logits: Tensor,
+    temperature: float,
+    label_smoothing: float,
+    mixup: Sequence[Tensor],
+    out: Tensor,
     impl: str,
-) -> Tensor:
-    words = sampling.words_per_row(with_augment=policy is not None)
-    return torch.empty(
-        words * (num_x + num_augmentations * num_u), dtype=torch.int32, device=device
+) -> None:
+    """Targets of all rows of a batch, mixed if ``mixup`` is not empty."""
+    _running(impl, out).batch_targets(
+        y, logits, temperature, label_smoothing, _mixup_params(mixup), out
     )
+
+
+@_writing("out", "mixed_targets")
+def mixup(
+    inputs: Tensor,
+    targets: Tensor,
+    lam: Tensor,
+    index: Tensor,
+    out: Tensor,
+    mixed_targets: Tensor,
+    impl: str,
+) -> None:
+    """Rows blended with their partners."""
+    _running(impl, out).mixup(inputs, targets, MixUpParams(lam, index), out, mixed_targets)
+
+
+@_writing("loss", "loss_x", "loss_u")
+def mixmatch_loss(
+    logits: Tensor,
+    targets: Tensor,
+    num_labelled: int,
+    weight_u: Tensor,
+    loss: Tensor,
+    loss_x: Tensor,
+    loss_u: Tensor,
+    impl: str,
+) -> None:
+    """The loss and its two parts."""
+    out = loss, loss_x, loss_u
+    _running(impl, logits).mixmatch_loss(logits, targets, num_labelled, weight_u, out)
+
+
+@_writing("out")
+def mixmatch_loss_backward(
+    grad_loss: Tensor | None,
+    grad_x: Tensor | None,
+    grad_u: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    num_labelled: int,
+    weight_u: Tensor,
+    out: Tensor,
+    impl: str,
+) -> None:
+    """Gradient of the logits; a gradient that is None is zero."""
+    grads = grad_loss, grad_x, grad_u
+    _running(impl, out).mixmatch_loss_backward(grads, logits, targets, num_labelled, weight_u, out)
 
 
 def flat_policy(policy: AugmentPolicy | None) -> list[float] | None:
@@ -87,155 +331,8 @@ def policy_of(numbers: Sequence[float] | None) -> AugmentPolicy | None:
     return AugmentPolicy(int(padding), (int(least), int(most)), flip, blur_sigma)
 
 
-@torch.library.custom_op("gpu_mixmatch::augment", mutates_args=("out",))
-def augment(
-    sources: Sequence[Tensor],
-    params: Sequence[Tensor],
-    mixup: Sequence[Tensor],
-    per_channel: Sequence[Tensor],
-    scale: float,
-    bias: float,
-    padding: int,
-    padding_mode: str,
-    zoom: bool,
-    blur_radius: int,
-    channels_last_in: bool,
-    out: Tensor,
-    impl: str,
-) -> None:
-    """Every view of every image; ``per_channel`` is empty, or scale and bias instead of numbers."""
-    _backend(impl, out.device).augment(
-        tuple(sources),
-        AugmentParams(*params),
-        *(per_channel or (scale, bias)),
-        padding=padding,
-        padding_mode=cast(PaddingMode, padding_mode),
-        zoom=zoom,
-        blur_radius=blur_radius,
-        channels_last_in=channels_last_in,
-        out=out,
-        workspace=None,
-        mixup=_mixup_params(mixup),
-    )
-
-
-@torch.library.custom_op("gpu_mixmatch::guess_labels", mutates_args=())
-def guess_labels(logits: Tensor, temperature: float, impl: str) -> Tensor:
-    """Guessed distributions of unlabelled images."""
-    return _backend(impl, logits.device).guess_labels(  # type: ignore[no-any-return]
-        logits, temperature
-    )
-
-
-@guess_labels.register_fake
-def _(logits: Tensor, temperature: float, impl: str) -> Tensor:
-    return logits.new_empty(logits.shape[1:], dtype=torch.float32)
-
-
-@torch.library.custom_op("gpu_mixmatch::batch_targets", mutates_args=("out",))
-def batch_targets(
-    y: Tensor,
-    logits: Tensor,
-    temperature: float,
-    label_smoothing: float,
-    mixup: Sequence[Tensor],
-    out: Tensor,
-    impl: str,
-) -> None:
-    """Targets of all rows of a batch, mixed if ``mixup`` is not empty."""
-    _backend(impl, out.device).batch_targets(
-        y, logits, temperature, label_smoothing, _mixup_params(mixup), out
-    )
-
-
-@torch.library.custom_op("gpu_mixmatch::mixup", mutates_args=("out", "mixed_targets"))
-def mixup(
-    inputs: Tensor,
-    targets: Tensor,
-    lam: Tensor,
-    index: Tensor,
-    order: Tensor | None,
-    out: Tensor,
-    mixed_targets: Tensor,
-    impl: str,
-) -> None:
-    """Rows blended with their partners."""
-    params = MixUpParams(lam, index)
-    _backend(impl, out.device).mixup(inputs, targets, params, out, mixed_targets, order)
-
-
-for _op in (augment, batch_targets, mixup):
-    _op.register_fake(lambda *args: None)  # outputs are arguments
-
-
-@torch.library.custom_op("gpu_mixmatch::mixmatch_loss", mutates_args=())
-def mixmatch_loss(
-    logits: Tensor, targets: Tensor, num_labelled: int, weight_u: Tensor, impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss and its two parts."""
-    backend = _backend(impl, logits.device)
-    loss, loss_x, loss_u = backend.mixmatch_loss(logits, targets, num_labelled, weight_u)[:3]
-    return loss, loss_x, loss_u
-
-
-@mixmatch_loss.register_fake
-def _(
-    logits: Tensor, targets: Tensor, num_labelled: int, weight_u: Tensor, impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    loss, loss_x, loss_u = (logits.new_empty((), dtype=wide) for _ in range(3))
-    return loss, loss_x, loss_u
-
-
-@torch.library.custom_op("gpu_mixmatch::mixmatch_loss_backward", mutates_args=())
-def mixmatch_loss_backward(
-    grad_loss: Tensor | None,
-    grad_x: Tensor | None,
-    grad_u: Tensor | None,
-    logits: Tensor,
-    targets: Tensor,
-    num_labelled: int,
-    weight_u: Tensor,
-    impl: str,
-) -> Tensor:
-    """Gradient of the logits; a gradient that is None is zero."""
-    return _backend(impl, logits.device).mixmatch_loss_backward(  # type: ignore[no-any-return]
-        (grad_loss, grad_x, grad_u), logits, targets, num_labelled, weight_u
-    )
-
-
-@mixmatch_loss_backward.register_fake
-def _(
-    grad_loss: Tensor | None,
-    grad_x: Tensor | None,
-    grad_u: Tensor | None,
-    logits: Tensor,
-    targets: Tensor,
-    num_labelled: int,
-    weight_u: Tensor,
-    impl: str,
-) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, targets, num_labelled, weight_u, impl = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, targets, weight_u)
-    ctx.num_labelled, ctx.impl = num_labelled, impl
-
-
-def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    logits, targets, weight_u = ctx.saved_tensors
-    grad = mixmatch_loss_backward(*grads, logits, targets, ctx.num_labelled, weight_u, ctx.impl)
-    return grad, None, None, None, None
-
-
-mixmatch_loss.register_autograd(_differentiate, setup_context=_keep)
-
-
-def _backend(impl: str, device: torch.device) -> ModuleType:
-    return implementation(cast(Impl, impl), device)
+def _running(impl: str, tensor: Tensor) -> Implementation:
+    return implementation(cast(Impl, impl), tensor.device)
 
 
 def _mixup_params(tensors: Sequence[Tensor]) -> MixUpParams | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gpu_mixmatch import functional, presets, sampling
+from gpu_mixmatch._extras import need
 from gpu_mixmatch.augment import as_augment
 from gpu_mixmatch.augment.base import float_images
 from gpu_mixmatch.data.datasets import FolderData
@@ -110,11 +111,10 @@ def draw_preview(
         RuntimeError: If the batch is not what its parts give, for instance because the engine
             does not draw the same for the same (seed, step).
     """
-    try:
-        import matplotlib.style
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('a preview needs matplotlib: pip install "gpu-mixmatch[cli]"') from error
+    need("matplotlib", "a preview")
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
     if class_names is not None and len(class_names) != mixmatch.num_classes:

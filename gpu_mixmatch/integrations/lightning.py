@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpu_mixmatch._extras import need
 from gpu_mixmatch.data import AugmentedBatch, KeyedLoader
 from gpu_mixmatch.insight import TensorBoardInsight
 from gpu_mixmatch.losses import MixMatchLoss
@@ -170,13 +171,10 @@ def insight_callback(
         ImportError: If lightning is not installed.
         ValueError: If there is no TensorBoardLogger, or an argument is out of its range.
     """
-    try:
-        from lightning.pytorch.callbacks import LambdaCallback
-        from lightning.pytorch.loggers import TensorBoardLogger
-    except ImportError as error:
-        raise ImportError(
-            'the callback needs Lightning: pip install "gpu-mixmatch[lightning]"'
-        ) from error
+    need("lightning.pytorch.callbacks", "the callback")
+    from lightning.pytorch.callbacks import LambdaCallback
+    from lightning.pytorch.loggers import TensorBoardLogger
+
     attached: list[TensorBoardInsight] = []
 
     def attach(trainer: Any, module: Any) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from gpu_mixmatch._extras import missing_package
 from gpu_mixmatch.data.collate import collate
 from gpu_mixmatch.data.loader import SemiSupervisedLoader
 from gpu_mixmatch.losses import MixMatchLoss
@@ -16,9 +17,7 @@ from gpu_mixmatch.methods.passes import get_logits
 try:
     from transformers import Trainer, TrainingArguments
 except ImportError as error:
-    raise ImportError(
-        'MixMatchTrainer needs transformers: pip install "gpu-mixmatch[transformers]"'
-    ) from error
+    raise missing_package(error, "transformers", "MixMatchTrainer") from error
 
 _LOSSES = ("loss_x", "loss_u", "weight_u")
 

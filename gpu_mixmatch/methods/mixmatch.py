@@ -1,22 +1,30 @@
-"""MixMatch: the batch builder, Algorithm 1 of the paper from top to bottom."""
+"""MixMatch: the batch builder."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gpu_mixmatch import functional, sampling
 from gpu_mixmatch._buffers import Workspace
-from gpu_mixmatch._ranks import positions
-from gpu_mixmatch._validation import check_labels, check_least, check_not_empty
-from gpu_mixmatch.augment import WeakAugment, as_augment
-from gpu_mixmatch.capture import CapturedMixMatch
-from gpu_mixmatch.impl import asks_for_triton, eager, implementation
+from gpu_mixmatch._ranks import ids_or_positions
+from gpu_mixmatch._validation import (
+    check_choice,
+    check_images_alike,
+    check_labels,
+    check_least,
+    check_not_empty,
+    check_plan,
+    check_seed,
+)
+from gpu_mixmatch.augment import as_augment
+from gpu_mixmatch.augment.base import BuiltViews, Views, complete
+from gpu_mixmatch.impl import implementation, resolve_impl
 from gpu_mixmatch.methods.passes import GuessBatchNorm, GuessForward, Model, get_logits, guess_mode
 from gpu_mixmatch.types import (
     AugmentParams,
-    AugmentPolicy,
+    DrawPlan,
     Impl,
     LamMode,
     MixMatchBatch,
@@ -91,18 +99,12 @@ class MixMatch(nn.Module):
         for name, value in (("temperature", temperature), ("alpha", alpha)):
             if not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
-        for name, choice, kind in (
-            ("lam", lam, LamMode),
-            ("mix", mix, MixMode),
-            ("guess_bn", guess_bn, GuessBatchNorm),
-            ("guess_forward", guess_forward, GuessForward),
-        ):
-            if choice not in get_args(kind):
-                raise ValueError(f"{name} must be one of {list(get_args(kind))}, got {choice!r}")
+        check_plan(DrawPlan(lam=lam, mix=mix))
+        check_choice("guess_bn", guess_bn, GuessBatchNorm)
+        check_choice("guess_forward", guess_forward, GuessForward)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-        if not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be an integer in [0, 2**63), got {seed}")
+        check_seed(seed)
         sampling.folded_beta_quantile(alpha)  # raises now if α is out of range
         self.augment = as_augment(augment)
         self.num_classes = num_classes
@@ -121,21 +123,27 @@ class MixMatch(nn.Module):
         self._teacher = (teacher,)  # a tuple hides the module from registration
         self._workspaces = (Workspace(), Workspace()) if reuse_buffers else None
         # follows .to(device); holds nothing
-        self.register_buffer("_anchor", torch.empty(0), persistent=False)
-        self._key: Tensor | None = None  # seed and step on the device, in `build_keyed` alone
-        implementation(impl, self.device)  # raises now if it cannot be met
+        self.register_buffer("_device_anchor", torch.empty(0), persistent=False)
+        implementation(impl, self.device)  # raises now if it cannot run
 
     @property
     def device(self) -> torch.device:
         """Where batches are built."""
-        anchor: Tensor = self._anchor  # type: ignore[assignment]
+        anchor: Tensor = self._device_anchor  # type: ignore[assignment]
         return anchor.device
 
     @property
     def runs_kernels(self) -> bool:
         """Whether Triton's kernels run."""
-        running = implementation(self.impl, self.device)
-        return asks_for_triton(self.impl, self.device) and running is not eager
+        implementation(self.impl, self.device)  # which finds out whether it can be imported
+        return resolve_impl(self.impl, self.device) == "triton"
+
+    @property
+    def plan(self) -> DrawPlan:
+        """What is drawn for a batch, here and not by the engine."""
+        engine = complete(self.augment)
+        policy = engine.policy if engine.drawn_by_builder else None
+        return DrawPlan(self.num_augmentations, policy, self.alpha, self.lam, self.mix)
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -151,6 +159,7 @@ class MixMatch(nn.Module):
         *,
         ids_x: Tensor | None = None,
         ids_u: Tensor | None = None,
+        key: Tensor | None = None,
     ) -> MixMatchBatch:
         """Build the batch of the next step.
 
@@ -164,6 +173,8 @@ class MixMatch(nn.Module):
             ids_x: Sample ids of x, ``[B]`` int64; None takes positions in the global batch. With a
                 data set's own indices the draws do not depend on batch size, order or world size.
             ids_u: Sample ids of u, ``[M]`` int64.
+            key: Seed and step, ``[2]`` int64 on this module's device, to draw by in place of this
+                module's own: a CUDA graph reads them anew. Kernels only; see `capture`.
 
         Returns:
             The mixed batch of N = B + K·M rows.
@@ -171,33 +182,18 @@ class MixMatch(nn.Module):
         Raises:
             ValueError: If images, labels, ids or the model's logits do not fit each other.
         """
-        check_not_empty(x, u)
-        if x.shape[1:] != u.shape[1:] or x.dtype != u.dtype:
-            raise ValueError(
-                "x and u must have the same channels, height, width and dtype, got "
-                f"{list(x.shape)} {x.dtype} and {list(u.shape)} {u.dtype}"
-            )
+        check_images_alike(x, u)
         x, u = self._moved("x", x), self._moved("u", u)
         y = self._labels(y, len(x))
-        ids = _ids("ids_x", ids_x, len(x)), _ids("ids_u", ids_u, len(u))
-        engine = self.augment
-        draws, mixup = self._draw(ids, getattr(engine, "policy", None))
+        ids = _ids(ids_x, ids_u, len(x), len(u))
+
+        engine = complete(self.augment)
+        draws, mixup = self._draw(self.plan, ids, key)
+        if draws is None:
+            draws = engine.draw_batch(self.seed, int(self.step), *ids, self.num_augmentations)
         scratch = self._workspaces[0] if self._workspaces else None
-        if isinstance(engine, WeakAugment) and draws and engine.mixes_bytes(x, len(mixup.lam)):
-            # W is not needed: the guess reads the views of u, and MixUp the images
-            draws_u = AugmentParams(*(draw[len(x) :] for draw in draws))
-            views = engine.apply(u, draws_u, workspace=scratch)
-            logits = self._guess_logits(views, model)
-            with torch.no_grad():
-                targets = self._targets(y, logits, mixup)
-                out = self._output((len(mixup.lam), *views.shape[1:]), views)
-                inputs = engine.apply((x, u), draws, mixup=mixup, out=out, workspace=scratch)
-            return self._finish(inputs, targets, len(x), mixup)
-        foreign = draws or engine.draw_batch(
-            self.seed, int(self.step), *ids, self.num_augmentations
-        )
-        images = engine.build(x, u, foreign, self.num_augmentations, scratch)
-        return self._mix(images, y, model, mixup)
+        views = engine.views(x, u, draws, self.num_augmentations, scratch)  # lines 3-6
+        return self._guess_and_mix(views, y, model, mixup)
 
     def from_views(
         self,
@@ -243,103 +239,43 @@ class MixMatch(nn.Module):
                     f"{view.dtype}"
                 )
         images = torch.cat([self._moved("x", x), *(self._moved("views", view) for view in views)])
-        ids = _ids("ids_x", ids_x, len(x)), _ids("ids_u", ids_u, len(views[0]))
-        _, mixup = self._draw(ids, None)
-        return self._mix(images, self._labels(y, len(x)), model, mixup)
-
-    def capture(self, model: Model, x: Tensor, y: Tensor, u: Tensor) -> CapturedMixMatch:
-        """Capture the whole builder, the guess's forward pass included, as one CUDA graph.
-
-        Args:
-            model: As for `forward`.
-            x: A batch like those to come, ``[B, C, H, W]`` or ``[B, H, W, C]``.
-            y: Its labels.
-            u: Its unlabelled images.
-
-        Returns:
-            A callable ``(x, y, u, *, ids_x, ids_u) -> MixMatchBatch`` in place of
-            ``mixmatch(x, y, u, model)``: it counts this builder's step on, and equals the eager
-            call of every step. What it returns is overwritten by its next call.
-
-        Raises:
-            RuntimeError: If this module is not on a CUDA device, or has no kernels there.
-            TypeError: If the engine draws on the host.
-        """
-        return CapturedMixMatch(self, model, x, y, u)
-
-    def build_keyed(
-        self,
-        key: Tensor,
-        x: Tensor,
-        y: Tensor,
-        u: Tensor,
-        model: Model,
-        *,
-        ids_x: Tensor | None = None,
-        ids_u: Tensor | None = None,
-    ) -> MixMatchBatch:
-        """Build a batch from a seed and a step that lie on the device, as a graph must.
-
-        Args:
-            key: Seed and step, ``[2]`` int64, on this module's device.
-            x, y, u, model, ids_x, ids_u: As for `forward`.
-
-        Returns:
-            As `forward` with that seed and step; this module's own ones are not read. Its ``step``
-            is that of this module, which is counted on.
-        """
-        self._key = key
-        try:
-            batch: MixMatchBatch = self(x, y, u, model, ids_x=ids_x, ids_u=ids_u)
-        finally:
-            self._key = None
-        return batch
+        y = self._labels(y, len(x))
+        ids = (
+            ids_or_positions("ids_x", ids_x, len(x)),
+            ids_or_positions("ids_u", ids_u, len(views[0])),
+        )
+        _, mixup = self._draw(self.plan._replace(policy=None), ids, None)
+        return self._guess_and_mix(BuiltViews(images, len(x)), y, model, mixup)
 
     def _draw(
-        self, ids: tuple[Tensor | int, Tensor | int], policy: AugmentPolicy | None
+        self, plan: DrawPlan, ids: tuple[Tensor | int, Tensor | int], key: Tensor | None
     ) -> tuple[AugmentParams | None, MixUpParams]:
         return functional.draw_batch(
-            self.seed,
-            self.step,
-            *ids,
-            num_augmentations=self.num_augmentations,
-            policy=policy,
-            alpha=self.alpha,
-            lam=self.lam,
-            mix=self.mix,
-            device=self.device,
-            key=self._key,
-            impl=self.impl,
+            self.seed, self.step, *ids, plan, device=self.device, key=key, impl=self.impl
         )
 
-    def _mix(self, images: Tensor, y: Tensor, model: Model, params: MixUpParams) -> MixMatchBatch:
-        logits = self._guess_logits(images[len(y) :], model)
-        with torch.no_grad():
-            inputs, targets = functional.mixup(
-                images,
-                self._targets(y, logits, None),
-                params,
-                out=self._output(images.shape, images),
+    def _guess_and_mix(
+        self, views: Views, y: Tensor, model: Model, mixup: MixUpParams
+    ) -> MixMatchBatch:
+        """Lines 7 to 14 of Algorithm 1."""
+        logits = self._guess_logits(views.unlabelled, model)
+
+        def targets(params: MixUpParams | None) -> Tensor:
+            return functional.batch_targets(
+                y,
+                logits,
+                self.temperature,
+                label_smoothing=self.label_smoothing,
+                mixup=params,
                 impl=self.impl,
             )
-        return self._finish(inputs, targets, len(y), params)
 
-    def _targets(self, y: Tensor, logits: Tensor, mixup: MixUpParams | None) -> Tensor:
-        return functional.batch_targets(
-            y,
-            logits,
-            self.temperature,
-            label_smoothing=self.label_smoothing,
-            mixup=mixup,
-            impl=self.impl,
-        )
-
-    def _finish(
-        self, inputs: Tensor, targets: Tensor, num_labelled: int, params: MixUpParams
-    ) -> MixMatchBatch:
+        with torch.no_grad():
+            out = self._output(len(mixup.lam), views.unlabelled)
+            inputs, mixed_targets = views.mix(mixup, targets, out, self.impl)
         step = self.step.clone()
         self.step += 1
-        return MixMatchBatch(inputs, targets, num_labelled, step, params)
+        return MixMatchBatch(inputs, mixed_targets, len(y), step, mixup)
 
     def _guess_logits(self, views: Tensor, model: Model) -> Tensor:
         """Logits of all views, ``[K, M, L]``, without gradients."""
@@ -372,15 +308,17 @@ class MixMatch(nn.Module):
             f"{tensor.device}; move the module with .to({str(tensor.device)!r})"
         )
 
-    def _output(self, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+    def _output(self, num_rows: int, like: Tensor) -> Tensor | None:
+        """Where the next inputs go, rows like ``like``: one of two buffers in turn, or nowhere."""
         if self._workspaces is None:
             return None
         workspace = self._workspaces[int(self.step) % 2]
+        _, channels, height, width = like.shape
         if like.is_contiguous():
-            return workspace.empty("inputs", tuple(shape), like.dtype, like.device)
-        order = (shape[0], *shape[2:], shape[1])
-        buffer = workspace.empty("inputs", order, like.dtype, like.device)
-        return buffer.permute(0, 3, 1, 2)
+            shape = (num_rows, channels, height, width)
+            return workspace.empty("inputs", shape, like.dtype, like.device)
+        shape = (num_rows, height, width, channels)
+        return workspace.empty("inputs", shape, like.dtype, like.device).permute(0, 3, 1, 2)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -430,19 +368,13 @@ class MixMatch(nn.Module):
             shown.append("reuse_buffers=True")
         if not isinstance(self.augment, nn.Module):
             shown.append(f"augment={self.augment!r}")
-        running = implementation(self.impl, self.device).__name__.rsplit(".", 1)[-1]
+        implementation(self.impl, self.device)  # which finds out whether it can be imported
+        running = resolve_impl(self.impl, self.device)
         shown += [f"step={int(self.step)}", f"impl={self.impl!r} -> {running} on {self.device}"]
         return ", ".join(shown)
 
 
-def _ids(name: str, ids: Tensor | None, length: int) -> Tensor | int:
-    """The ids given, or positions in the global batch: an integer stands for them on rank 0."""
-    if ids is not None:
-        if tuple(ids.shape) != (length,) or ids.dtype != torch.int64:
-            raise ValueError(
-                f"{name} must be [{length}] int64, one per image, got {list(ids.shape)} {ids.dtype}"
-            )
-        return ids
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return positions(length)
-    return length
+def _ids(
+    ids_x: Tensor | None, ids_u: Tensor | None, num_x: int, num_u: int
+) -> tuple[Tensor | int, Tensor | int]:
+    return ids_or_positions("ids_x", ids_x, num_x), ids_or_positions("ids_u", ids_u, num_u)

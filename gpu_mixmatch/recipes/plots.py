@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gpu_mixmatch._extras import need
+
 INK = "#7d7d7d"  # as far from white as from a dark page
 OURS = "#3f8fd2"
 THEIRS = "#d9902f"
@@ -44,12 +46,11 @@ def picture(path: Path, width: float, height: float, headline: str) -> Iterator[
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('drawing needs matplotlib: pip install "gpu-mixmatch[cli]"') from error
+    need("matplotlib", "drawing")
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     with rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)

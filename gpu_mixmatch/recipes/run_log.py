@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from gpu_mixmatch._extras import need
 from gpu_mixmatch.recipes import plots
 
 
@@ -32,12 +33,9 @@ class MetricsLog:
         step: int,
         tested_on: str,
     ) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError(
-                'writing events needs TensorBoard: pip install "gpu-mixmatch[cli]"'
-            ) from error
+        need("tensorboard", "the log of a run")
+        from torch.utils.tensorboard import SummaryWriter
+
         self.out = out
         self.metrics = metrics  # they travel in the checkpoint: the two cannot disagree
         out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,14 @@
 """All randomness of the package: pure functions of (seed, step, sample id, view, purpose)."""
 
 from gpu_mixmatch.sampling.beta import FoldedBetaQuantile, folded_beta_quantile
-from gpu_mixmatch.sampling.draws import draw_augment, draw_batch, draw_mixup, epoch_order
+from gpu_mixmatch.sampling.draws import (
+    draw_augment,
+    draw_batch,
+    draw_mixup,
+    draw_regions,
+    epoch_order,
+    split_order,
+)
 from gpu_mixmatch.sampling.packing import augment_to_device, pack, to_device, unpack, words_per_row
 from gpu_mixmatch.sampling.philox import (
     Purpose,
@@ -23,6 +30,7 @@ __all__ = [
     "draw_augment",
     "draw_batch",
     "draw_mixup",
+    "draw_regions",
     "epoch_order",
     "folded_beta_quantile",
     "generator_seed",
@@ -30,6 +38,7 @@ __all__ = [
     "philox",
     "shuffle_grid",
     "shuffled_parts",
+    "split_order",
     "to_device",
     "unpack",
     "words_per_row",

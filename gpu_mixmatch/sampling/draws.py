@@ -6,13 +6,14 @@ millisecond.
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gpu_mixmatch._validation import check_plan
 from gpu_mixmatch.sampling.beta import folded_beta
 from gpu_mixmatch.sampling.philox import (
     Purpose,
@@ -27,7 +28,7 @@ from gpu_mixmatch.sampling.philox import (
     uniform,
 )
 from gpu_mixmatch.sampling.shuffle import bijection, shuffle_rows, shuffled_parts
-from gpu_mixmatch.types import AugmentParams, AugmentPolicy, LamMode, MixMode, MixUpParams
+from gpu_mixmatch.types import AugmentParams, AugmentPolicy, DrawPlan, LamMode, MixMode, MixUpParams
 
 
 def draw_augment(
@@ -105,51 +106,41 @@ def draw_mixup(
         Berthelot et al. 2019, eq. 8-9 and Algorithm 1 line 12. For the bijection: Black and Rogaway
         2002 (generalised Feistel network with cycle walking); Mitchell et al. 2021.
     """
-    _, mixup = draw_batch(
-        seed,
-        step,
-        ids_x,
-        ids_u,
-        num_augmentations=num_augmentations,
-        policy=None,
-        alpha=alpha,
-        lam=lam,
-        mix=mix,
-    )
+    plan = DrawPlan(num_augmentations, None, alpha, lam, mix)
+    _, mixup = draw_batch(seed, step, ids_x, ids_u, plan)
     return mixup
 
 
 def draw_batch(
-    seed: int,
-    step: int,
-    ids_x: Tensor | int,
-    ids_u: Tensor | int,
-    *,
-    num_augmentations: int = 2,
-    policy: AugmentPolicy | None = None,
-    alpha: float = 0.75,
-    lam: LamMode = "sample",
-    mix: MixMode = "none",
+    seed: int, step: int, ids_x: Tensor | int, ids_u: Tensor | int, plan: DrawPlan
 ) -> tuple[AugmentParams | None, MixUpParams]:
     """Draw all that a batch needs in one pass: `draw_augment` of W, if asked for, and `draw_mixup`.
 
     The labelled images are view 0, the unlabelled ones views 1..K.
 
+    Args:
+        seed: The key, 0 ≤ seed < 2^63.
+        step: The training step, 0 ≤ step < 2^32.
+        ids_x: Labelled sample ids, ``[B]`` int64; an integer B stands for 0 .. B - 1.
+        ids_u: Unlabelled sample ids, ``[M]`` int64; an integer M stands for 0 .. M - 1.
+        plan: What is drawn.
+
     Returns:
-        Parameters of N = B + K·M rows, on the CPU; None where there is no policy.
+        Parameters of N = B + K·M rows, on the CPU; None where the plan has no policy.
+
+    Raises:
+        ValueError: If the seed, the step, the ids or the plan are out of range.
     """
-    for name, choice, kind in (("lam", lam, LamMode), ("mix", mix, MixMode)):
-        if choice not in get_args(kind):
-            raise ValueError(f"{name} must be one of {list(get_args(kind))}, got {choice!r}")
-    rows = rows_of([(ids_x, 0), (ids_u, range(1, num_augmentations + 1))])
-    switches = (num_ids(ids_x), policy, alpha, lam, mix)
+    check_plan(plan)
+    rows = rows_of([(ids_x, 0), (ids_u, range(1, plan.num_augmentations + 1))])
+    num_labelled = num_ids(ids_x)
     if isinstance(ids_x, int) and isinstance(ids_u, int):
         check_key(seed, step)
         ahead = max(1, min(16, 1536 // max(len(rows.low), 1)))  # arrays of at most 128 KiB
         block, number = divmod(step, ahead)
-        arrays = _drawn_ahead(seed, block * ahead, ahead, rows, *switches)
+        arrays = _drawn_ahead(seed, block * ahead, ahead, rows, num_labelled, plan)
     else:
-        number, arrays = 0, _batch_arrays(seed, step, 1, rows, *switches)
+        number, arrays = 0, _batch_arrays(seed, step, 1, rows, num_labelled, plan)
     augment, mixup = arrays
     return (
         AugmentParams(*map(torch.from_numpy, _of_step(augment, number))) if augment else None,
@@ -177,31 +168,73 @@ def epoch_order(seed: int, epoch: int, length: int, *, view: int = 0) -> Tensor:
     return torch.from_numpy(bijection(next(words), length)[0])
 
 
+_SPLIT_VIEW = 65_535  # no stream of a loader has it
+
+
+def split_order(seed: int, length: int, number: int = 0) -> Tensor:
+    """Return one of the orders by which a data set is split, a keyed permutation.
+
+    Its view is reserved: a split and an epoch of the same seed have nothing to do with each other.
+
+    Args:
+        seed: The key, 0 ≤ seed < 2^63.
+        length: What is put in order, of this many.
+        number: Which order, 0 ≤ number < 2^32: a split of labels takes 0 for the samples and 1 for
+            the classes.
+
+    Returns:
+        Indices, ``[length]`` int64, on the CPU.
+    """
+    return epoch_order(seed, number, length, view=_SPLIT_VIEW)
+
+
+def draw_regions(
+    seed: int,
+    step: int,
+    ids_x: Tensor,
+    ids_u: Tensor,
+    area: tuple[float, float],
+    *,
+    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+) -> NDArray[np.float32]:
+    """Draw the window of a random resized crop for each image.
+
+    The labelled images are view 0 and the unlabelled ones view 1: all views of an image share it.
+
+    Args:
+        seed: The key, 0 ≤ seed < 2^63.
+        step: The training step, 0 ≤ step < 2^32.
+        ids_x: Labelled sample ids, ``[B]`` int64.
+        ids_u: Unlabelled sample ids, ``[M]`` int64.
+        area: Least and most of the image's area that a window covers, in (0, 1].
+        aspect: Least and greatest width over height; its logarithm is uniform.
+
+    Returns:
+        ``[B + M, 4]`` float32: the share of the area, the aspect ratio, and where the window lies
+        between top and bottom and between left and right, from 0 to 1.
+
+    Raises:
+        ValueError: If the seed, the step or the ids are out of range.
+    """
+    (words,) = draw_words(seed, step, 1, [(rows_of([(ids_x, 0), (ids_u, 1)]), Purpose.REGION)])
+    uniforms = (words[:, 0] >> np.uint64(8)) * 2.0**-24  # [4, B + M] float64
+    limits = np.array([area, np.log(aspect), (0, 1), (0, 1)])
+    regions = limits[:, :1] + (limits[:, 1:] - limits[:, :1]) * uniforms
+    regions[1] = np.exp(regions[1])
+    return np.ascontiguousarray(regions.T, dtype=np.float32)
+
+
 Arrays = tuple[NDArray[Any], ...]  # of the fields of AugmentParams or MixUpParams, ``[S, R, ...]``
 
 
-@lru_cache(maxsize=4)
-def _drawn_ahead(
-    seed: int, step: int, num_steps: int, rows: Rows, *switches: Any
+def _batch_arrays(
+    seed: int, step: int, num_steps: int, rows: Rows, num_labelled: int, plan: DrawPlan
 ) -> tuple[Arrays | None, Arrays]:
     """Draw some steps at once: numpy's time goes into calls, not into a few hundred integers."""
-    return _batch_arrays(seed, step, num_steps, rows, *switches)
-
-
-def _batch_arrays(
-    seed: int,
-    step: int,
-    num_steps: int,
-    rows: Rows,
-    num_labelled: int,
-    policy: AugmentPolicy | None,
-    alpha: float,
-    lam: LamMode,
-    mix: MixMode,
-) -> tuple[Arrays | None, Arrays]:
+    policy, lam = plan.policy, plan.lam
     num_rows = len(rows.low)
     lam_rows = position_rows(((1, (0,)),)) if lam == "batch" else rows
-    shuffled = shuffled_parts(num_rows, num_labelled, mix)
+    shuffled = shuffled_parts(num_rows, num_labelled, plan.mix)
     requests = _augment_requests(rows, policy) if policy else []
     requests += [(lam_rows, Purpose.LAM)] if shuffled else []
     for view, start, stop in shuffled:
@@ -212,11 +245,14 @@ def _batch_arrays(
     weight = np.ones((num_steps, num_rows), dtype=np.float32)
     index = np.tile(np.arange(num_rows), (num_steps, 1))
     if shuffled:
-        lams = folded_beta(next(words)[0], alpha)
+        lams = folded_beta(next(words)[0], plan.alpha)
         for _, start, stop in shuffled:
             weight[:, start:stop] = lams if lam == "batch" else lams[:, start:stop]
             index[:, start:stop] = start + bijection(next(words), stop - start)
     return augment, (weight, index)
+
+
+_drawn_ahead = lru_cache(maxsize=4)(_batch_arrays)
 
 
 def _of_step(arrays: Arrays, number: int) -> Arrays:

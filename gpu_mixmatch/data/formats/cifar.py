@@ -23,6 +23,8 @@ from gpu_mixmatch.data.formats.common import (
 
 
 class _CifarLayout(NamedTuple):
+    """The names of a version's files, and what reads one of them."""
+
     folder: str
     archive: str
     train_files: tuple[str, ...]
@@ -30,9 +32,9 @@ class _CifarLayout(NamedTuple):
     parse: Callable[[bytes, str], Batch]
 
 
-# All that a CIFAR batch needs. `_reconstruct` goes by its numpy 1 and numpy 2 names and is taken
-# from an array, so that nothing private is imported; `encode` is how Python 3 writes bytes in
-# protocol 2.
+# All that a pickled batch needs, so that it can run nothing else. `_reconstruct` has another name
+# in numpy 1 than in numpy 2 and is taken from an array, which imports nothing private; `encode` is
+# how Python 3 writes bytes in protocol 2.
 _ALLOWED_GLOBALS = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
@@ -57,7 +59,7 @@ def _parse_binary(content: bytes, source: str, *, label_bytes: int, num_classes:
             f"got {len(content)}"
         )
     records = np.frombuffer(content, dtype=np.uint8).reshape(-1, record_size)
-    # CIFAR-100 writes the coarse label first; the fine one stands right before the pixels.
+    # of CIFAR-100's two labels the fine one stands right before the pixels
     labels = check_labels(records[:, label_bytes - 1], num_classes, source)
     return records[:, label_bytes:].reshape(-1, 3, 32, 32), labels
 
@@ -66,8 +68,7 @@ def _parse_pickle(content: bytes, source: str, *, label_key: bytes, num_classes:
     stream = io.BytesIO(content)
     try:
         batch = _CifarUnpickler(stream, encoding="bytes").load()
-    # A damaged pickle can raise nearly anything.
-    except Exception as error:
+    except Exception as error:  # a damaged pickle may raise anything
         raise ValueError(
             f"{source} must be a CIFAR pickle of numpy arrays and plain values, "
             f"got {type(error).__name__}: {error}"
@@ -98,8 +99,6 @@ def _parse_pickle(content: bytes, source: str, *, label_key: bytes, num_classes:
 
 
 _CIFAR10_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
-
-
 CIFAR_LAYOUTS = {
     "cifar10": (
         _CifarLayout(
@@ -134,8 +133,6 @@ CIFAR_LAYOUTS = {
         ),
     ),
 }
-
-
 _CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
 CONTENTS = {
     name: " or ".join(f"{layout.folder}/ or {layout.archive}" for layout in layouts)
@@ -180,14 +177,14 @@ def _archive_files(
 ) -> Iterator[tuple[str, str, bytes]]:
     wanted = {PurePosixPath(layout.folder, name): name for name in names}
     try:
-        # One pass, in the archive's order: a gzip stream only seeks forward cheaply.
+        # one pass, in the archive's order: to seek back, gzip would begin again
         with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
                 name = wanted.get(PurePosixPath(member.name))
                 content = archive.extractfile(member) if name else None
                 if name and content:
                     yield name, f"{path}:{member.name}", content.read()
-            # The checksum stands after the last member.
+            # gzip checks its sum at the end of the stream, after the last member
             while stream.read(1 << 20):
                 pass
     except (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError) as error:

@@ -11,18 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from gpu_mixmatch.sampling import epoch_order
-
-# A view that no loader draws with, so that a split and an epoch of the same seed are unrelated.
-_SPLIT_VIEW = 65_535
-
+from gpu_mixmatch.sampling import split_order
 
 Bytes = npt.NDArray[np.uint8]
-
-
 Labels = npt.NDArray[np.int64]
-
-
 Batch = tuple[Bytes, Labels]
 
 
@@ -102,10 +94,10 @@ def split_labels(labels: Tensor, num_labels: int, seed: int, num_classes: int) -
 
     per_class, remainder = divmod(num_labels, num_classes)
     quotas = [per_class] * num_classes
-    for class_index in epoch_order(seed, 1, num_classes, view=_SPLIT_VIEW)[:remainder].tolist():
+    for class_index in split_order(seed, num_classes, 1)[:remainder].tolist():
         quotas[class_index] += 1
 
-    order = epoch_order(seed, 0, len(labels), view=_SPLIT_VIEW)
+    order = split_order(seed, len(labels), 0)
     shuffled_labels = labels[order]
     chosen = []
     for class_index, quota in enumerate(quotas):
@@ -120,7 +112,7 @@ def split_labels(labels: Tensor, num_labels: int, seed: int, num_classes: int) -
 
 
 def image_data(name: str, num_classes: int, train: Batch, test: Batch) -> ImageData:
-    """Images and labels of both parts as tensors."""
+    """Make the tensors of a data set of the arrays of its two parts."""
     (train_images, train_labels), (test_images, test_labels) = train, test
     return ImageData(
         train_images=torch.from_numpy(np.ascontiguousarray(train_images)),
@@ -133,7 +125,7 @@ def image_data(name: str, num_classes: int, train: Batch, test: Batch) -> ImageD
 
 
 def check_labels(labels: npt.NDArray[Any], num_classes: int, source: str | Path) -> Labels:
-    """Labels as int64; raise if one is out of range."""
+    """Return labels as int64; raise a ValueError if one is out of range."""
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(
             f"{source} must hold labels in [0, {num_classes}), got {labels.min()} to {labels.max()}"
@@ -153,7 +145,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def missing(name: str, root: Path, contents: str, detail: str = "") -> FileNotFoundError:
-    """Say that ``root`` does not hold the ``contents`` of a data set, and what it does hold."""
+    """Return the error that says what ``root`` must hold, and what it does hold."""
     if detail:
         found = detail
     elif root.is_dir():

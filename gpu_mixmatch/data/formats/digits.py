@@ -1,26 +1,15 @@
 """scikit-learn's handwritten digits."""
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
-from gpu_mixmatch.data.formats.common import (
-    ImageData,
-    Labels,
-    image_data,
-)
+from gpu_mixmatch._extras import need
+from gpu_mixmatch.data.formats.common import ImageData, Labels, image_data
 
 
 def load_digits_data() -> ImageData:
-    """8x8 grey images, 1297 to train and 500 to test; see `data.datasets.load_dataset`."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(
-            'the digits data set needs scikit-learn: pip install "gpu-mixmatch[cli]"'
-        ) from error
-    digits: Any = load_digits()
+    """Load 8x8 grey digits, 1297 to train and 500 to test; see `data.datasets.load_dataset`."""
+    digits = need("sklearn.datasets", "the digits data set").load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]  # [1797, 1, 8, 8]
     labels = digits.target.astype(np.int64)
     is_test = _spread_test_rows(labels, num_classes=10, num_test=500)
@@ -29,6 +18,7 @@ def load_digits_data() -> ImageData:
 
 
 def _spread_test_rows(labels: Labels, num_classes: int, num_test: int) -> npt.NDArray[np.bool_]:
+    """Mark the rows to test on: of each class its share, evenly over the file."""
     shares = np.bincount(labels, minlength=num_classes) * num_test
     quotas = shares // len(labels)
     largest_remainders = np.argsort(-(shares % len(labels)), kind="stable")

@@ -16,6 +16,13 @@ from gpu_mixmatch.data.formats.common import (
     read_bytes,
 )
 
+MNIST_FOLDERS = {
+    "mnist": ("", "raw", "MNIST/raw"),
+    "fashion-mnist": ("", "raw", "FashionMNIST/raw"),
+}
+_IDX_PARTS = ("train", "t10k")
+CONTENTS = "{train,t10k}-{images-idx3,labels-idx1}-ubyte, plain or .gz,"
+
 
 def read_idx(path: str | Path, *, dimensions: int | None = None) -> npt.NDArray[np.uint8]:
     """Read an IDX file of uint8 values, the format of MNIST.
@@ -54,20 +61,11 @@ def read_idx(path: str | Path, *, dimensions: int | None = None) -> npt.NDArray[
     return np.frombuffer(content, dtype=np.uint8, offset=header_size).reshape(shape).copy()
 
 
-MNIST_FOLDERS = {
-    "mnist": ("", "raw", "MNIST/raw"),
-    "fashion-mnist": ("", "raw", "FashionMNIST/raw"),
-}
-
-
-_IDX_PARTS = ("train", "t10k")
-
-
 def load_mnist(name: str, root: Path) -> ImageData:
     """Read the four IDX files of ``name`` below ``root``."""
     folders = [root / sub_folder for sub_folder in MNIST_FOLDERS[name]]
-    # The first folder with any of the four: a file missing beside it is an error, not a reason
-    # to mix folders.
+    # the first folder with any of the four files: a missing one is an error, and is not taken from
+    # another folder
     folder = next((folder for folder in folders if any(map(_idx_file, _idx_paths(folder)))), None)
     if folder is None:
         raise missing(name, root, CONTENTS)
@@ -105,6 +103,3 @@ def _read_idx_pair(images_path: Path, labels_path: Path) -> Batch:
             f"{labels_path} must hold {len(images)} labels like {images_path}, got {len(labels)}"
         )
     return images[:, None], check_labels(labels, 10, labels_path)
-
-
-CONTENTS = "{train,t10k}-{images-idx3,labels-idx1}-ubyte, plain or .gz,"

@@ -6,6 +6,7 @@ channels (channels_last), so that what belongs to a line or to a column is compu
 """
 
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,7 +15,29 @@ from torch import Tensor
 
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch.impl.triton.launch import blocks, launch
-from gpu_mixmatch.types import AugmentParams, MixUpParams, PaddingMode
+from gpu_mixmatch.types import LEAST_SIGMA, AugmentParams, Geometry, MixUpParams, Scaling
+
+_LEAST_SIGMA = tl.constexpr(LEAST_SIGMA)
+
+
+class _Images(NamedTuple):
+    """A batch of images in a kernel."""
+
+    ptr: Any
+    count: Any
+    stride_image: Any
+    stride_channel: Any
+    stride_line: Any
+    stride_pixel: Any
+
+
+class _Draws(NamedTuple):
+    """Where a kernel finds the fields of `AugmentParams` that move pixels."""
+
+    top_ptr: Any
+    left_ptr: Any
+    flip_ptr: Any
+    zoom_ptr: Any
 
 
 @triton.jit
@@ -74,22 +97,9 @@ def _tile(
     across,
     channel,
     mask,
-    x_ptr,
-    u_ptr,
-    num_x,
-    num_u,
-    stride_x_image,
-    stride_x_channel,
-    stride_x_line,
-    stride_x_pixel,
-    stride_u_image,
-    stride_u_channel,
-    stride_u_line,
-    stride_u_pixel,
-    top_ptr,
-    left_ptr,
-    flip_ptr,
-    zoom_ptr,
+    x,
+    u,
+    draws,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDING: tl.constexpr,
@@ -97,23 +107,23 @@ def _tile(
     ZOOM: tl.constexpr,
 ):
     """Pixels of a view, float32: ``down`` ``[LINES, 1]`` by ``across`` ``[1, COLUMNS]``."""
-    from_x = row < num_x
-    stride_image = tl.where(from_x, stride_x_image, stride_u_image).to(tl.int64)
-    stride_channel = tl.where(from_x, stride_x_channel, stride_u_channel).to(tl.int64)
-    stride_line = tl.where(from_x, stride_x_line, stride_u_line).to(tl.int64)
-    stride_pixel = tl.where(from_x, stride_x_pixel, stride_u_pixel).to(tl.int64)
-    image_ptr = u_ptr + ((row - num_x) % tl.maximum(num_u, 1)) * stride_image
+    from_x = row < x.count
+    stride_image = tl.where(from_x, x.stride_image, u.stride_image).to(tl.int64)
+    stride_channel = tl.where(from_x, x.stride_channel, u.stride_channel).to(tl.int64)
+    stride_line = tl.where(from_x, x.stride_line, u.stride_line).to(tl.int64)
+    stride_pixel = tl.where(from_x, x.stride_pixel, u.stride_pixel).to(tl.int64)
+    image_ptr = u.ptr + ((row - x.count) % tl.maximum(u.count, 1)) * stride_image
     if from_x:
-        image_ptr = x_ptr + row * stride_image
-    top = tl.load(top_ptr + row)
-    left = tl.load(left_ptr + row)
-    across = tl.where(tl.load(flip_ptr + row) > 0, WIDTH - 1 - across, across)
+        image_ptr = x.ptr + row * stride_image
+    top = tl.load(draws.top_ptr + row)
+    left = tl.load(draws.left_ptr + row)
+    across = tl.where(tl.load(draws.flip_ptr + row) > 0, WIDTH - 1 - across, across)
     off_top, off_bottom, off_left, off_right = 0, 0, 0, 0
     if ZOOM:
-        off_top = tl.load(zoom_ptr + row * 4)
-        off_bottom = tl.load(zoom_ptr + row * 4 + 1)
-        off_left = tl.load(zoom_ptr + row * 4 + 2)
-        off_right = tl.load(zoom_ptr + row * 4 + 3)
+        off_top = tl.load(draws.zoom_ptr + row * 4)
+        off_bottom = tl.load(draws.zoom_ptr + row * 4 + 1)
+        off_left = tl.load(draws.zoom_ptr + row * 4 + 2)
+        off_right = tl.load(draws.zoom_ptr + row * 4 + 3)
     line, next_line, line_distance = _between(down, off_top, off_bottom, HEIGHT, ZOOM)
     pixel, next_pixel, pixel_distance = _between(across, off_left, off_right, WIDTH, ZOOM)
 
@@ -221,12 +231,15 @@ def augment_kernel(
     LINES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    x = _Images(x_ptr, num_x, stride_x_image, stride_x_channel, stride_x_line, stride_x_pixel)
+    u = _Images(u_ptr, num_u, stride_u_image, stride_u_channel, stride_u_line, stride_u_pixel)
+    draws = _Draws(top_ptr, left_ptr, flip_ptr, zoom_ptr)
     row, down, across, channel, offs, mask = _line_and_column(
         tl.program_id(0), CHANNELS, HEIGHT, WIDTH, CHANNELS_LAST, LINES, COLUMNS
     )
     out_ptr += row.to(tl.int64) * (CHANNELS * HEIGHT * WIDTH)
     if BLUR_RADIUS > 0:  # across only, as float32: blur_kernel does the rest
-        sigma = tl.maximum(tl.load(sigma_ptr + row), 0.01)
+        sigma = tl.maximum(tl.load(sigma_ptr + row), _LEAST_SIGMA)
         total = 0.0
         value = tl.zeros([LINES, COLUMNS], tl.float32)
         for tap in range(-BLUR_RADIUS, BLUR_RADIUS + 1):
@@ -235,29 +248,20 @@ def augment_kernel(
             total += weight
             pixels = _tile(
                 row, down, _reflected(across + tap, WIDTH, BLUR_RADIUS), channel, mask,
-                x_ptr, u_ptr, num_x, num_u,
-                stride_x_image, stride_x_channel, stride_x_line, stride_x_pixel,
-                stride_u_image, stride_u_channel, stride_u_line, stride_u_pixel,
-                top_ptr, left_ptr, flip_ptr, zoom_ptr, HEIGHT, WIDTH, PADDING, MODE, ZOOM,
+                x, u, draws, HEIGHT, WIDTH, PADDING, MODE, ZOOM,
             )  # fmt: skip
             value += weight * pixels
         tl.store(out_ptr + offs, value / total, mask=mask)
     else:
         value = _tile(
             row, down, across, channel, mask,
-            x_ptr, u_ptr, num_x, num_u,
-            stride_x_image, stride_x_channel, stride_x_line, stride_x_pixel,
-            stride_u_image, stride_u_channel, stride_u_line, stride_u_pixel,
-            top_ptr, left_ptr, flip_ptr, zoom_ptr, HEIGHT, WIDTH, PADDING, MODE, ZOOM,
+            x, u, draws, HEIGHT, WIDTH, PADDING, MODE, ZOOM,
         )  # fmt: skip
         if index_ptr is not None:
             # the rest is linear and per pixel, so that both rows can be blended before it
             partner = _tile(
                 tl.load(index_ptr + row).to(tl.int32), down, across, channel, mask,
-                x_ptr, u_ptr, num_x, num_u,
-                stride_x_image, stride_x_channel, stride_x_line, stride_x_pixel,
-                stride_u_image, stride_u_channel, stride_u_line, stride_u_pixel,
-                top_ptr, left_ptr, flip_ptr, zoom_ptr, HEIGHT, WIDTH, PADDING, MODE, ZOOM,
+                x, u, draws, HEIGHT, WIDTH, PADDING, MODE, ZOOM,
             )  # fmt: skip
             value = partner + tl.load(lam_ptr + row) * (value - partner)
         value = _normalised(
@@ -290,7 +294,7 @@ def blur_kernel(
     )
     PITCH: tl.constexpr = WIDTH * CHANNELS if CHANNELS_LAST else WIDTH
     start = row.to(tl.int64) * (CHANNELS * HEIGHT * WIDTH)
-    sigma = tl.maximum(tl.load(sigma_ptr + row), 0.01)
+    sigma = tl.maximum(tl.load(sigma_ptr + row), _LEAST_SIGMA)
     total = 0.0
     value = tl.zeros([LINES, COLUMNS], tl.float32)
     for tap in range(-BLUR_RADIUS, BLUR_RADIUS + 1):
@@ -308,18 +312,15 @@ def blur_kernel(
 def augment(
     sources: tuple[Tensor, ...],
     params: AugmentParams,
-    scale: Tensor | float,
-    bias: Tensor | float,
+    geometry: Geometry,
+    scaling: Scaling,
     *,
-    padding: int,
-    padding_mode: PaddingMode,
-    zoom: bool,
-    blur_radius: int,
     channels_last_in: bool,
     out: Tensor,
     workspace: Workspace | None,
     mixup: MixUpParams | None = None,
 ) -> None:
+    padding, padding_mode, zoom, blur_radius = geometry
     num_rows, channels, height, width = out.shape
     channels_last = not out.is_contiguous()
     num_lines, num_columns = (
@@ -335,20 +336,13 @@ def augment(
         tuple(source.permute(0, 3, 1, 2).stride() if channels_last_in else source.stride())
         for source in (first, last)
     ]
-    per_channel = isinstance(scale, Tensor) or isinstance(bias, Tensor)
+    per_channel = any(isinstance(factor, Tensor) for factor in scaling)
     if per_channel:
-        scale, bias = (
-            factor
-            if isinstance(factor, Tensor)
-            else torch.full((channels,), factor, device=out.device)
-            for factor in (scale, bias)
-        )
-    normalisation = (
-        scale,
-        bias,
-        scale.stride(0) if isinstance(scale, Tensor) else 0,
-        bias.stride(0) if isinstance(bias, Tensor) else 0,
+        scaling = Scaling(*(_of_channels(factor, channels, out.device) for factor in scaling))
+    strides_of_scaling = (
+        factor.stride(0) if isinstance(factor, Tensor) else 0 for factor in scaling
     )
+    normalisation = (*scaling, *strides_of_scaling)
     shape = {
         "CHANNELS": channels,
         "HEIGHT": height,
@@ -392,6 +386,12 @@ def augment(
         launch(
             blur_kernel, programs, out.device, out, target, params.sigma, *normalisation, **shape
         )
+
+
+def _of_channels(factor: Tensor | float, channels: int, device: torch.device) -> Tensor:
+    if isinstance(factor, Tensor):
+        return factor
+    return torch.full((channels,), factor, dtype=torch.float32, device=device)
 
 
 @lru_cache(maxsize=64)

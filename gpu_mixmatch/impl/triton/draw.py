@@ -13,10 +13,9 @@ from torch import Tensor
 
 from gpu_mixmatch import sampling
 from gpu_mixmatch.impl.triton.launch import blocks, launch
-from gpu_mixmatch.types import AugmentPolicy, LamMode, MixMode
+from gpu_mixmatch.types import AugmentPolicy, DrawPlan
 
 _BLOCK = 32
-_LARGEST = 2**30  # positions and the grid that they are shuffled on are int32
 _SHIFT = tl.constexpr(int(sampling.Purpose.SHIFT))
 _ZOOM = tl.constexpr(int(sampling.Purpose.ZOOM))
 _LAM = tl.constexpr(int(sampling.Purpose.LAM))
@@ -25,7 +24,7 @@ _SHUFFLE = tl.constexpr(int(sampling.Purpose.SHUFFLE))
 
 @triton.jit
 def _encrypt(position, num_rows, num_columns, num_rounds, view, seed, step, MOST: tl.constexpr):
-    """Send each position through the Feistel network of `sampling._bijection`."""
+    """Send each position through the Feistel network of `sampling.shuffle.bijection`."""
     row = position // num_columns
     column = position % num_columns
     purpose = view * 256 + _SHUFFLE
@@ -65,6 +64,41 @@ def _folded_beta(word, beta_ptr, DEGREE: tl.constexpr, OF_POWER: tl.constexpr):
     for number in tl.static_range(DEGREE):
         ratio = ratio * variable + tl.load(beta_ptr + 2 + DEGREE - number)
     return tl.minimum(tl.maximum(one - power * ratio, 0.5), 1.0).to(tl.float32)
+
+
+@triton.jit
+def _counters(row, mask, ids_x_ptr, ids_u_ptr, num_x, num_u):
+    """Low and high word of each row's sample id, and its view · 256: x is view 0, u 1..K."""
+    labelled = row < num_x
+    unlabelled = tl.maximum(row - num_x, 0)
+    position = tl.where(labelled, row, unlabelled % tl.maximum(num_u, 1))
+    view = tl.where(labelled, 0, 1 + unlabelled // tl.maximum(num_u, 1))
+    sample = position.to(tl.int64)
+    if ids_x_ptr is not None:
+        ids = tl.load(ids_x_ptr + position, mask=mask & labelled, other=0)
+        sample = tl.where(labelled, ids, sample)
+    if ids_u_ptr is not None:
+        ids = tl.load(ids_u_ptr + position, mask=mask & (row >= num_x), other=0)
+        sample = tl.where(labelled, sample, ids)
+    return sample.to(tl.uint32), (sample >> 32).to(tl.uint32), view.to(tl.uint32) * 256
+
+
+@triton.jit
+def _store_cuts(
+    zoom_ptr, row, mask, seed, low, high, step, purpose, least, count, HAS_ZOOM: tl.constexpr
+):
+    """Store the pixels that the zoom cuts off each side: ``least`` and up to ``count`` - 1 more."""
+    if HAS_ZOOM:
+        word_0, word_1, word_2, word_3 = tl.philox(seed, low, high, step, purpose + _ZOOM)
+    else:
+        word_0 = tl.zeros_like(low)
+        word_1, word_2, word_3 = word_0, word_0, word_0
+    bound = tl.zeros_like(low) + count.to(tl.uint32)
+    cuts_ptr = zoom_ptr + row * 4
+    tl.store(cuts_ptr, least + tl.umulhi(word_0, bound).to(tl.int32), mask=mask)
+    tl.store(cuts_ptr + 1, least + tl.umulhi(word_1, bound).to(tl.int32), mask=mask)
+    tl.store(cuts_ptr + 2, least + tl.umulhi(word_2, bound).to(tl.int32), mask=mask)
+    tl.store(cuts_ptr + 3, least + tl.umulhi(word_3, bound).to(tl.int32), mask=mask)
 
 
 _RUNTIME = [  # a value of 1 or a multiple of 16 must not make another kernel
@@ -121,58 +155,34 @@ def draw_kernel(
     seed = seed.to(tl.int64)
     step = tl.zeros([BLOCK], tl.int64) + step.to(tl.int64)
     step = step.to(tl.uint32)
-
-    # the sample and its view: x is view 0, u follows as views 1..K
-    labelled = row < num_x
-    unlabelled = tl.maximum(row - num_x, 0)
-    position = tl.where(labelled, row, unlabelled % tl.maximum(num_u, 1))
-    view = tl.where(labelled, 0, 1 + unlabelled // tl.maximum(num_u, 1))
-    sample = position.to(tl.int64)
-    if ids_x_ptr is not None:
-        ids = tl.load(ids_x_ptr + position, mask=mask & labelled, other=0)
-        sample = tl.where(labelled, ids, sample)
-    if ids_u_ptr is not None:
-        ids = tl.load(ids_u_ptr + position, mask=mask & (row >= num_x), other=0)
-        sample = tl.where(labelled, sample, ids)
-    low = sample.to(tl.uint32)
-    high = (sample >> 32).to(tl.uint32)
-    purpose = view.to(tl.uint32) * 256
+    low, high, purpose = _counters(row, mask, ids_x_ptr, ids_u_ptr, num_x, num_u)
 
     if HAS_POLICY:
-        word_0, word_1, word_2, word_3 = tl.philox(seed, low, high, step, purpose + _SHIFT)
+        words = tl.philox(seed, low, high, step, purpose + _SHIFT)
         bound = tl.zeros([BLOCK], tl.uint32) + num_offsets.to(tl.uint32)
-        tl.store(top_ptr + row, tl.umulhi(word_0, bound).to(tl.int32), mask=mask)
-        tl.store(left_ptr + row, tl.umulhi(word_1, bound).to(tl.int32), mask=mask)
-        flipped = (word_2 >> 8).to(tl.int32) < flips_below
+        tl.store(top_ptr + row, tl.umulhi(words[0], bound).to(tl.int32), mask=mask)
+        tl.store(left_ptr + row, tl.umulhi(words[1], bound).to(tl.int32), mask=mask)
+        flipped = (words[2] >> 8).to(tl.int32) < flips_below
         tl.store(flip_ptr + row, flipped.to(tl.int32), mask=mask)
-        uniform = (word_3 >> 8).to(tl.float32) * (1.0 / (1 << 24))
+        uniform = (words[3] >> 8).to(tl.float32) * (1.0 / (1 << 24))
         tl.store(sigma_ptr + row, least_sigma + sigma_range * uniform, mask=mask)
-        if HAS_ZOOM:
-            word_0, word_1, word_2, word_3 = tl.philox(seed, low, high, step, purpose + _ZOOM)
-        else:
-            word_0 = tl.zeros([BLOCK], tl.uint32)
-            word_1, word_2, word_3 = word_0, word_0, word_0
-        bound = tl.zeros([BLOCK], tl.uint32) + num_zooms.to(tl.uint32)
-        zoom = zoom_ptr + row * 4
-        tl.store(zoom, least_zoom + tl.umulhi(word_0, bound).to(tl.int32), mask=mask)
-        tl.store(zoom + 1, least_zoom + tl.umulhi(word_1, bound).to(tl.int32), mask=mask)
-        tl.store(zoom + 2, least_zoom + tl.umulhi(word_2, bound).to(tl.int32), mask=mask)
-        tl.store(zoom + 3, least_zoom + tl.umulhi(word_3, bound).to(tl.int32), mask=mask)
+        _store_cuts(
+            zoom_ptr, row, mask, seed, low, high, step, purpose, least_zoom, num_zooms, HAS_ZOOM
+        )
 
     # two parts of rows, each mixed within itself or, without rounds, not at all
     first = row < boundary
-    start = tl.where(first, 0, boundary)
     num_rounds = tl.where(first, num_rounds_0, num_rounds_1)
     mixed = mask & (num_rounds > 0)
     index = row
     lam = tl.full([BLOCK], 1.0, tl.float32)
     if MOST_ROUNDS > 0:
         if LAM_PER_BATCH:
-            none = tl.zeros([BLOCK], tl.uint32)
-            word, _, _, _ = tl.philox(seed, none, none, step, none + _LAM)
-        else:
-            word, _, _, _ = tl.philox(seed, low, high, step, purpose + _LAM)
-        lam = tl.where(mixed, _folded_beta(word, beta_ptr, DEGREE, OF_POWER), lam)
+            low = tl.zeros([BLOCK], tl.uint32)
+            high, purpose = low, low
+        words = tl.philox(seed, low, high, step, purpose + _LAM)
+        lam = tl.where(mixed, _folded_beta(words[0], beta_ptr, DEGREE, OF_POWER), lam)
+        start = tl.where(first, 0, boundary)
         length = tl.where(first, boundary, num_rows - boundary)
         grid_rows = tl.where(first, grid_rows_0, grid_rows_1)
         grid_columns = tl.where(first, grid_columns_0, grid_columns_1)
@@ -194,35 +204,27 @@ def draw_kernel(
 
 
 def draw_batch(
-    key: Tensor | tuple[int, int],
+    key: Tensor | tuple[int, int | Tensor],
     ids_x: Tensor | int,
     ids_u: Tensor | int,
-    *,
-    num_augmentations: int,
-    policy: AugmentPolicy | None,
-    alpha: float,
-    lam: LamMode,
-    mix: MixMode,
-    device: torch.device,
-) -> Tensor:
+    plan: DrawPlan,
+    out: Tensor,
+) -> None:
     num_x, num_u = (ids if isinstance(ids, int) else len(ids) for ids in (ids_x, ids_u))
-    num_rows = num_x + num_augmentations * num_u
-    if num_rows > _LARGEST:
-        raise ValueError(f"a batch must have at most {_LARGEST} rows, got {num_rows}")
-    words = sampling.words_per_row(with_augment=policy is not None)
-    packed = torch.empty(words * num_rows, dtype=torch.int32, device=device)
-    augment, mixup = sampling.unpack(packed, num_rows, with_augment=policy is not None)
+    num_rows, device = num_x + plan.num_augmentations * num_u, out.device
+    augment, mixup = sampling.unpack(out, num_rows, with_augment=plan.policy is not None)
     parts = {
-        start: (stop - start) for _, start, stop in sampling.shuffled_parts(num_rows, num_x, mix)
+        start: (stop - start)
+        for _, start, stop in sampling.shuffled_parts(num_rows, num_x, plan.mix)
     }
-    boundary = num_rows if mix == "all" else num_x
+    boundary = num_rows if plan.mix == "all" else num_x
     grids = [
         sampling.shuffle_grid(parts[start]) if parts.get(start) else (1, 1, 0)
         for start in (0, boundary)
     ]
-    degree, of_power, beta = _beta(alpha, device)
+    degree, of_power, beta = _beta(plan.alpha, device)
     seed, step = (0, 0) if isinstance(key, Tensor) else key
-    padding, (least_zoom, most_zoom), flip, sigmas = policy or AugmentPolicy()
+    padding, (least_zoom, most_zoom), flip, sigmas = plan.policy or AugmentPolicy()
     low, high = sigmas or (0.0, 0.0)
     launch(
         draw_kernel,
@@ -230,7 +232,7 @@ def draw_batch(
         device,
         key if isinstance(key, Tensor) else None,
         seed,
-        step,
+        int(step),
         *(_on_device(ids, device) for ids in (ids_x, ids_u)),
         beta,
         mixup.index,
@@ -251,13 +253,12 @@ def draw_batch(
         MOST_ROUNDS=max(grids[0][2], grids[1][2]),
         DEGREE=degree,
         OF_POWER=of_power,
-        LAM_PER_BATCH=lam == "batch",
-        HAS_POLICY=policy is not None,
+        LAM_PER_BATCH=plan.lam == "batch",
+        HAS_POLICY=plan.policy is not None,
         HAS_ZOOM=most_zoom > 0,
         BLOCK=_BLOCK,
         num_warps=1,
     )
-    return packed
 
 
 @lru_cache(maxsize=16)

@@ -6,18 +6,15 @@ K views of an image get the same row. With ``mixup`` each row is blended with it
 
 from functools import lru_cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gpu_mixmatch.impl.triton.launch import blocks, launch
-from gpu_mixmatch.types import MixUpParams
+from gpu_mixmatch.types import MOST_CLASSES, MixUpParams
 
-MOST_CLASSES = 2**16
-_NOTHING = tl.constexpr(
-    -1e30
-)  # the logarithm of no probability; finite, so that no NaN comes of it
+# the logarithm of no probability; finite, so that no NaN comes of it
+_NOTHING = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -123,11 +120,8 @@ def guess_labels_kernel(
     tl.store(out_ptr + row.to(tl.int64) * num_classes + cls, targets, mask=mask)
 
 
-def guess_labels(logits: Tensor, temperature: float) -> Tensor:
-    _, num_images, num_classes = logits.shape
-    out = torch.empty((num_images, num_classes), dtype=torch.float32, device=logits.device)
+def guess_labels(logits: Tensor, temperature: float, out: Tensor) -> None:
     _launch(None, logits, temperature, 0.0, None, out)
-    return out
 
 
 def batch_targets(
@@ -150,11 +144,6 @@ def _launch(
     out: Tensor,
 ) -> None:
     num_rows, num_classes = out.shape
-    if num_classes > MOST_CLASSES:
-        raise ValueError(
-            f'logits must have at most {MOST_CLASSES} classes for impl="triton", '
-            f'got {num_classes}; use impl="eager"'
-        )
     num_views, num_images, _ = logits.shape
     classes, rows, num_warps = row_tile(num_classes)
     soft = y is not None and y.dim() == 2
@@ -186,7 +175,16 @@ def _launch(
 
 @lru_cache(maxsize=64)
 def row_tile(num_classes: int) -> tuple[int, int, int]:
-    """Columns, rows and warps of a tile that holds whole rows of classes."""
+    """Columns, rows and warps of a tile that holds whole rows of classes.
+
+    Raises:
+        ValueError: If there are too many classes for one.
+    """
+    if num_classes > MOST_CLASSES:
+        raise ValueError(
+            f'logits must have at most {MOST_CLASSES} classes for impl="triton", '
+            f'got {num_classes}; use impl="eager"'
+        )
     columns = max(triton.next_power_of_2(num_classes), 2)
     rows = max(1, 128 // columns)  # twice as many would not fit into a warp's registers
     return columns, rows, min(max(rows * columns // 256, 1), 16)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpu_mixmatch.impl.triton.guess_labels import MOST_CLASSES, row_tile
+from gpu_mixmatch.impl.triton.guess_labels import row_tile
 from gpu_mixmatch.impl.triton.launch import blocks, launch
 
 
@@ -142,20 +142,20 @@ def mixmatch_loss_backward_kernel(
 
 
 def mixmatch_loss(
-    logits: Tensor, targets: Tensor, num_labelled: int, weight_u: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    loss, loss_x, loss_u = (torch.empty((), dtype=wide, device=logits.device) for _ in range(3))
-    classes, rows, num_warps = _tile(logits)
+    logits: Tensor,
+    targets: Tensor,
+    num_labelled: int,
+    weight_u: Tensor,
+    out: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    classes, rows, num_warps = row_tile(logits.shape[1])
     programs = max(blocks(len(logits), rows), 1)
-    sums = torch.empty((2, programs), dtype=wide, device=logits.device)
+    sums = torch.empty((2, programs), dtype=out[0].dtype, device=logits.device)
     launch(
         mixmatch_loss_kernel,
         programs,
         logits.device,
-        loss,
-        loss_x,
-        loss_u,
+        *out,
         sums,
         _arrived(logits.device, _stream(logits.device)),
         *_arguments(logits, targets, num_labelled, weight_u),
@@ -164,7 +164,6 @@ def mixmatch_loss(
         SUMS=128,
         num_warps=num_warps,
     )
-    return loss, loss_x, loss_u
 
 
 def mixmatch_loss_backward(
@@ -173,31 +172,20 @@ def mixmatch_loss_backward(
     targets: Tensor,
     num_labelled: int,
     weight_u: Tensor,
-) -> Tensor:
-    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    classes, rows, num_warps = _tile(logits)
+    out: Tensor,
+) -> None:
+    classes, rows, num_warps = row_tile(logits.shape[1])
     launch(
         mixmatch_loss_backward_kernel,
         blocks(len(logits), rows),
         logits.device,
-        grad_logits,
+        out,
         *grads,
         *_arguments(logits, targets, num_labelled, weight_u),
         ROWS=rows,
         CLASSES=classes,
         num_warps=num_warps,
     )
-    return grad_logits
-
-
-def _tile(logits: Tensor) -> tuple[int, int, int]:
-    num_classes = logits.shape[1]
-    if num_classes > MOST_CLASSES:
-        raise ValueError(
-            f'logits must have at most {MOST_CLASSES} classes for impl="triton", '
-            f'got {num_classes}; use impl="eager"'
-        )
-    return row_tile(num_classes)
 
 
 def _arguments(

@@ -12,12 +12,12 @@ _CLASSES = 128  # targets per turn of the first program of a row
 
 
 @triton.jit
-def _blend(out_ptr, rows_ptr, row, partner, to, lam, length, offs):
+def _blend(out_ptr, rows_ptr, row, partner, lam, length, offs):
     mask = offs < length
     mine = tl.load(rows_ptr + row * length + offs, mask=mask, other=0.0).to(tl.float32)
     theirs = tl.load(rows_ptr + partner * length + offs, mask=mask, other=0.0).to(tl.float32)
     mixed = theirs + lam * (mine - theirs)
-    tl.store(out_ptr + to * length + offs, mixed.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + row * length + offs, mixed.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -28,7 +28,6 @@ def mixup_kernel(
     targets_ptr,
     lam_ptr,
     index_ptr,
-    order_ptr,
     num_values,
     num_classes,
     num_blocks,
@@ -40,24 +39,16 @@ def mixup_kernel(
     block = program % num_blocks
     lam = tl.load(lam_ptr + row)
     partner = tl.load(index_ptr + row)
-    to = row
-    if order_ptr is not None:
-        to = tl.load(order_ptr + row)
     offs = block * BLOCK + tl.arange(0, BLOCK)
-    _blend(out_ptr, inputs_ptr, row, partner, to, lam, num_values, offs)
-    if block == 0:  # targets stay in batch order
+    _blend(out_ptr, inputs_ptr, row, partner, lam, num_values, offs)
+    if block == 0:
         for start in range(0, num_classes, CLASSES):
             cls = start + tl.arange(0, CLASSES)
-            _blend(mixed_targets_ptr, targets_ptr, row, partner, row, lam, num_classes, cls)
+            _blend(mixed_targets_ptr, targets_ptr, row, partner, lam, num_classes, cls)
 
 
 def mixup(
-    inputs: Tensor,
-    targets: Tensor,
-    params: MixUpParams,
-    out: Tensor,
-    mixed_targets: Tensor,
-    order: Tensor | None = None,
+    inputs: Tensor, targets: Tensor, params: MixUpParams, out: Tensor, mixed_targets: Tensor
 ) -> None:
     num_rows = len(inputs)
     num_values = inputs[0].numel() if num_rows else 0
@@ -72,7 +63,6 @@ def mixup(
         targets,
         params.lam,
         params.index,
-        order,
         num_values,
         targets.shape[1],
         num_blocks,

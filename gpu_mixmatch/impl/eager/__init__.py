@@ -1,0 +1,31 @@
+"""The operations in plain torch, on any device: the specification that the others are held to.
+
+One file for each operation, by the name that it has in every implementation. Nothing here reads a
+value back from the device or branches on one, so that all of it runs on CUDA without waiting.
+"""
+
+from gpu_mixmatch.impl.eager.augment import augment
+from gpu_mixmatch.impl.eager.draw import draw_batch
+from gpu_mixmatch.impl.eager.guess_labels import batch_targets, guess_labels, sharpen
+from gpu_mixmatch.impl.eager.interleave import interleave
+from gpu_mixmatch.impl.eager.mixmatch_loss import (
+    linear_rampup,
+    mixmatch_loss,
+    mixmatch_loss_backward,
+    mixmatch_losses,
+)
+from gpu_mixmatch.impl.eager.mixup import mixup
+
+__all__ = [
+    "augment",
+    "batch_targets",
+    "draw_batch",
+    "guess_labels",
+    "interleave",
+    "linear_rampup",
+    "mixmatch_loss",
+    "mixmatch_loss_backward",
+    "mixmatch_losses",
+    "mixup",
+    "sharpen",
+]

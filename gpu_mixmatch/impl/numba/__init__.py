@@ -1,0 +1,24 @@
+"""The operations compiled for CPUs by Numba; what gains nothing by that is eager's.
+
+Plain torch makes a pass over memory per operation, compiled loops one in all.
+"""
+
+from gpu_mixmatch.impl.eager import (
+    batch_targets,
+    draw_batch,
+    guess_labels,
+    mixmatch_loss,
+    mixmatch_loss_backward,
+)
+from gpu_mixmatch.impl.numba.augment import augment
+from gpu_mixmatch.impl.numba.mixup import mixup
+
+__all__ = [
+    "augment",
+    "batch_targets",
+    "draw_batch",
+    "guess_labels",
+    "mixmatch_loss",
+    "mixmatch_loss_backward",
+    "mixup",
+]
