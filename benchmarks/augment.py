@@ -9,17 +9,17 @@ implementation on the same draws, peers for drawing the right views evenly. Then
 import contextlib
 from collections.abc import Callable
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from benchmarks.common import (
     Contender,
-    Report,
     Row,
     Settings,
     Skipped,
+    Tell,
     cpu_threads,
     implementations,
     main,
@@ -27,10 +27,10 @@ from benchmarks.common import (
     skipped_row,
     timed_rows,
 )
-from benchmarks.peers import MEAN, PEERS, SKETCH_PEERS, STD, VIEWS, BuildViews, Images, Peer
+from benchmarks.peers import MEAN, NUM_VIEWS, PEERS, SKETCH_PEERS, STD, BuildViews, Images, Peer
 from gpu_mixmatch import DaliAugment, WeakAugment, functional
 from gpu_mixmatch._buffers import Workspace
-from gpu_mixmatch.types import AugmentParams, AugmentPolicy, DrawPlan
+from gpu_mixmatch.types import AugmentParams, AugmentPolicy, DrawPlan, MixUpParams
 
 BLUR = (0.1, 3.0)
 EXACT = 2e-4  # of equal draws: a fiftieth of a grey level
@@ -38,11 +38,11 @@ CHECKED_AT = 32  # pixels
 NOTE_DYNAMIC = "our draws as arguments per sample"
 
 
-def policy_for(name: str, size: int) -> AugmentPolicy:
-    """Return one of the three policies for images of a size."""
-    if name == "zoom, flip, blur":
+def policy_for(effects: str, size: int) -> AugmentPolicy:
+    """Return the policy of some effects for images of a size."""
+    if effects == "zoom, flip, blur":
         return AugmentPolicy(0, (0, 16), 0.5, (0.0, 3.0))
-    return AugmentPolicy(size // 8, (0, 0), 0.5, BLUR if "blur" in name else None)
+    return AugmentPolicy(size // 8, (0, 0), 0.5, BLUR if "blur" in effects else None)
 
 
 def make_images(size: int, batch: int, device: torch.device, seed: int = 0) -> Images:
@@ -69,17 +69,28 @@ def weak(policy: AugmentPolicy, impl: str, dtype: torch.dtype = torch.float32) -
     )
 
 
-def draws_of(augment: WeakAugment, images: Images, step: int) -> AugmentParams:
-    """Draw a batch's augmentations where they are needed."""
-    params, _ = functional.draw_batch(
+def draw_batch(
+    images: Images,
+    step: int,
+    policy: AugmentPolicy | None,
+    impl: str,
+    mix: Literal["all", "none"] = "all",
+) -> tuple[AugmentParams | None, MixUpParams]:
+    """Draw a batch's augmentations, if there is a policy, and its mixing, where they are needed."""
+    return functional.draw_batch(
         0,
         torch.tensor(step),
         len(images.x),
         len(images.u),
-        DrawPlan(VIEWS, augment.policy, mix="none"),
+        DrawPlan(NUM_VIEWS, policy, mix=mix),
         device=images.x.device,
-        impl=augment.impl,
+        impl=impl,  # type: ignore[arg-type]
     )
+
+
+def draws_of(augment: WeakAugment, images: Images, step: int) -> AugmentParams:
+    """Draw a batch's augmentations alone."""
+    params, _ = draw_batch(images, step, augment.policy, augment.impl, "none")
     assert params is not None
     return params
 
@@ -93,7 +104,7 @@ def ours(
 
     def build() -> tuple[AugmentParams, Tensor]:
         draws = draws_of(augment, images, next(steps))
-        return draws, augment.build(*images, draws, VIEWS, workspace)
+        return draws, augment.build(*images, draws, NUM_VIEWS, workspace)
 
     return build
 
@@ -106,8 +117,8 @@ def dali_dynamic(
     engine, steps = DaliAugment(weak(policy, "eager")), count()
 
     def build() -> tuple[AugmentParams, Tensor]:
-        draws = engine.draw_batch(0, next(steps), len(images.x), len(images.u), VIEWS)
-        return draws, engine.build(*images, draws, VIEWS)
+        draws = engine.draw_batch(0, next(steps), len(images.x), len(images.u), NUM_VIEWS)
+        return draws, engine.build(*images, draws, NUM_VIEWS)
 
     return build
 
@@ -130,13 +141,13 @@ def check_peer(peer: Peer, device: torch.device, policy: AugmentPolicy) -> None:
     images = make_images(CHECKED_AT, 64, device, seed=1)
     still = policy._replace(blur_sigma=(1.0, 1.0) if policy.blur_sigma else None)
     views = peer.make(images, still, 1)().cpu()
-    if views.shape != (images.views, 3, CHECKED_AT, CHECKED_AT) or views.dtype != torch.float32:
+    if views.shape != (images.num_rows, 3, CHECKED_AT, CHECKED_AT) or views.dtype != torch.float32:
         raise ValueError(f"{peer.name}: views must be float32 rows, got {list(views.shape)}")
     tolerance = peer.tolerance if policy.blur_sigma else 1e-4
     # blurred candidates cost more: every eighth view will do
-    checked = range(0, images.views, 8 if policy.blur_sigma else 1)
+    checked = range(0, images.num_rows, 8 if policy.blur_sigma else 1)
     found = []
-    sources = images.rows()
+    sources = images.sources()
     for row in checked:
         candidates, draws = _all_views(sources[row], still)
         distance = (candidates - views[row]).abs().amax(dim=(1, 2, 3))
@@ -164,7 +175,7 @@ def _check_even(peer: Peer, draws: Tensor, num_offsets: int) -> None:
     """Raise if tops, lefts or flips ``[n, 3]`` are not evenly drawn."""
     if peer.draws == "batch":
         # x and each view of u are calls of their own
-        if any(len(part.unique(dim=0)) != 1 for part in draws.chunk(1 + VIEWS)):
+        if any(len(part.unique(dim=0)) != 1 for part in draws.chunk(1 + NUM_VIEWS)):
             raise ValueError(f"{peer.name}: images of a call must share their draw")
         return
     for name, values, bins in (
@@ -190,8 +201,8 @@ def check_sketch(peer: Peer, device: torch.device, policy: AugmentPolicy) -> Non
     """Raise if the mean grey level of a sketch's views is not that of their images."""
     images = make_images(CHECKED_AT, 64, device, seed=1)
     views = peer.make(images, policy, 1)().cpu()
-    expected = torch.stack(images.rows()).float().mean() / 255 / STD - MEAN / STD
-    if views.shape[0] != images.views or abs(float(views.mean() - expected)) > 0.03:
+    expected = torch.stack(images.sources()).float().mean() / 255 / STD - MEAN / STD
+    if views.shape[0] != images.num_rows or abs(float(views.mean() - expected)) > 0.03:
         raise ValueError(f"{peer.name}: views must keep the mean {float(expected):.3f}")
 
 
@@ -221,9 +232,9 @@ def contenders(
     return found, skipped
 
 
-def check_all(device: torch.device, name: str, peers: tuple[Peer, ...]) -> None:
-    """Check whatever can run here for a policy."""
-    policy = policy_for(name, CHECKED_AT)
+def check_all(device: torch.device, effects: str, peers: tuple[Peer, ...]) -> None:
+    """Check whatever can run here for some effects."""
+    policy = policy_for(effects, CHECKED_AT)
     images = make_images(CHECKED_AT, 8, device, seed=1)
     for impl in implementations(device):
         for reuse in (False, True):
@@ -238,37 +249,42 @@ def check_all(device: torch.device, name: str, peers: tuple[Peer, ...]) -> None:
 
 
 def cases(settings: Settings) -> list[tuple[str, int, int, tuple[Peer, ...]]]:
-    """Policy, size, images per part, and peers of each case."""
+    """Effects, size, images per part, and peers of each case."""
     if settings.quick:
         sizes = [(32, 8)]
     else:
         sizes = [(32, 64), (96, 64), (224, 64 if settings.is_cuda else 16)]
     plain = [
-        (name, size, batch, PEERS)
-        for name in ("shift, flip", "shift, flip, blur")
+        (effects, size, batch, PEERS)
+        for effects in ("shift, flip", "shift, flip, blur")
         for size, batch in sizes
     ]
     sketch = [("zoom, flip, blur", size, batch, SKETCH_PEERS) for size, batch in sizes[:2]]
     return plain + sketch
 
 
-def run(settings: Settings, report: Report) -> list[Row]:
+def run(settings: Settings, tell: Tell) -> list[Row]:
     """Check, then time all cases."""
     rows = []
     checked = set()
-    for name, size, batch, peers in cases(settings):
-        if name not in checked:
-            report(f"checking {name}")
+    for effects, size, batch, peers in cases(settings):
+        if effects not in checked:
+            tell(f"checking {effects}")
             with cpu_threads(1), torch.random.fork_rng(devices=[]):
-                check_all(settings.device, name, peers)
-            checked.add(name)
-        case = f"{name}, {size} px, {batch} + {batch}"
+                check_all(settings.device, effects, peers)
+            checked.add(effects)
+        case = f"{effects}, {size} px, {batch} + {batch}"
         for threads in settings.threads:
-            report(f"{case}, {threads} threads")
+            tell(f"{case}, {threads} threads")
             with cpu_threads(threads), torch.random.fork_rng(devices=[]):
                 images = make_images(size, batch, settings.device)
-                found, skipped = contenders(images, policy_for(name, size), peers, threads, case)
-                fields = {"policy": name, "size": size, "batch": batch, "views": images.views}
+                found, skipped = contenders(images, policy_for(effects, size), peers, threads, case)
+                fields = {
+                    "effects": effects,
+                    "size": size,
+                    "batch": batch,
+                    "num_rows": images.num_rows,
+                }
                 rows += timed_rows(case, found, settings, threads, **fields)
                 rows += [row | fields for row in skipped]
     return rows

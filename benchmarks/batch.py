@@ -23,22 +23,21 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 from benchmarks.augment import policy_for, weak
 from benchmarks.common import (
     Contender,
-    Report,
     Row,
     Settings,
     Skipped,
+    Tell,
     cpu_threads,
     implementations,
     main,
     need,
     skipped_row,
-    summary,
     timed_rows,
 )
 from benchmarks.peers import (
     MEAN,
+    NUM_VIEWS,
     STD,
-    VIEWS,
     Mixed,
     kornia_module,
     usb_step,
@@ -48,13 +47,14 @@ from benchmarks.peers import (
 )
 from gpu_mixmatch import (
     MixMatch,
+    MixMatchLoss,
     ResidentLoader,
     SemiSupervisedLoader,
     capture,
     collate,
     functional,
 )
-from gpu_mixmatch.cli.bench import fixed_logits, time_training_step
+from gpu_mixmatch._timing import fixed_logits, time_training_step
 from gpu_mixmatch.recipes.models import build_model
 from gpu_mixmatch.types import AugmentPolicy, MixUpParams
 
@@ -226,7 +226,7 @@ def _per_sample_loop(
     generator = np.random.default_rng(0)
     transform = partial(view, generator=generator, padding=policy.padding)
     labels = data.labels.tolist()
-    labelled, unlabelled = (TwoViews(rows, labels, transform, views) for views in (1, VIEWS))
+    labelled, unlabelled = (TwoViews(rows, labels, transform, views) for views in (1, NUM_VIEWS))
     loaders = _loader(labelled, batch, None), _loader(unlabelled, batch, None)
     batches = zip(*map(iter, loaders), strict=True)
     guess = guess_for(batch, device)
@@ -251,7 +251,7 @@ def kornia_loop(
     def call() -> Mixed:
         (x, y), (u, _) = next(batches)
         x, u = x.to(device), u.to(device)
-        x, *views = module(torch.cat([x, *[u] * VIEWS]).float() / 255).split(batch)
+        x, *views = module(torch.cat([x, *[u] * NUM_VIEWS]).float() / 255).split(batch)
         return yu1ut_step(x, y.to(device), views, guess, generator)
 
     return call
@@ -364,7 +364,7 @@ def device_work(call: Callable[[], Any], device: torch.device) -> Row:
     """
     if device.type == "cuda":
         return _profiled(call)
-    from tests.launch_counter import LaunchCounter
+    from benchmarks.launch_counter import LaunchCounter
 
     # torch does not know autocast of the fake device
     with mock.patch.object(torch, "is_autocast_enabled", return_value=False):
@@ -406,18 +406,18 @@ def count_rows(settings: Settings, size: int, batch: int) -> list[Row]:
     """Count the launches of each loop, with and without blur."""
     device = settings.device if settings.is_cuda else torch.device("meta")
     rows = []
-    for name in ("shift, flip", "shift, flip, blur"):
-        case = f"launches, {name}, {size} px, {batch} + {batch}"
+    for effects in ("shift, flip", "shift, flip, blur"):
+        case = f"launches, {effects}, {size} px, {batch} + {batch}"
         # on the CPU: the kernels are counted by tests, where they are launched
         known = loops(device) if settings.is_cuda else loops(torch.device("cpu"))
         for loop in known:
             if not loop.counted or (not settings.is_cuda and "numba" in loop.name):
                 continue
-            if "blur" in name and loop.name in ("YU1ut's loop", "USB's loop"):
+            if "blur" in effects and loop.name in ("YU1ut's loop", "USB's loop"):
                 continue
             row: Row = {"case": case, "contender": loop.name, "threads": 1, "note": loop.note}
             try:
-                policy = policy_for(name, size)
+                policy = policy_for(effects, size)
                 call = loop.make(make_data(size, 2 * batch), batch, policy, device)
                 rows.append(row | device_work(call, device))
             except Skipped as reason:
@@ -443,7 +443,9 @@ def step_rows(settings: Settings) -> list[Row]:
             rows += timed_rows(case, [builder], settings, threads)
         torch.manual_seed(0)
         model = build_model("wrn-28-2", NUM_CLASSES, 3)
-        timing = summary([time_training_step(model, mixmatch, (x, y, u))])
+        timing = time_training_step(
+            model, lambda model: mixmatch(x, y, u, model), MixMatchLoss(), device
+        )
     rows.append(
         {"case": case, "contender": "whole step", "threads": threads, "note": f"with {impl}"}
         | timing._asdict()
@@ -460,12 +462,12 @@ def cases(settings: Settings) -> list[tuple[int, int]]:
     return [(32, 64), (96, 64), (224, 64 if settings.is_cuda else 16)]
 
 
-def run(settings: Settings, report: Report) -> list[Row]:
+def run(settings: Settings, tell: Tell) -> list[Row]:
     """Check, time, count, and put it beside a training step."""
     rows = []
     device = settings.device
     with torch.random.fork_rng(devices=[]):
-        report("checking")
+        tell("checking")
         for step in (yu1ut_step, usb_step):
             check_step(step)
         for loop in loops(device):
@@ -473,12 +475,12 @@ def run(settings: Settings, report: Report) -> list[Row]:
                 check_loop(loop, device)
         for size, batch in cases(settings):
             for threads in settings.threads:
-                report(f"{size} px, {threads} threads")
+                tell(f"{size} px, {threads} threads")
                 with cpu_threads(threads):
                     rows += _timed_case(settings, size, batch, threads)
-        report("launches")
+        tell("launches")
         rows += count_rows(settings, *cases(settings)[0])
-        report("training step of WRN-28-2")
+        tell("training step of WRN-28-2")
         rows += step_rows(settings)
     return rows
 
@@ -498,7 +500,7 @@ def _timed_case(settings: Settings, size: int, batch: int, threads: int) -> list
             faults = faults_per_call(call, 4 if settings.quick else 30)
             extras["faults_per_batch"] = round(faults, 2)
         contenders.append(Contender(loop.name, call, loop.note, extras))
-    fields = {"size": size, "batch": batch, "views": (1 + VIEWS) * batch}
+    fields = {"size": size, "batch": batch, "num_rows": (1 + NUM_VIEWS) * batch}
     return timed_rows(case, contenders, settings, threads, **fields) + rows
 
 

@@ -1,62 +1,41 @@
-"""What the suites share: contenders timed side by side, the machine's description, the table.
-
-Contenders of a case take turns in one process, so that a busy machine disturbs all of them alike:
-a round gives each a block of calls, long enough for caches to settle; its time is the block's
-divided by the calls. On CUDA a block lies between two events, and the device is waited for.
-"""
+"""What the suites share: contenders timed side by side, the machine's description, the table."""
 
 import argparse
-import datetime
-import importlib.metadata
 import importlib.util
-import os
-import platform
-import re
 import shlex
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from benchmarks import schema
-from gpu_mixmatch import __version__
+from gpu_mixmatch import __version__, _machine
+from gpu_mixmatch._timing import Timing, in_turns
 from gpu_mixmatch.impl import implementation
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / __version__
-DALI_DISTRIBUTIONS = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 Row = dict[str, Any]
 CASE_FIELDS = (
-    "policy",
+    "effects",
     "size",
     "batch",
-    "views",
+    "num_rows",
     "sweep",
     "at",
-    "k",
+    "num_views",
     "classes",
 )  # what a case is; tables of it leave them out
 
 
 class Skipped(Exception):  # noqa: N818 - it is no fault
     """A contender cannot run here; the message is the reason."""
-
-
-class Timing(NamedTuple):
-    """Time per call over some blocks, in milliseconds: the quartiles and the median."""
-
-    low_ms: float
-    median_ms: float
-    high_ms: float
-    blocks: int
 
 
 @dataclass
@@ -102,8 +81,8 @@ class Settings:
         return self.device.type == "cuda"
 
 
-Report = Callable[[str], None]
-Suite = Callable[[Settings, Report], list[Row]]
+Tell = Callable[[str], None]
+Suite = Callable[[Settings, Tell], list[Row]]
 
 
 def quick_settings(device: torch.device) -> Settings:
@@ -111,23 +90,19 @@ def quick_settings(device: torch.device) -> Settings:
     return Settings(device, quick=True, threads=(1,), rounds=2, block_seconds=0.002)
 
 
-def interleaved(contenders: Sequence[Contender], settings: Settings) -> dict[str, Timing]:
-    """Time contenders in turns: warm-up, then rounds of a block each, there and back."""
-    calls = {contender.name: _calls_per_block(contender, settings) for contender in contenders}
-    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    for number in range(settings.rounds):
-        for contender in contenders if number % 2 == 0 else reversed(contenders):
-            seconds = _block(contender, calls[contender.name], settings)
-            times[contender.name].append(1e3 * seconds / calls[contender.name])
-    return {name: summary(values) for name, values in times.items()}
-
-
-def summary(milliseconds: Sequence[float]) -> Timing:
-    """Return the quartiles of times per call."""
-    if len(milliseconds) == 1:
-        return Timing(*milliseconds * 3, 1)
-    low, median, high = statistics.quantiles(milliseconds, n=4, method="inclusive")
-    return Timing(low, median, high, len(milliseconds))
+def time_contenders(contenders: Sequence[Contender], settings: Settings) -> dict[str, Timing]:
+    """Time contenders in turns, as `gpu_mixmatch._timing` does it."""
+    return in_turns(
+        {contender.name: contender.call for contender in contenders},
+        settings.device,
+        rounds=settings.rounds,
+        block_seconds=settings.block_seconds,
+        before_block={
+            contender.name: contender.before_block
+            for contender in contenders
+            if contender.before_block
+        },
+    )
 
 
 def timed_rows(
@@ -140,17 +115,17 @@ def timed_rows(
         contenders: Those that can run here.
         settings: Of the command line.
         threads: Number of CPU threads that are set.
-        fields: Further fields of all rows; ``views`` also gives ``views_per_s``.
+        fields: Further fields of all rows; ``num_rows`` also gives ``views_per_s``.
     """
     rows = []
-    timings = interleaved(contenders, settings)
+    timings = time_contenders(contenders, settings)
     for contender in contenders:
         timing = timings[contender.name]
         row = {"case": case, "contender": contender.name, "threads": threads}
         row |= {"note": contender.note, **fields, **contender.extras}
         row |= {name: _rounded(value) for name, value in timing._asdict().items()}
-        if "views" in row:
-            row["views_per_s"] = _rounded(1e3 * row["views"] / timing.median_ms)
+        if "num_rows" in row:
+            row["views_per_s"] = _rounded(1e3 * row["num_rows"] / timing.median_ms)
         rows.append(row)
     return rows
 
@@ -163,6 +138,29 @@ def skipped_row(case: str, contender: str, threads: int, reason: str, note: str 
         "threads": threads,
         "note": note,
         "skipped": reason,
+    }
+
+
+def goal_row(case: str, name: str, measured: Sequence[float], threads: int, goal: float) -> Row:
+    """Return a row that says whether a goal is met.
+
+    Args:
+        case: What goals belong together.
+        name: Of the goal, with its unit.
+        measured: Lower quartile, median and upper quartile; the median counts.
+        threads: Number of CPU threads.
+        goal: The most where the unit is a time, else the least.
+    """
+    low, median, high = measured
+    met = median <= goal if name.endswith((" us", " s")) else median >= goal
+    return {
+        "case": case,
+        "contender": name,
+        "threads": threads,
+        "note": "met" if met else "not met",
+        "value": _rounded(median),
+        "quartiles": [_rounded(low), _rounded(high)],
+        "goal": goal,
     }
 
 
@@ -191,7 +189,7 @@ def implementations(device: torch.device) -> list[str]:
     return usable
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def torch_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``torch.compile`` of a function.
 
     Raises:
@@ -224,38 +222,15 @@ def settle_heap() -> None:
 
 def header(suite: str, settings: Settings, rows: list[Row]) -> dict[str, Any]:
     """Describe the machine and the versions around a suite's rows."""
-    return {
-        "suite": suite,
-        "command": _command(suite, sys.argv[1:]),
-        "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
-        "machine": machine(settings.device),
-        "cpu": _cpu_name(),
-        "gpu": torch.cuda.get_device_name(settings.device) if settings.is_cuda else None,
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": list(settings.threads),
-        "quick": settings.quick,
-        "device": str(settings.device),
-        "versions": {
-            "gpu_mixmatch": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": _version("numpy"),
-            "kornia": _version("kornia"),
-            "dali": next(filter(None, map(_version, DALI_DISTRIBUTIONS)), None),
-            "triton": _version("triton"),
-            "numba": _version("numba"),
-        },
-        "rows": rows,
-    }
-
-
-def machine(device: torch.device) -> str:
-    """A short name of the machine for file names: "cpu-2c", or the GPU's."""
-    if device.type != "cuda":
-        return f"cpu-{len(os.sched_getaffinity(0))}c"
-    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower())
-    return name.strip("-")
+    described = _machine.header(
+        suite,
+        _command(suite, sys.argv[1:]),
+        settings.device,
+        settings.threads,
+        commit=commit(),
+        quick=settings.quick,
+    )
+    return described | {"rows": rows}
 
 
 def main(suite: str, run: Suite, description: str | None) -> None:
@@ -267,10 +242,10 @@ def main(suite: str, run: Suite, description: str | None) -> None:
     if arguments.quick:
         settings = quick_settings(device)
     elif device.type == "cuda":
-        threads = (len(os.sched_getaffinity(0)),)
+        threads = (_machine.num_cores(),)
         settings = Settings(device, threads=threads, rounds=5, block_seconds=0.03)
     else:
-        cores = len(os.sched_getaffinity(0))
+        cores = _machine.num_cores()
         settings = Settings(device, threads=tuple(n for n in (1, 2) if n <= cores))
     settle_heap()
     rows = _with_progress(suite, run, settings)
@@ -298,10 +273,10 @@ def _with_progress(suite: str, run: Suite, settings: Settings) -> list[Row]:
     with Progress(*columns, transient=True) as progress:
         task = progress.add_task(suite, total=None, at="")
 
-        def report(at: str) -> None:
+        def tell(at: str) -> None:
             progress.update(task, at=at)
 
-        return run(settings, report)
+        return run(settings, tell)
 
 
 def _print_tables(content: dict[str, Any]) -> None:
@@ -345,32 +320,6 @@ def _rounded(value: float) -> float:
     return value if isinstance(value, int) else float(f"{value:.4g}")
 
 
-def _calls_per_block(contender: Contender, settings: Settings) -> int:
-    """Warm up, and return how many calls make a block."""
-    _block(contender, 2, settings)
-    seconds = _block(contender, 2, settings) / 2
-    return max(1, round(settings.block_seconds / max(seconds, 1e-7)))
-
-
-def _block(contender: Contender, calls: int, settings: Settings) -> float:
-    """Seconds of some calls."""
-    if contender.before_block:
-        contender.before_block()
-    if not settings.is_cuda:
-        start = time.perf_counter()
-        for _ in range(calls):
-            contender.call()
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    for _ in range(calls):
-        contender.call()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
 def _command(suite: str, arguments: Sequence[str]) -> str:
     """The command that was given, without the folder: that is of this machine alone."""
     kept = list(arguments)
@@ -380,14 +329,7 @@ def _command(suite: str, arguments: Sequence[str]) -> str:
     return " ".join(["python -m", f"benchmarks.{suite}", *map(shlex.quote, kept)])
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str:
+def commit() -> str:
     """The commit, with a mark where the package differs from it; "unknown" outside of git."""
 
     def git(*arguments: str) -> str:
@@ -398,16 +340,7 @@ def _commit() -> str:
         changed = git("status", "--porcelain", "--", "gpu_mixmatch", "benchmarks/*.py")
         return git("rev-parse", "--short=12", "HEAD") + (" with changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        return _machine.UNKNOWN
 
 
 def _is_found(program: str) -> bool:

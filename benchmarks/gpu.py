@@ -3,13 +3,12 @@
 The tests marked ``gpu``, the kernels' tests on the real device, all suites with ``--device cuda``,
 compute-sanitizer and Nsight Compute where they are installed, and the plots. Each part has a time
 limit, so that all fit in eight minutes; a part that fails does not stop the others. Results go to
-the folder that ``$OUT`` names, or to ``benchmarks/results/0.1.0``; a table sums up at the end, and
-the exit code is 1 if a part failed.
+the folder that ``$OUT`` names, or to that of this version's results; a table sums up at the end,
+and the exit code is 1 if a part failed.
 """
 
 import argparse
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -23,8 +22,9 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.common import RESULTS, ROOT, machine
-from benchmarks.schema import SUITES
+from benchmarks import schema
+from benchmarks.common import RESULTS, ROOT, commit
+from gpu_mixmatch._machine import header, machine
 
 SECONDS = 480.0  # for everything
 SUITE_SECONDS = {"ops": 70, "batch": 45, "augment": 60, "scaling": 25, "loader": 35}
@@ -95,7 +95,7 @@ def parts(out: Path) -> list[Part]:
                 [python, "-m", f"benchmarks.{suite}", "--device", "cuda", "--out", str(out)],
                 SUITE_SECONDS[suite],
             )
-            for suite in SUITES
+            for suite in schema.SUITES
         ),
         Part("memcheck", [*sanitizer, "--tool", "memcheck", *workload, "short"], 25, no_cache),
         Part("racecheck", [*sanitizer, "--tool", "racecheck", *workload, "short"], 25),
@@ -156,15 +156,28 @@ def run_all(
     return outcomes
 
 
-def summarise(outcomes: Sequence[Outcome], path: Path, device_name: str) -> int:
+def summarise(outcomes: Sequence[Outcome], path: Path, device: torch.device) -> int:
     """Write outcomes to ``path``, print a table of them, and return the exit code."""
     from rich.console import Console
     from rich.table import Table
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"gpu": device_name, "parts": [outcome._asdict() for outcome in outcomes]}
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    table = Table(title=f"{device_name}: {path}", title_justify="left")
+    threads = torch.get_num_threads()
+    rows = [
+        {
+            "case": "make gpu",
+            "contender": outcome.name,
+            "threads": threads,
+            "note": outcome.detail,
+            "state": outcome.state,
+            "seconds": outcome.seconds,
+            "output": outcome.output,
+        }
+        for outcome in outcomes
+    ]
+    command = "python -m benchmarks.gpu"
+    content = header("gpu", command, device, [threads], commit=commit()) | {"rows": rows}
+    schema.dump(content, path)
+    table = Table(title=f"{content['machine']}: {path}", title_justify="left")
     for heading in ("part", "state", "s", "detail"):
         table.add_column(heading, justify="right" if heading == "s" else "left")
     for outcome in outcomes:
@@ -218,7 +231,7 @@ def main() -> int:
 
     outcomes = run_all(parts(out), SECONDS, on_part)
     path = out / f"gpu--{machine(device)}.json"
-    return summarise(outcomes, path, torch.cuda.get_device_name(device))
+    return summarise(outcomes, path, device)
 
 
 if __name__ == "__main__":

@@ -16,23 +16,22 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from gpu_mixmatch import MixMatch, WeakAugment, functional
-from gpu_mixmatch.impl import library
-from gpu_mixmatch.methods import mixmatch as builder
+from gpu_mixmatch import MixMatch, WeakAugment, functional, impl
 
 NUM_AUGMENTATIONS = 2
 BATCH_SIZE = 64
-POLICIES: dict[str, dict[str, Any]] = {
+EFFECTS: dict[str, dict[str, Any]] = {
     "shift": {"padding": 4},
     "zoom": {"padding": 4, "zoom_px": (0, 16)},
     "zoom and blur": {"padding": 4, "zoom_px": (0, 16), "blur_sigma": (0.0, 3.0)},
@@ -82,11 +81,20 @@ class Launch(NamedTuple):
 
     @property
     def named(self) -> dict[str, Any]:
-        """The arguments by name."""
-        return dict(zip(self.kernel.arg_names, self.arguments, strict=False))
+        """The arguments by name, those of named tuples by the names of their fields."""
+        return named_arguments(self.kernel.arg_names, self.arguments)
 
 
-def launches_of(regime: Regime, policy: str) -> tuple[list[Launch], list[Launch]]:
+def named_arguments(names: Iterable[str], arguments: Iterable[Any]) -> dict[str, Any]:
+    """Arguments by name; a named tuple's fields stand for themselves, however deep they lie."""
+    found: dict[str, Any] = {}
+    for name, argument in zip(names, arguments, strict=False):
+        fields = getattr(argument, "_fields", None)
+        found |= named_arguments(fields, argument) if fields else {name: argument}
+    return found
+
+
+def launches_of(regime: Regime, effects: str) -> tuple[list[Launch], list[Launch]]:
     """What one batch launches, and what the loss launches, forward and backward."""
     shape = (BATCH_SIZE, 3, regime.size, regime.size)
     x, u = (torch.empty(shape, dtype=torch.uint8) for _ in range(2))
@@ -97,7 +105,7 @@ def launches_of(regime: Regime, policy: str) -> tuple[list[Launch], list[Launch]
 
     with recording() as launches:
         augment = WeakAugment(
-            **POLICIES[policy],
+            **EFFECTS[effects],
             dtype=regime.dtype,
             channels_last=regime.channels_last,
             impl="triton",
@@ -126,9 +134,17 @@ def recording() -> Iterator[list[Launch]]:
 
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(launch, "run", take_down))
-        for module in (functional, builder, library):
-            patches.enter_context(mock.patch.object(module, "implementation", return_value=kernels))
+        for name, answer in (("implementation", kernels), ("resolve_impl", "triton")):
+            for module in _holders(name):
+                patches.enter_context(mock.patch.object(module, name, return_value=answer))
         yield launches
+
+
+def _holders(name: str) -> list[ModuleType]:
+    """The package's modules that look for their implementation by a function of this name."""
+    function = getattr(impl, name, None)
+    modules = [m for key, m in sys.modules.items() if key.startswith("gpu_mixmatch")]
+    return [m for m in modules if function is not None and getattr(m, name, None) is function]
 
 
 # Bytes
@@ -189,7 +205,7 @@ class Device:
         return GPUTarget("cuda", self.arch, 32)
 
 
-def compiled(launch: Launch, arch: int) -> dict[str, Any]:
+def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
     """Compile a kernel as its launch would, and say what came of it."""
     from triton.runtime import driver
 
@@ -269,9 +285,9 @@ def measured(archs: list[int], progress: Callable[[str], None]) -> dict[str, Any
     kernels: list[dict[str, Any]] = []
     batches = []
     for regime in REGIMES:
-        for policy in POLICIES:
-            launches, of_loss = launches_of(regime, policy)
-            labels = {"regime": str(regime), "policy": policy}
+        for effects in EFFECTS:
+            launches, of_loss = launches_of(regime, effects)
+            labels = {"regime": str(regime), "effects": effects}
             total = sum(map(moved, launches))
             batches.append(
                 {
@@ -283,10 +299,10 @@ def measured(archs: list[int], progress: Callable[[str], None]) -> dict[str, Any
                 }
             )
             for arch in archs:
-                progress(f"{regime}, {policy}, sm_{arch}")
-                for launch in launches + (of_loss if policy == "shift" else []):
+                progress(f"{regime}, {effects}, sm_{arch}")
+                for launch in launches + (of_loss if effects == "shift" else []):
                     mixes = launch.named.get("index_ptr") is not None
-                    found = compiled(launch, arch)
+                    found = compile_launch(launch, arch)
                     kernels.append({**labels, "mixes": mixes, "moved": moved(launch), **found})
     return {
         "torch": torch.__version__,
@@ -296,7 +312,7 @@ def measured(archs: list[int], progress: Callable[[str], None]) -> dict[str, Any
     }
 
 
-def table(rows: list[list[Any]]) -> str:
+def in_columns(rows: list[list[Any]]) -> str:
     """Columns of text under their headings."""
     texts = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
@@ -310,7 +326,7 @@ def table(rows: list[list[Any]]) -> str:
 def shown(content: dict[str, Any]) -> str:
     """The report as text."""
     heading = [
-        *("regime", "policy", "kernel", "sm", "programs", "warps", "regs", "stack"),
+        *("regime", "effects", "kernel", "sm", "programs", "warps", "regs", "stack"),
         *("LDL+STL", "shared", "loads: bits x number", "stores", "bytes moved"),
     ]
 
@@ -319,7 +335,7 @@ def shown(content: dict[str, Any]) -> str:
 
     rows = [
         [
-            *(found["regime"], found["policy"], found["kernel"], found["arch"]),
+            *(found["regime"], found["effects"], found["kernel"], found["arch"]),
             *(found["programs"], found["warps"], found["registers"], found["stack"]),
             *(found["local_accesses"], found["shared"]),
             *(accesses(found["loads"]), accesses(found["stores"]), f"{found['moved']:,}"),
@@ -328,17 +344,17 @@ def shown(content: dict[str, Any]) -> str:
     ]
     traffic = [
         [
-            *(batch["regime"], batch["policy"], len(batch["launches"])),
+            *(batch["regime"], batch["effects"], len(batch["launches"])),
             *(f"{batch['moved']:,}", f"{batch['least']:,}", f"{batch['ratio']:.3f}"),
         ]
         for batch in content["batches"]
     ]
-    traffic_heading = ["regime", "policy", "launches", "bytes moved", "least", "ratio"]
+    traffic_heading = ["regime", "effects", "launches", "bytes moved", "least", "ratio"]
     return (
         f"Triton {content['triton']}, torch {content['torch']}; compiled, not run\n\n"
-        f"{table([heading, *rows])}\n\n"
+        f"{in_columns([heading, *rows])}\n\n"
         f"A batch of {BATCH_SIZE} + {NUM_AUGMENTATIONS} x {BATCH_SIZE} views, without the model\n\n"
-        f"{table([traffic_heading, *traffic])}"
+        f"{in_columns([traffic_heading, *traffic])}"
     )
 
 

@@ -23,17 +23,17 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from benchmarks.common import (
     Contender,
-    Report,
     Row,
     Settings,
     Skipped,
+    Tell,
     cpu_threads,
     main,
     need,
     skipped_row,
     timed_rows,
 )
-from benchmarks.peers import MEAN, STD, VIEWS, usb_view
+from benchmarks.peers import MEAN, NUM_VIEWS, STD, usb_view
 from benchmarks.tiles import SIDE, write_tiles
 from gpu_mixmatch import DaliLoader, ResidentLoader, SemiSupervisedLoader, WeakAugment
 from gpu_mixmatch._buffers import Workspace
@@ -107,7 +107,7 @@ def per_sample(
 ) -> Callable[[], Tensor]:
     """Two DataLoaders over `PerSample`, their views concatenated and sent."""
     iterators = []
-    for index, views in ((sources.labelled, 1), (sources.unlabelled, VIEWS)):
+    for index, views in ((sources.labelled, 1), (sources.unlabelled, NUM_VIEWS)):
         dataset = PerSample(index, views)
         loader = DataLoader(
             dataset,
@@ -132,8 +132,8 @@ def augmented(batches: Iterator[Any], device: torch.device) -> Callable[[], Tens
 
     def call() -> Tensor:
         batch = next(batches)
-        draws = augment.draw_batch(0, next(steps), len(batch.x), len(batch.u), VIEWS)
-        return augment.build(batch.x, batch.u, draws, VIEWS, workspace)
+        draws = augment.draw_batch(0, next(steps), len(batch.x), len(batch.u), NUM_VIEWS)
+        return augment.build(batch.x, batch.u, draws, NUM_VIEWS, workspace)
 
     return call
 
@@ -265,7 +265,7 @@ def contenders(
     return found, missing
 
 
-def run(settings: Settings, report: Report) -> list[Row]:
+def run(settings: Settings, tell: Tell) -> list[Row]:
     """Write the tiles, check the loaders, and time them."""
     batch = 8 if settings.quick else 64
     workers = (0, 2) if settings.quick else (0, 2, 4)
@@ -281,13 +281,13 @@ def run(settings: Settings, report: Report) -> list[Row]:
         cpu_threads(threads),
         torch.random.fork_rng(devices=[]),
     ):
-        report("writing tiles")
+        tell("writing tiles")
         sources = make_sources(Path(folder))
-        report("checking")
-        fields = {"size": SIZE, "batch": batch, "views": (1 + VIEWS) * batch}
+        tell("checking")
+        fields = {"size": SIZE, "batch": batch, "num_rows": (1 + NUM_VIEWS) * batch}
         found, missing = contenders(sources, batch, workers, settings.device, stack)
         check_loaders(sources, settings.device)
-        report(f"{len(found)} loaders")
+        tell(f"{len(found)} loaders")
         rows = timed_rows(case, found, settings, threads, **fields)
     for row in rows:
         row["images_per_s"] = round(1e3 * 2 * batch / row["median_ms"])

@@ -7,7 +7,6 @@ which ``copy_`` moves as many, measured in the same turns. On CUDA the goals of 
 measured too: a captured batch, the host's part of an eager one, and bandwidth at 224 px in bf16.
 """
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,26 +14,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.augment import draws_of, make_images, policy_for, weak
+from benchmarks.augment import draw_batch, draws_of, make_images, policy_for, weak
 from benchmarks.batch import first_logits
 from benchmarks.common import (
     Contender,
-    Report,
     Row,
     Settings,
     Skipped,
-    compiled,
+    Tell,
     cpu_threads,
+    goal_row,
     implementations,
     main,
     skipped_row,
-    summary,
     timed_rows,
+    torch_compiled,
 )
-from benchmarks.peers import VIEWS, Images
+from benchmarks.peers import NUM_VIEWS, Images
 from gpu_mixmatch import MixMatch, capture, functional
+from gpu_mixmatch._timing import in_turns
 from gpu_mixmatch.impl import eager
-from gpu_mixmatch.types import DrawPlan, MixUpParams
+from gpu_mixmatch.types import MixUpParams
 
 NUM_CLASSES = 10
 GOALS = {
@@ -64,16 +64,16 @@ class Operation(NamedTuple):
     tolerance: float = 1e-5
 
 
-def image_operations(images: Images, policy_name: str, dtype: torch.dtype) -> list[Operation]:
+def image_operations(images: Images, effects: str, dtype: torch.dtype) -> list[Operation]:
     """Drawing, augmenting and mixing: what depends on the images."""
     device, size = images.x.device, images.size
-    policy = policy_for(policy_name, size)
+    policy = policy_for(effects, size)
     engines = {impl: weak(policy, impl, dtype).to(device) for impl in implementations(device)}
     plain = engines["eager"]
     draws = draws_of(plain, images, 0)
     mixup = mixup_params(images)
     generator = torch.Generator().manual_seed(0)
-    shape = (images.views, 3, size, size)
+    shape = (images.num_rows, 3, size, size)
     rows = torch.randn(shape, generator=generator).to(device, dtype)
     targets = torch.rand(len(rows), NUM_CLASSES, generator=generator).to(device)
     out, mixed_targets = torch.empty_like(rows), torch.empty_like(targets)
@@ -81,15 +81,7 @@ def image_operations(images: Images, policy_name: str, dtype: torch.dtype) -> li
     target_bytes = targets.numel() * 4
 
     def draw(impl: str) -> Any:
-        return functional.draw_batch(
-            0,
-            torch.tensor(5),
-            len(images.x),
-            len(images.u),
-            DrawPlan(VIEWS, policy),
-            device=device,
-            impl=impl,  # type: ignore[arg-type]
-        )
+        return draw_batch(images, 5, policy, impl)
 
     def augment(impl: str) -> Tensor:
         return engines[impl].apply(tuple(images), draws, out=out)
@@ -119,10 +111,10 @@ def image_operations(images: Images, policy_name: str, dtype: torch.dtype) -> li
 def class_operations(batch: int, num_classes: int, device: torch.device) -> list[Operation]:
     """Sharpening, targets and the loss: what depends on the classes."""
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(VIEWS, batch, num_classes, generator=generator).to(device)
+    logits = torch.randn(NUM_VIEWS, batch, num_classes, generator=generator).to(device)
     probs = logits[0].softmax(dim=1)
     y = (torch.arange(batch) % num_classes).to(device)
-    rows = torch.randn((1 + VIEWS) * batch, num_classes, generator=generator).to(device)
+    rows = torch.randn((1 + NUM_VIEWS) * batch, num_classes, generator=generator).to(device)
     rows.requires_grad_()
     targets = functional.batch_targets(y, logits, 0.5, impl="eager")
     weight = torch.tensor(75.0, device=device)
@@ -165,16 +157,7 @@ def class_operations(batch: int, num_classes: int, device: torch.device) -> list
 
 def mixup_params(images: Images) -> MixUpParams:
     """λ' and partners of a batch."""
-    _, params = functional.draw_batch(
-        0,
-        torch.tensor(0),
-        len(images.x),
-        len(images.u),
-        DrawPlan(VIEWS),
-        device=images.x.device,
-        impl="eager",
-    )
-    return params
+    return draw_batch(images, 0, None, "eager")[1]
 
 
 def check_equal(operation: Operation, call: Callable[[], Any]) -> None:
@@ -233,7 +216,7 @@ def operation_rows(
 def _compiled_call(operation: Operation) -> Callable[[], Any]:
     assert operation.plain is not None
     torch.compiler.reset()
-    call = compiled(operation.plain)
+    call = torch_compiled(operation.plain)
     try:
         check_equal(operation, call)
     except AssertionError as error:
@@ -246,12 +229,12 @@ def _compiled_call(operation: Operation) -> Callable[[], Any]:
 # Goals of the fused path, on CUDA
 
 
-def goal_rows(settings: Settings, report: Report) -> list[Row]:
+def goal_rows(settings: Settings, tell: Tell) -> list[Row]:
     """Measure what the fused path is meant to reach, next to the goal."""
     threads = settings.threads[-1]
     batch = 8 if settings.quick else 64
-    values: dict[str, list[float]] = {}
-    report("captured batch")
+    values: dict[str, tuple[float, ...]] = {}  # low, median and high
+    tell("captured batch")
     images = make_images(32, batch, settings.device)
     mixmatch = MixMatch(weak(policy_for("shift, flip", 32), "auto"), NUM_CLASSES).to(
         settings.device
@@ -260,58 +243,34 @@ def goal_rows(settings: Settings, report: Report) -> list[Row]:
     data = images.x, y, images.u
     captured = capture(mixmatch, first_logits, *data)
     replay = captured._graph.replay
-    values["captured batch, replay alone, us"] = _microseconds(replay, settings)
-    values["captured batch, whole call, us"] = _microseconds(lambda: captured(*data), settings)
-    values["host time of an eager batch, us"] = _host_microseconds(
-        lambda: mixmatch(*data, first_logits)
-    )
-    report("bandwidth at 224 px, bf16")
+    for name, call, calls_per_block in (
+        ("captured batch, replay alone, us", replay, None),
+        ("captured batch, whole call, us", lambda: captured(*data), None),
+        # of the host alone: few enough calls that the device's queue does not fill
+        ("host time of an eager batch, us", lambda: mixmatch(*data, first_logits), 20),
+    ):
+        timing = in_turns(
+            {name: call},
+            settings.device,
+            block_seconds=settings.block_seconds,
+            calls_per_block=calls_per_block,
+            host_only=calls_per_block is not None,
+        )[name]
+        values[name] = tuple(1e3 * value for value in timing[:3])
+    tell("bandwidth at 224 px, bf16")
     large = make_images(224, batch, settings.device)
     for operation in image_operations(large, "shift, flip", torch.bfloat16):
         name = f"{operation.name}, share of copy, %"
         if name in GOALS:
             rows = operation_rows(operation, name, settings, threads, compile_it=False)
             (share,) = (row["copy_percent"] for row in rows if row["contender"] == "triton")
-            values[name] = [share]
-    return [_goal_row(name, measured, threads) for name, measured in values.items()]
-
-
-def _goal_row(name: str, measured: list[float], threads: int) -> Row:
-    low, median, high, _ = summary(measured)
-    goal = GOALS[name]
-    met = median <= goal if name.endswith("us") else median >= goal
-    return {
-        "case": "goals of the fused path",
-        "contender": name,
-        "threads": threads,
-        "note": "met" if met else "not met",
-        "value": round(median, 2),
-        "quartiles": [round(low, 2), round(high, 2)],
-        "goal": goal,
-    }
-
-
-def _microseconds(call: Callable[[], Any], settings: Settings) -> list[float]:
-    """Device time per call of blocks of calls that follow each other without a wait."""
-    rows = timed_rows("", [Contender("", call)], settings, 1)
-    return [1e3 * rows[0][name] for name in ("low_ms", "median_ms", "high_ms")]
-
-
-def _host_microseconds(call: Callable[[], Any], calls: int = 20) -> list[float]:
-    """Host time per call while the device's queue is not full."""
-    times = []
-    for _ in range(10):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append(1e6 * (time.perf_counter() - start) / calls)
-    torch.cuda.synchronize()
-    return times[1:]
+            values[name] = (share,) * 3
+    case = "goals of the fused path"
+    return [goal_row(case, name, value, threads, GOALS[name]) for name, value in values.items()]
 
 
 def cases(settings: Settings) -> list[tuple[int, int, str, torch.dtype]]:
-    """Size, images per part, policy and dtype of each case."""
+    """Size, images per part, effects and dtype of each case."""
     if settings.quick:
         return [(32, 8, "shift, flip", torch.float32)]
     last = 64 if settings.is_cuda else 16
@@ -323,21 +282,21 @@ def cases(settings: Settings) -> list[tuple[int, int, str, torch.dtype]]:
     return found
 
 
-def run(settings: Settings, report: Report) -> list[Row]:
+def run(settings: Settings, tell: Tell) -> list[Row]:
     """Check and time all operations."""
     rows: list[Row] = []
     for threads in settings.threads:
         with cpu_threads(threads):
-            for size, batch, policy, dtype in cases(settings):
-                shapes = f"{policy}, {size} px, {batch} + {batch}, {str(dtype)[6:]}"
+            for size, batch, effects, dtype in cases(settings):
+                shapes = f"{effects}, {size} px, {batch} + {batch}, {str(dtype)[6:]}"
                 images = make_images(size, batch, settings.device)
-                # compiling takes seconds: one policy will do
-                compile_it = policy == "shift, flip" and not settings.quick
-                for operation in image_operations(images, policy, dtype):
-                    if "blur" in policy and operation.name in ("draw", "mixup"):
+                # compiling takes seconds: one case will do
+                compile_it = effects == "shift, flip" and not settings.quick
+                for operation in image_operations(images, effects, dtype):
+                    if "blur" in effects and operation.name in ("draw", "mixup"):
                         continue  # as without
                     case = f"{operation.name}: {shapes}"
-                    report(f"{case}, {threads} threads")
+                    tell(f"{case}, {threads} threads")
                     rows += operation_rows(
                         operation, case, settings, threads, compile_it=compile_it
                     )
@@ -345,14 +304,14 @@ def run(settings: Settings, report: Report) -> list[Row]:
             for classes in (10,) if settings.quick else (10, 1000):
                 for operation in class_operations(batch, classes, settings.device):
                     case = f"{operation.name}: {batch} + {batch}, {classes} classes"
-                    report(f"{case}, {threads} threads")
+                    tell(f"{case}, {threads} threads")
                     first = classes == 10
                     compile_it = first and (not settings.quick or operation.name == "sharpen")
                     rows += operation_rows(
                         operation, case, settings, threads, compile_it=compile_it
                     )
     if settings.is_cuda:
-        rows += goal_rows(settings, report)
+        rows += goal_rows(settings, tell)
     return rows
 
 

@@ -22,7 +22,7 @@ from benchmarks.common import Skipped, need
 from gpu_mixmatch.types import AugmentPolicy
 
 MEAN = STD = 0.5
-VIEWS = 2
+NUM_VIEWS = 2
 
 BuildViews = Callable[[], Tensor]
 
@@ -39,14 +39,14 @@ class Images(NamedTuple):
         return self.x.shape[-1]
 
     @property
-    def views(self) -> int:
+    def num_rows(self) -> int:
         """N = B + K·M."""
-        return len(self.x) + VIEWS * len(self.u)
+        return len(self.x) + NUM_VIEWS * len(self.u)
 
-    def rows(self) -> list[Tensor]:
+    def sources(self) -> list[Tensor]:
         """The source of every view, on the CPU, view-major."""
         x, u = self.x.cpu(), self.u.cpu()
-        return [*x, *list(u) * VIEWS]
+        return [*x, *list(u) * NUM_VIEWS]
 
 
 class Peer(NamedTuple):
@@ -98,13 +98,13 @@ def kornia_one_call(images: Images, policy: AugmentPolicy, threads: int) -> Buil
     """All views in one call of an AugmentationSequential."""
     module = kornia_module(images.size, policy)
     x, u = images
-    return lambda: module(torch.cat([x, *[u] * VIEWS]).float() / 255)
+    return lambda: module(torch.cat([x, *[u] * NUM_VIEWS]).float() / 255)
 
 
 def kornia_k_calls(images: Images, policy: AugmentPolicy, threads: int) -> BuildViews:
     """One call for x and one for each view of u."""
     module = kornia_module(images.size, policy)
-    parts = [images.x, *[images.u] * VIEWS]
+    parts = [images.x, *[images.u] * NUM_VIEWS]
     return lambda: torch.cat([module(part.float() / 255) for part in parts])
 
 
@@ -120,7 +120,7 @@ def dali_pipeline(images: Images, policy: AugmentPolicy, threads: int) -> BuildV
     device, size, padding = images.x.device, images.size, policy.padding
     on_gpu = device.type == "cuda"
     pipeline = Pipeline(
-        batch_size=images.views,
+        batch_size=images.num_rows,
         num_threads=threads,
         device_id=(device.index or 0) if on_gpu else None,
         seed=1,
@@ -163,7 +163,7 @@ def dali_pipeline(images: Images, policy: AugmentPolicy, threads: int) -> BuildV
     x, u = (part.permute(0, 2, 3, 1).contiguous() for part in images)
 
     def build() -> Tensor:
-        rows = torch.cat([x, *[u] * VIEWS])
+        rows = torch.cat([x, *[u] * NUM_VIEWS])
         pipeline.feed_input("images", rows if on_gpu else rows.numpy(), layout="HWC")
         (views,) = pipeline.run()
         return torch.from_dlpack(views.as_tensor())
@@ -196,14 +196,14 @@ def _torchvision_transform(size: int, policy: AugmentPolicy) -> Any:
 def torchvision_per_batch(images: Images, policy: AugmentPolicy, threads: int) -> BuildViews:
     """One call per batch: all its images get the same crop and flip."""
     transform = _torchvision_transform(images.size, policy)
-    parts = [images.x, *[images.u] * VIEWS]
+    parts = [images.x, *[images.u] * NUM_VIEWS]
     return lambda: torch.cat([transform(part) for part in parts])
 
 
 def torchvision_per_sample(images: Images, policy: AugmentPolicy, threads: int) -> BuildViews:
     """One call per image, as a data set makes it."""
     transform = _torchvision_transform(images.size, policy)
-    return partial(_per_sample, transform, images.rows(), images.x.device)
+    return partial(_per_sample, transform, images.sources(), images.x.device)
 
 
 # Image by image
@@ -237,7 +237,7 @@ def albumentations(images: Images, policy: AugmentPolicy, threads: int) -> Build
             A.GaussianBlur(blur_limit=(width, width), sigma_limit=policy.blur_sigma, p=1.0)
         )
     transform = A.Compose([*steps, A.Normalize([MEAN] * 3, [STD] * 3), ToTensorV2()])
-    arrays = [np.ascontiguousarray(row.permute(1, 2, 0).numpy()) for row in images.rows()]
+    arrays = [np.ascontiguousarray(row.permute(1, 2, 0).numpy()) for row in images.sources()]
     return partial(
         _per_sample, lambda array: transform(image=array)["image"], arrays, images.x.device
     )
@@ -249,7 +249,7 @@ def yu1ut_numpy(images: Images, policy: AugmentPolicy, threads: int) -> BuildVie
     The data set is normalised to float32 once, and padding, crop, flip and copy are numpy's.
     """
     generator = np.random.default_rng(0)
-    rows = [(row.numpy().astype(np.float32) / 255 - MEAN) / STD for row in images.rows()]
+    rows = [(row.numpy().astype(np.float32) / 255 - MEAN) / STD for row in images.sources()]
     transform = partial(yu1ut_view, generator=generator, padding=policy.padding)
     device = images.x.device
     return lambda: default_collate([transform(row) for row in rows]).to(device)
@@ -273,7 +273,7 @@ def usb_pil(images: Images, policy: AugmentPolicy, threads: int) -> BuildViews:
     from PIL import Image
 
     generator = np.random.default_rng(0)
-    pictures = [Image.fromarray(row.permute(1, 2, 0).numpy()) for row in images.rows()]
+    pictures = [Image.fromarray(row.permute(1, 2, 0).numpy()) for row in images.sources()]
     transform = partial(usb_view, generator=generator, padding=policy.padding)
     device = images.x.device
     return lambda: default_collate([transform(picture) for picture in pictures]).to(device)
@@ -301,7 +301,7 @@ def numpy_sketch(images: Images, policy: AugmentPolicy, threads: int) -> BuildVi
     """The operations of the sketch's imgaug sequence in numpy and SciPy, image by image."""
     need("scipy", "pip install scipy")
     generator = np.random.default_rng(0)
-    arrays = [np.ascontiguousarray(row.permute(1, 2, 0).numpy()) for row in images.rows()]
+    arrays = [np.ascontiguousarray(row.permute(1, 2, 0).numpy()) for row in images.sources()]
     least, most = policy.zoom_px
     low, high = policy.blur_sigma or (0.0, 0.0)
 
@@ -354,7 +354,7 @@ def imgaug(images: Images, policy: AugmentPolicy, threads: int) -> BuildViews:
             iaa.GaussianBlur(sigma=policy.blur_sigma),
         ]
     )
-    arrays = np.stack([row.permute(1, 2, 0).numpy() for row in images.rows()])
+    arrays = np.stack([row.permute(1, 2, 0).numpy() for row in images.sources()])
     device = images.x.device
 
     def build() -> Tensor:

@@ -17,19 +17,19 @@ from torch import Tensor
 from benchmarks.augment import make_images, policy_for, weak
 from benchmarks.common import (
     Contender,
-    Report,
     Row,
     Settings,
     Skipped,
+    Tell,
     cpu_threads,
     implementations,
     main,
     skipped_row,
     timed_rows,
 )
-from benchmarks.peers import VIEWS, Images, kornia_module, yu1ut_step
+from benchmarks.peers import NUM_VIEWS, Images, kornia_module, yu1ut_step
 from gpu_mixmatch import MixMatch
-from gpu_mixmatch.cli.bench import fixed_logits
+from gpu_mixmatch._timing import fixed_logits
 
 
 class Point(NamedTuple):
@@ -37,20 +37,20 @@ class Point(NamedTuple):
 
     batch: int = 64
     size: int = 32
-    views: int = VIEWS
+    num_views: int = NUM_VIEWS
     classes: int = 10
 
 
 SWEEPS: dict[str, tuple[int, ...]] = {
     "batch": (16, 32, 64, 128, 256, 512),
     "size": (16, 32, 64, 96, 224),
-    "views": (1, 2, 4, 8),
+    "num_views": (1, 2, 4, 8),
     "classes": (10, 100, 1000),
 }
 TITLES = {
     "batch": "batch size",
     "size": "image size",
-    "views": "views per image",
+    "num_views": "views per image",
     "classes": "classes",
 }
 
@@ -61,11 +61,11 @@ def our_batch(point: Point, images: Images, impl: str) -> Callable[[], Any]:
     mixmatch = MixMatch(
         weak(policy_for("shift, flip", point.size), impl),
         point.classes,
-        num_augmentations=point.views,
+        num_augmentations=point.num_views,
         impl=impl,  # type: ignore[arg-type]
     ).to(device)
     y = torch.arange(point.batch, device=device) % point.classes
-    guess = fixed_logits(point.views * point.batch, point.classes, device)
+    guess = fixed_logits(point.num_views * point.batch, point.classes, device)
     return lambda: mixmatch(images.x, y, images.u, guess)
 
 
@@ -79,7 +79,7 @@ def kornia_batch(point: Point, images: Images) -> Callable[[], Any]:
     step = partial(yu1ut_step, generator=generator, num_classes=point.classes)
 
     def call() -> Any:
-        views = module(torch.cat([images.x, *[images.u] * VIEWS]).float() / 255)
+        views = module(torch.cat([images.x, *[images.u] * NUM_VIEWS]).float() / 255)
         x, *rest = views.split(point.batch)
         return step(x, y, rest, guess)
 
@@ -90,7 +90,7 @@ def check_batch(point: Point, call: Callable[[], Any]) -> None:
     """Raise if a batch does not have the shapes of its point, or targets do not sum to one."""
     batch = call()
     inputs = batch.inputs if isinstance(batch.inputs, Tensor) else torch.cat(batch.inputs)
-    rows = point.batch * (1 + point.views)
+    rows = point.batch * (1 + point.num_views)
     if inputs.shape != (rows, 3, point.size, point.size):
         raise ValueError(f"inputs must have {rows} rows of {point}, got {list(inputs.shape)}")
     torch.testing.assert_close(batch.targets.sum(dim=1), torch.ones_like(batch.targets[:, 0]))
@@ -127,7 +127,7 @@ def points(settings: Settings) -> list[tuple[str, Point]]:
     ]
 
 
-def run(settings: Settings, report: Report) -> list[Row]:
+def run(settings: Settings, tell: Tell) -> list[Row]:
     """Check and time all points."""
     rows: list[Row] = []
     threads = settings.threads[-1]
@@ -135,7 +135,7 @@ def run(settings: Settings, report: Report) -> list[Row]:
         settings = Settings(settings.device, threads=(threads,), rounds=5, block_seconds=0.05)
     with cpu_threads(threads), torch.random.fork_rng(devices=[]):
         for sweep, point in points(settings):
-            report(f"{TITLES[sweep]}: {getattr(point, sweep)}")
+            tell(f"{TITLES[sweep]}: {getattr(point, sweep)}")
             rows += _timed_point(settings, sweep, point, threads)
     return rows
 
@@ -146,10 +146,9 @@ def _timed_point(settings: Settings, sweep: str, point: Point, threads: int) -> 
         f"ours, {impl}": our_batch(point, images, impl) for impl in implementations(settings.device)
     }
     case = f"{TITLES[sweep]}: {getattr(point, sweep)}"
-    # "views" are the rows of the batch here, as in all suites
     fields: Row = {"sweep": sweep, "at": getattr(point, sweep), "size": point.size}
-    fields |= {"batch": point.batch, "k": point.views, "classes": point.classes}
-    fields["views"] = point.batch * (1 + point.views)
+    fields |= {"batch": point.batch, "num_views": point.num_views, "classes": point.classes}
+    fields["num_rows"] = point.batch * (1 + point.num_views)
     skipped = []
     if sweep in ("batch", "size"):  # the peers' loop knows two views
         try:

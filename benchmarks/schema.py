@@ -1,16 +1,22 @@
 """What a file of results must hold: strict JSON, with the machine, the versions and the rows.
 
-A row is one contender in one case. It is timed (``median_ms`` and the quartiles ``low_ms`` and
-``high_ms``, over ``blocks`` blocks of calls) or ``skipped`` with a reason, or it holds other
-numbers alone, such as counts.
+The header is made by `gpu_mixmatch._machine.header`. A row is one contender in one case. It is
+timed (``median_ms`` and the quartiles ``low_ms`` and ``high_ms``, over ``blocks`` blocks of calls)
+or ``skipped`` with a reason, or it holds other numbers alone, such as counts. Rows of what was
+trained hold the ``errors`` of the test images, one per seed, in percent.
 """
 
+import datetime
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+from gpu_mixmatch._machine import UNKNOWN
+
 SUITES = ("ops", "augment", "batch", "loader", "scaling")
+TRAINED = ("demo", "ablation")  # written by the package's own commands
+OTHERS = ("claims", "gpu")  # what is promised, and the parts of `make gpu`
 VERSIONS = ("gpu_mixmatch", "python", "torch", "numpy", "kornia", "dali", "triton", "numba")
 
 _HEADER: dict[str, tuple[type, ...]] = {
@@ -60,16 +66,7 @@ def check(content: Any) -> None:
     """Raise a ValueError that says what is wrong with results, if anything is."""
     if not isinstance(content, dict):
         raise ValueError(f"results must be an object, got {type(content).__name__}")
-    for name, kinds in _HEADER.items():
-        if name not in content or type(content[name]) not in kinds:
-            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-            raise ValueError(f"{name} must be {wanted}, got {content.get(name, 'nothing')!r}")
-    if content["suite"] not in SUITES:
-        raise ValueError(f"suite must be one of {SUITES}, got {content['suite']!r}")
-    for name in VERSIONS:
-        version = content["versions"].get(name, "nothing")
-        if version == "nothing" or not isinstance(version, str | None):
-            raise ValueError(f"versions.{name} must be a string or null, got {version!r}")
+    _check_header(content)
     _check_numbers(content, "results")
     if not content["rows"]:
         raise ValueError("rows must hold at least one row, got none")
@@ -80,6 +77,31 @@ def check(content: Any) -> None:
         if key in seen:
             raise ValueError(f"rows[{number}] must be the only one of {key}, got a second")
         seen.add(key)
+    if content["suite"] in TRAINED:
+        _check_trained(content)
+
+
+def _check_header(content: dict[str, Any]) -> None:
+    for name, kinds in _HEADER.items():
+        if name not in content or type(content[name]) not in kinds:
+            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise ValueError(f"{name} must be {wanted}, got {content.get(name, 'nothing')!r}")
+    known = (*SUITES, *TRAINED, *OTHERS)
+    if content["suite"] not in known:
+        raise ValueError(f"suite must be one of {known}, got {content['suite']!r}")
+    try:
+        datetime.date.fromisoformat(content["date"])
+    except ValueError:
+        raise ValueError(f"date must be YYYY-MM-DD, got {content['date']!r}") from None
+    for name in VERSIONS:
+        version = content["versions"].get(name, "nothing")
+        if version == "nothing" or not isinstance(version, str | None):
+            raise ValueError(f"versions.{name} must be a string or null, got {version!r}")
+    if content["suite"] not in TRAINED:  # of which early files recorded less
+        described = {"cpu": content["cpu"], **content["versions"]}
+        unknown = [name for name, value in described.items() if value == UNKNOWN]
+        if unknown:
+            raise ValueError(f"{unknown[0]} must be known where something is timed, got 'unknown'")
 
 
 def _check_row(row: Any, place: str) -> None:
@@ -107,6 +129,21 @@ def _check_row(row: Any, place: str) -> None:
         )
     if not isinstance(row.get("blocks"), int) or row["blocks"] < 1:
         raise ValueError(f"{place}.blocks must be at least 1, got {row.get('blocks')!r}")
+
+
+def _check_trained(content: dict[str, Any]) -> None:
+    for name, kind in (("config", dict), ("seeds", list)):
+        if not isinstance(content.get(name), kind) or (kind is list and not content[name]):
+            raise ValueError(f"{name} must be {kind.__name__}, got {content.get(name)!r}")
+    for number, row in enumerate(content["rows"]):
+        missing = {"key", "mean", "deviation", "paper"} - row.keys()
+        if missing:
+            raise ValueError(f"rows[{number}] must have {sorted(missing)}, got {row}")
+        errors = row.get("errors")
+        if not isinstance(errors, list) or len(errors) != len(content["seeds"]):
+            raise ValueError(f"rows[{number}].errors must have one error per seed, got {errors!r}")
+        if not all(isinstance(error, int | float) and 0 <= error <= 100 for error in errors):
+            raise ValueError(f"rows[{number}].errors must be percentages, got {errors}")
 
 
 def _check_numbers(value: Any, place: str) -> None:

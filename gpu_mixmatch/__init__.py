@@ -4,6 +4,7 @@ Importing the package loads torch and numpy only.
 """
 
 from gpu_mixmatch import functional, presets, sampling
+from gpu_mixmatch._version import __version__
 from gpu_mixmatch.augment import Augment, DaliAugment, KorniaAugment, WeakAugment, as_augment
 from gpu_mixmatch.capture import capture
 from gpu_mixmatch.data import (
@@ -25,8 +26,6 @@ from gpu_mixmatch.types import (
     SemiSupervisedBatch,
 )
 
-__version__ = "0.1.0"
-
 __all__ = [
     "Augment",
     "AugmentParams",
@@ -43,6 +42,7 @@ __all__ = [
     "SemiSupervisedBatch",
     "SemiSupervisedLoader",
     "WeakAugment",
+    "__version__",
     "as_augment",
     "capture",
     "check_images",

@@ -5,17 +5,36 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks import augment, batch, common, gpu, loader, ops, peers, report, scaling, schema
+from benchmarks import (
+    augment,
+    batch,
+    claims,
+    common,
+    drawings,
+    gpu,
+    kernels,
+    loader,
+    ops,
+    peers,
+    report,
+    scaling,
+    schema,
+    tables,
+)
 from benchmarks.common import Contender, Settings, Skipped
 from benchmarks.report import ROOT
-from gpu_mixmatch import MixMatch, WeakAugment
+from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, _timing
+from gpu_mixmatch._machine import machine
 from gpu_mixmatch.cli import bench
+from gpu_mixmatch.recipes import ablate, plots
+from gpu_mixmatch.recipes.train import TrainConfig
 from gpu_mixmatch.types import AugmentParams, AugmentPolicy
 from tests.test_launches import EAGER
 
@@ -42,16 +61,31 @@ def row_of(contender="ours", case="case", **fields):
     return {"case": case, "contender": contender, "threads": 1, "note": "", **times, **fields}
 
 
+def trained_row(errors=(1.0,)):
+    row = {"case": "digits", "contender": "MixMatch", "threads": 1, "note": ""}
+    return {
+        **row,
+        "key": "full",
+        "errors": list(errors),
+        "mean": 1.0,
+        "deviation": 0.0,
+        "paper": None,
+    }
+
+
 # Results
 
 
 def test_committed_results_fit_the_schema_and_are_no_quick_ones():
-    for path in sorted(common.RESULTS.glob("*.json")):
-        if path.name.split("--")[0] in schema.SUITES:
-            content = schema.load(path)
-            assert not content["quick"], path.name
-            assert path.name == f"{content['suite']}--{content['machine']}.json"
-            assert {row["threads"] for row in content["rows"]} <= set(content["threads"])
+    paths = sorted(common.RESULTS.glob("*.json"))
+    suites = {schema.load(path)["suite"] for path in paths}
+    assert suites >= {*schema.SUITES, *schema.TRAINED}
+    for path in paths:
+        content = schema.load(path)
+        assert not content["quick"], path.name
+        assert path.stem.endswith(f"{content['suite']}--{content['machine']}")
+        assert {row["threads"] for row in content["rows"]} <= set(content["threads"])
+        assert content["versions"]["gpu_mixmatch"] == path.parent.name
 
 
 def test_results_come_back_as_they_were_written(tmp_path):
@@ -67,6 +101,18 @@ def test_results_come_back_as_they_were_written(tmp_path):
         ({"cores": "two"}, "cores must be int, got 'two'"),
         ({"gpu": 3}, "gpu must be str or null"),
         ({"versions": {}}, "versions.gpu_mixmatch must be"),
+        ({"cpu": "unknown"}, "cpu must be known where something is timed"),
+        ({"date": "yesterday"}, "date must be YYYY-MM-DD, got 'yesterday'"),
+        ({"suite": "demo"}, "config must be dict, got None"),
+        ({"suite": "demo", "config": {}, "seeds": []}, r"seeds must be list, got \[\]"),
+        (
+            {"suite": "demo", "config": {}, "seeds": [0]},
+            r"rows\[0\] must have \['dev",
+        ),
+        (
+            {"suite": "demo", "config": {}, "seeds": [0, 1], "rows": [trained_row()]},
+            "errors must have one error per seed",
+        ),
         ({"rows": []}, "at least one row"),
         ({"rows": [row_of(), row_of()]}, r"rows\[1\] must be the only one"),
         ({"rows": [row_of(low_ms=2.5)]}, "low_ms <= median_ms <= high_ms"),
@@ -84,6 +130,35 @@ def test_the_schema_says_what_is_wrong(change, message):
     schema.check(content)
     with pytest.raises(ValueError, match=message):
         schema.check(content | change)
+
+
+def test_errors_are_percentages():
+    content = content_of("demo", [trained_row(errors=[120.0])]) | {"config": {}, "seeds": [0]}
+    with pytest.raises(ValueError, match=r"errors must be percentages, got \[120.0\]"):
+        schema.check(content)
+
+
+def test_early_demos_may_lack_what_was_not_recorded():
+    content = content_of("demo", [trained_row()]) | {"config": {}, "seeds": [0]}
+    unknown = dict.fromkeys(schema.VERSIONS, "unknown")
+    schema.check(content | {"cpu": "unknown", "commit": "unknown", "versions": unknown})
+
+
+@pytest.mark.parametrize("suite", schema.TRAINED)
+def test_what_the_package_saves_fits_the_schema(suite, tmp_path):
+    results = [
+        ablate.Result(ablate.FULL, [1.0, 2.0]),
+        ablate.Result(ablate.SUPERVISED, [8.0, 9.0]),
+    ]
+    config = TrainConfig(labels=40)
+    path = ablate.save_results(results, config, [0, 1], "gpu-mixmatch", tmp_path / f"{suite}.json")
+    content = schema.load(path)
+    assert content["suite"] == suite
+    assert content["threads"] == [torch.get_num_threads()]
+    assert [row["contender"] for row in content["rows"]] == ["MixMatch", "supervised only"]
+    assert [row["errors"] for row in content["rows"]] == [[1.0, 2.0], [8.0, 9.0]]
+    assert content["rows"][0]["case"] == "digits, 40 labels"
+    assert content["rows"][0]["paper"] == [11.8, 6.0]
 
 
 @pytest.mark.parametrize("name", ["commit", "date", "cpu", "machine", "threads", "quick"])
@@ -104,14 +179,10 @@ def test_a_file_with_nan_is_refused(tmp_path):
 # Timing
 
 
-def test_contenders_take_turns_there_and_back():
+def test_calls_take_turns_there_and_back():
     order = []
-    contenders = [
-        Contender(name, lambda name=name: (order.append(name), time.sleep(0.002)))
-        for name in ("a", "b")
-    ]
-    settings = Settings(CPU, rounds=3, block_seconds=0.0)
-    timings = common.interleaved(contenders, settings)
+    calls = {name: lambda name=name: (order.append(name), time.sleep(0.002)) for name in ("a", "b")}
+    timings = _timing.in_turns(calls, rounds=3, block_seconds=0.0)
     warm_up = ["a"] * 4 + ["b"] * 4
     assert order == [*warm_up, "a", "b", "b", "a", "a", "b"]
     for timing in timings.values():
@@ -119,16 +190,39 @@ def test_contenders_take_turns_there_and_back():
         assert 2 <= timing.low_ms <= timing.median_ms <= timing.high_ms
 
 
+def test_a_block_is_as_long_as_it_is_asked_to_be():
+    counts = []
+    calls = {"a": lambda: time.sleep(0.001)}
+    before = {"a": lambda: counts.append(0)}
+    timing = _timing.in_turns(calls, rounds=2, calls_per_block=5, before_block=before)["a"]
+    assert timing.blocks == 2
+    assert len(counts) == 3  # the warm-up is one block, too
+    assert 1 <= timing.median_ms < 5  # per call
+
+
+def test_no_round_begins_when_time_is_up():
+    calls = {"a": lambda: time.sleep(0.02)}
+    timing = _timing.in_turns(calls, rounds=100, calls_per_block=1, most_seconds=0.1)["a"]
+    assert 1 <= timing.blocks <= 6
+    assert _timing.in_turns(calls, calls_per_block=1, most_seconds=0.0)["a"].blocks == 1
+
+
 def test_what_comes_before_a_block_is_not_timed():
     slow = Contender("slow", lambda: None, before_block=lambda: time.sleep(0.05))
-    timing = common.interleaved([slow], Settings(CPU, rounds=2, block_seconds=0.0))["slow"]
+    settings = Settings(CPU, rounds=2, block_seconds=0.0)
+    timing = common.time_contenders([slow], settings)["slow"]
     assert timing.high_ms < 25
+
+
+def test_quartiles_of_one_time_are_that_time():
+    assert _timing.quartiles([2.0]) == (2.0, 2.0, 2.0, 1)
+    assert _timing.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0, 5)
 
 
 def test_times_are_per_call_and_rates_per_second():
     contender = Contender("a", lambda: time.sleep(0.004), "a note", {"extra": 1})
     settings = Settings(CPU, rounds=2, block_seconds=0.02)
-    (row,) = common.timed_rows("case", [contender], settings, 1, views=12)
+    (row,) = common.timed_rows("case", [contender], settings, 1, num_rows=12)
     assert 4 <= row["median_ms"] < 15
     assert row["views_per_s"] == pytest.approx(12e3 / row["median_ms"], rel=1e-3)
     assert (row["note"], row["extra"], row["case"]) == ("a note", 1, "case")
@@ -167,6 +261,32 @@ def test_peers_draw_the_views_of_the_policy(peer, name):
             augment.check_peer(peer, CPU, policy)
         except Skipped as reason:
             pytest.skip(str(reason))
+
+
+def kornia_params(recorded):
+    """Kornia's draws as ours: the corner of the crop in the padded image, and the flip."""
+    crop, flip, _ = (item.data for item in recorded)
+    rows = len(crop["src"])
+    return AugmentParams(
+        top=crop["src"][:, 0, 1].int(),
+        left=crop["src"][:, 0, 0].int(),
+        flip=flip["batch_prob"].int(),
+        zoom=torch.zeros(rows, 4, dtype=torch.int32),
+        sigma=torch.zeros(rows),
+    )
+
+
+def test_kornia_builds_our_views_of_its_own_draws():
+    x, u = augment.make_images(32, 64, CPU)
+    module = peers.kornia_module(32, augment.policy_for("shift, flip", 32))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        views = module(torch.cat([x, *[u] * peers.NUM_VIEWS]).float() / 255)
+    params = kornia_params(module._params)
+    assert 0 < int(params.flip.sum()) < len(views)
+    assert len(params.top.unique()) == 9
+    same = WeakAugment.cifar10().apply((x, u), params)
+    torch.testing.assert_close(views, same, atol=1e-5, rtol=0)
 
 
 def changed(peer, change):
@@ -272,7 +392,7 @@ def ran():
 def test_every_suite_writes_rows_that_fit_and_tables_that_show_them(suite, ran):
     content = ran(suite)
     schema.check(content)
-    shown = "".join(text for _, text in report.SUITE_TABLES[suite](content))
+    shown = "".join(text for _, text in tables.TABLES[suite](content))
     wanted = "case" if suite == "ops" else "contender"
     for row in content["rows"]:
         if suite != "ops" or "copy_percent" in row:
@@ -313,6 +433,33 @@ def test_the_builders_share_is_of_the_whole_step(ran):
     for row in rows:
         expected = 100 * row["median_ms"] / whole["median_ms"]
         assert row["share_percent"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_arguments_of_kernels_are_read_by_name_however_deep_they_lie():
+    class Rows(NamedTuple):
+        x_ptr: int
+        count: int
+
+    class Source(NamedTuple):
+        rows: Rows
+        size: int
+
+    named = kernels.named_arguments(["seed", "source", "out_ptr"], [7, Source(Rows(1, 2), 3), 4])
+    assert named == {"seed": 7, "x_ptr": 1, "count": 2, "size": 3, "out_ptr": 4}
+
+
+def test_claims_are_reported_as_met_or_not():
+    rows = claims.run(QUICK, lambda _: None)
+    schema.check(content_of("claims", rows))
+    assert [row["contender"] for row in rows] == list(claims.GOALS)
+    for row in rows:
+        if "skipped" in row:
+            continue
+        less = row["contender"].endswith(" s")
+        met = row["value"] <= row["goal"] if less else row["value"] >= row["goal"]
+        assert row["note"] == ("met" if met else "not met")
+        assert row["value"] > 0
+    assert tables.goals_table([rows[-1]]).count("met") == 1
 
 
 def test_operations_that_differ_are_not_timed():
@@ -368,7 +515,7 @@ def test_the_fastest_is_bold_whoever_it_is_and_skips_have_their_reason():
         row_of("theirs", median_ms=1.5),
         common.skipped_row("case", "absent", 1, "not installed"),
     ]
-    text = report.pivot(
+    text = tables.pivot(
         rows,
         lambda row: row["case"],
         lambda row: f"{row['median_ms']}",
@@ -386,41 +533,155 @@ def test_the_fastest_is_bold_whoever_it_is_and_skips_have_their_reason():
 
 def test_quick_results_are_not_published(ran):
     with pytest.raises(ValueError, match="must not be of --quick"):
-        report.suite_part(ran("scaling"), common.RESULTS / "scaling--cpu-2c.json")
+        report.part(ran("scaling"), common.RESULTS / "scaling--here.json")
 
 
 def test_a_suites_part_names_machine_versions_notes_and_plot(ran):
     content = ran("augment") | {"quick": False}
-    text = report.suite_part(content, common.RESULTS / "augment--cpu-2c.json")
-    path = "benchmarks/results/0.1.0/augment--cpu-2c.png"
+    file = common.RESULTS / "augment--here.json"
+    text = report.part(content, file, ROOT / "docs")
+    path = f"../benchmarks/results/{common.RESULTS.name}/augment--here.png"
     assert f"]({path})" in text
     assert f"torch {torch.__version__}" in text
     assert content["cpu"] in text
     assert "last offset never drawn" in text
 
 
-def test_in_brief_a_suite_shows_medians_alone(ran):
-    content = ran("batch") | {"quick": False}
-    file = common.RESULTS / "batch--cpu-2c.json"
-    whole = report.suite_part(content, file)
-    brief = report.suite_part(content, file, brief=True)
-    assert "(quartiles)" in whole
-    assert "(quartiles)" not in brief
-    row = next(row for row in content["rows"] if "views" in row)
-    assert f" {report._number(row['views'] / row['median_ms'])} " in brief.replace("*", " ")
-    assert whole.count("|---") > brief.count("|---")
+def test_who_could_not_run_is_named_once_and_has_no_line():
+    fields = {"effects": "shift, flip", "size": 32, "batch": 64, "num_rows": 192}
+    rows = [row_of("ours", **fields), row_of("theirs", **fields)]
+    rows.append(common.skipped_row("case", "absent", 1, "not installed") | fields)
+    content = content_of("augment", rows) | {"quick": False}
+    text = report.part(content, common.RESULTS / "augment--here.json")
+    assert "| absent" not in text
+    assert text.count("- absent: not installed\n") == 1
 
 
-def test_plots_are_drawn_on_an_opaque_light_ground(ran, tmp_path):
-    for suite in report.PLOTS:
+def speed_results(folder, **changes):
+    rows = []
+    for threads in (1, 2):
+        for size in (32, 96):
+            for number, name in enumerate(
+                ("ours, numba, reused buffers", "ours, eager", "Kornia, one call", "imgaug"), 1
+            ):
+                row = row_of(name, f"{size} px", effects="shift, flip", size=size, batch=64)
+                row |= {"threads": threads, "num_rows": 192}
+                times = dict.fromkeys(("low_ms", "median_ms", "high_ms"), number / threads)
+                rows.append(row | times)
+    content = content_of("augment", rows) | {"threads": [1, 2], "quick": False} | changes
+    schema.dump(content, folder / f"augment--{content['machine']}.json")
+    return content
+
+
+def test_readmes_table_has_the_medians_of_the_most_threads(tmp_path):
+    content = speed_results(tmp_path)
+    lines = report.speed(tmp_path).splitlines()
+    assert lines[:5] == [
+        "| thousand views/s: shift, flip, normalise | 32 px | 96 px |",
+        "|---|---|---|",
+        "| `WeakAugment`, Numba, reused buffers | 384 | 384 |",
+        "| `WeakAugment`, plain torch | 192 | 192 |",
+        "| Kornia itself, in one call | 128 | 128 |",
+    ]
+    assert len(lines) == 7
+    assert ", 2 threads, " in lines[6]
+    assert content["date"] in lines[6]
+
+
+def test_a_gpu_is_missing_until_a_file_of_one_is_there(tmp_path):
+    content = speed_results(tmp_path)
+    place = f"{content['cpu']}, {content['cores']} cores"
+    assert report.machines(tmp_path) == f"Measured on: {place}. {report.NO_GPU}\n"
+    speed_results(tmp_path, machine="a-gpu", gpu="A GPU")
+    text = report.machines(tmp_path)
+    assert report.NO_GPU not in text
+    assert "A GPU" in text
+
+
+def test_every_marked_part_is_written_anew(tmp_path):
+    speed_results(tmp_path)
+    document = "before\n<!-- results: {} -->\nstale\n<!-- /results -->\nafter\n"
+    for name in ("speed", "machines", "augment"):
+        text = report.rendered(document.format(name), tmp_path, tmp_path)
+        assert text.startswith(f"before\n<!-- results: {name} -->\n")
+        assert text.endswith("<!-- /results -->\nafter\n")
+        assert "stale" not in text
+    with pytest.raises(FileNotFoundError, match=r"no results loader--\*\.json in"):
+        report.rendered(document.format("loader"), tmp_path, tmp_path)
+
+
+def test_results_of_the_packages_own_commands_are_collected_by_folder_and_machine(tmp_path):
+    content = content_of("demo", [trained_row()]) | {"config": {}, "seeds": [0]}
+    schema.dump(content, tmp_path / "digits-demo" / "demo.json")
+    (tmp_path / "digits-preview").mkdir()
+    (tmp_path / "digits-preview" / "preview.png").write_bytes(b"a picture")
+    taken = report.collect(tmp_path, tmp_path / "out")
+    names = [f"digits-demo--{content['machine']}.json", f"digits-preview--{machine(CPU)}.png"]
+    assert [path.name for path in taken] == names
+    assert schema.load(taken[0]) == content
+    assert taken[1].read_bytes() == b"a picture"
+
+
+# Plots
+
+
+@pytest.mark.parametrize(
+    ("contender", "ours"),
+    [
+        ("ours, numba", True),
+        ("DALI, dynamic mode (DaliAugment)", True),
+        ("ResidentLoader", True),
+        ("DaliLoader, WebDataset", True),
+        ("DALI, pipeline", False),
+        ("Kornia, one call", False),
+        ("DataLoader, per sample, 2 workers", False),
+    ],
+)
+def test_all_that_the_package_offers_has_one_colour(contender, ours):
+    assert drawings.is_ours(contender) == ours
+    assert drawings.colour(contender) == (plots.OURS if ours else plots.THEIRS)
+    assert drawings.colour("ideal loader") == plots.BOUND
+
+
+def test_headlines_are_computed(tmp_path):
+    content = speed_results(tmp_path)
+    rows = [row for row in content["rows"] if row["contender"] != "imgaug"]
+    headline = drawings.augment_headline(content | {"rows": rows})
+    expected = "Views, shift + flip: 3.0× as fast as the best other at 32 px, 3.0× at 96 px"
+    assert headline == expected
+    results = [ablate.Result(ablate.FULL, [1.0, 2.0]), ablate.Result(ablate.SUPERVISED, [8.0])]
+    assert ablate.headline(results) == "Test error: MixMatch 1.50 %, supervised only 8.00 %"
+    results.append(ablate.Result(ablate.ABLATION[1], [9.0]))
+    assert ablate.headline(results).endswith("the worst row 9.00 %: no averaging (K = 1)")
+    assert ablate.headline(results[1:2]) == "supervised only: 8.00 %"
+
+
+def luminance(colour):
+    channels = np.array([int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)])
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+@pytest.mark.parametrize("ground", ["#ffffff", "#0d1117"])  # a light page, and a dark one
+def test_text_of_plots_reads_on_light_and_dark_pages(ground):
+    lighter, darker = sorted((luminance(plots.INK), luminance(ground)), reverse=True)
+    assert (lighter + 0.05) / (darker + 0.05) >= 4
+
+
+def test_plots_have_no_ground_and_something_on_it(ran, tmp_path):
+    for suite in schema.SUITES:
         schema.dump(ran(suite), tmp_path / f"{suite}--here.json")
-    drawn = report.draw_all(tmp_path)
-    assert [path.name for path in drawn] == [f"{suite}--here.png" for suite in report.PLOTS]
+    content = content_of("demo", [trained_row()]) | {"config": {"model": "cnn"}, "seeds": [0]}
+    schema.dump(content, tmp_path / "digits-demo--here.json")
+    drawn = drawings.draw_all(tmp_path)
+    expected = ["augment", "batch", "digits-demo", "loader", "scaling"]
+    assert [path.name for path in drawn] == [f"{name}--here.png" for name in expected]
     for path in drawn:
-        pixels = np.array(Image.open(path).convert("RGBA"))
-        assert (pixels[..., 3] == 255).all()
-        assert (pixels[0, 0, :3] == 255).all()
-        assert len(np.unique(pixels.reshape(-1, 4), axis=0)) > 10  # something is on it
+        pixels = np.array(Image.open(path).convert("RGBA")).reshape(-1, 4)
+        assert (pixels[0] == [255, 255, 255, 0]).all()
+        solid = {tuple(pixel) for pixel in pixels[pixels[:, 3] == 255][:, :3]}
+        ours = tuple(int(plots.OURS[place : place + 2], 16) for place in (1, 3, 5))
+        assert ours in solid
 
 
 # One command for a CUDA machine
@@ -449,12 +710,13 @@ def test_parts_run_on_past_failures_and_the_summary_tells(tmp_path, capsys):
     assert outcomes[2].detail == "no-such-tool is not installed"
 
     path = tmp_path / "out" / "gpu--test.json"
-    assert gpu.summarise(outcomes, path, "a GPU") == 1
-    content = json.loads(path.read_text())
-    assert [part["name"] for part in content["parts"]] == ["good", "bad", "absent", "last"]
+    assert gpu.summarise(outcomes, path, CPU) == 1
+    rows = schema.load(path)["rows"]
+    assert [row["contender"] for row in rows] == ["good", "bad", "absent", "last"]
+    assert [row["state"] for row in rows] == ["passed", "failed", "skipped", "passed"]
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("good", "failed", "exit code 3", "is not installed"))
-    assert gpu.summarise([outcomes[0], outcomes[2]], path, "a GPU") == 0
+    assert gpu.summarise([outcomes[0], outcomes[2]], path, CPU) == 0
 
 
 def test_a_part_that_takes_too_long_is_ended_with_what_it_started(tmp_path):
@@ -515,7 +777,7 @@ def test_bench_ranks_engines_and_advises_the_cheapest():
 def test_bench_builds_what_it_says_to_choose():
     builders, _ = bench._builders(16, 2, CPU)
     x, u = augment.make_images(16, 4, CPU)
-    guess = bench.fixed_logits(8, bench.NUM_CLASSES, CPU)
+    guess = _timing.fixed_logits(8, bench.NUM_CLASSES, CPU)
     for mixmatch, detail in builders.values():
         result = mixmatch(x, torch.arange(4), u, guess)
         assert result.inputs.shape == (12, 3, 16, 16)
@@ -546,14 +808,17 @@ def test_a_training_step_trains_the_model():
     before = model[1].weight.clone()
     mixmatch = MixMatch(WeakAugment(1), 10)
     x, u = augment.make_images(8, 4, CPU)
-    assert bench.time_training_step(model, mixmatch, (x, torch.arange(4), u)) > 0
+    timing = _timing.time_training_step(
+        model, lambda model: mixmatch(x, torch.arange(4), u, model), MixMatchLoss(), CPU
+    )
+    assert timing.median_ms > 0
     assert not torch.equal(before, model[1].weight)
-    assert int(mixmatch.step) == 1 + bench._ROUNDS
+    assert int(mixmatch.step) == 1 + timing.blocks  # after one to warm up
 
 
 def test_importing_bench_loads_neither_engines_nor_benchmarks():
     code = (
-        "import sys, gpu_mixmatch.bench; "
+        "import sys, gpu_mixmatch.cli.bench; "
         "print([n for n in ('kornia', 'nvidia.dali', 'rich', 'PIL', 'benchmarks', 'datasets') "
         "if n in sys.modules])"
     )

@@ -350,11 +350,9 @@ def test_a_module_that_python_refuses_to_find_is_not_installed(
 @pytest.fixture(scope="module")
 def fresh() -> dict[str, str]:
     code = (
-        "import sys, time, gpu_mixmatch.cli.doctor as doctor\n"
+        "import sys, gpu_mixmatch.cli.doctor as doctor\n"
         "before = set(sys.modules)\n"
-        "start = time.perf_counter()\n"
         "doctor.examine()\n"
-        "print('seconds', time.perf_counter() - start)\n"
         "print('new', sorted({name.split('.')[0] for name in set(sys.modules) - before}))\n"
         "print('loaded', [n for n in ('kornia', 'nvidia', 'matplotlib') if n in sys.modules])\n"
     )
@@ -374,8 +372,3 @@ def test_the_doctor_imports_nothing_that_it_looks_for(fresh: dict[str, str]) -> 
     assert fresh["loaded"] == "[]"
     for module in ("triton", "PIL", "sklearn", "tensorboard", "typer", "rich", "lightning"):
         assert f"'{module}'" not in fresh["new"]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA takes its own time to start")
-def test_the_doctor_is_quick(fresh: dict[str, str]) -> None:
-    assert float(fresh["seconds"]) < 1

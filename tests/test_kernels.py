@@ -105,7 +105,7 @@ def test_shifted_bytes_are_read_by_neighbouring_threads(report):
 
 
 def test_a_batch_without_zoom_and_blur_moves_little_more_than_the_least(report):
-    batches = [batch for batch in report["batches"] if batch["policy"] == "shift"]
+    batches = [batch for batch in report["batches"] if batch["effects"] == "shift"]
     assert len(batches) == 4
     for batch in batches:
         assert 1 <= batch["ratio"] <= 1.15, batch
@@ -116,7 +116,7 @@ def test_bytes_are_those_of_a_count_by_hand(report):
     (batch,) = (
         batch
         for batch in report["batches"]
-        if batch["regime"].startswith("32 px") and batch["policy"] == "zoom and blur"
+        if batch["regime"].startswith("32 px") and batch["effects"] == "zoom and blur"
     )
     values = 192 * 3 * 32 * 32
     images = values * 1 + values * 4  # augment: bytes to floats

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.launch_counter import DEVICE, LaunchCounter
 from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, sampling
-from tests.launch_counter import DEVICE, LaunchCounter
 
 NUM_CLASSES = 10
 # docs/cuda.md states these

@@ -44,7 +44,7 @@ def test_the_citation_is_of_this_version_and_licence():
 
 def test_the_version_is_written_in_one_place():
     assert "version" not in PYPROJECT["project"]
-    assert PYPROJECT["tool"]["hatch"]["version"] == {"path": "gpu_mixmatch/__init__.py"}
+    assert PYPROJECT["tool"]["hatch"]["version"] == {"path": "gpu_mixmatch/_version.py"}
 
 
 def test_pre_commit_runs_the_commands_of_make_check():

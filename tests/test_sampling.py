@@ -48,7 +48,7 @@ def slow_philox(counter, key):
 
 
 def slow_words(seed, step, sample_id, view, purpose):
-    """Return the block of DESIGN §5: counter (id low, id high, step, view·256 + purpose)."""
+    """Return the block of the counter (id low, id high, step, view·256 + purpose)."""
     counter = (sample_id & MASK, sample_id >> 32, step, view * 256 + purpose)
     return slow_philox(counter, (seed & MASK, seed >> 32))
 

@@ -5,14 +5,13 @@ model's forward pass replaced by fixed logits; then whole training steps of a mo
 is a quick look: for numbers to publish see ``python -m benchmarks.batch`` in the repository.
 """
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from gpu_mixmatch._timing import fixed_logits, in_turns, time_training_step
 from gpu_mixmatch.augment import WeakAugment
 from gpu_mixmatch.impl import implementation
 from gpu_mixmatch.losses import MixMatchLoss
@@ -22,9 +21,6 @@ from gpu_mixmatch.recipes.models import build_model
 from gpu_mixmatch.types import Impl
 
 NUM_CLASSES = 10
-_ROUNDS = 7
-_BLOCK_SECONDS = 0.05
-_STEP_SECONDS = 10.0  # training steps are repeated for as long, but at most _ROUNDS times
 
 
 class EngineCost(NamedTuple):
@@ -104,14 +100,18 @@ def bench(
     guess = fixed_logits(num_augmentations * batch_size, NUM_CLASSES, device)
     tell("engines")
     with torch.random.fork_rng(devices=[]):
-        costs = _interleaved(
+        timings = in_turns(
             {name: _build_call(mixmatch, data, guess) for name, (mixmatch, _) in builders.items()},
             device,
         )
+    costs = {name: timing.median_ms for name, timing in timings.items()}
     best = min(costs, key=lambda name: costs[name])
     tell(f"training steps of {model}")
-    step_ms = time_training_step(network, builders[best][0], data)
-    model_ms = max(step_ms - costs[best], 0.0)
+    mixmatch, _ = builders[best]
+    step = time_training_step(
+        network, lambda model: mixmatch(*data, model), MixMatchLoss(), mixmatch.device
+    )
+    model_ms = max(step.median_ms - costs[best], 0.0)
     views = batch_size * (1 + num_augmentations)
     rows = [
         EngineCost(name, cost, cost / (model_ms + cost), 1e3 * views / cost, builders[name][1])
@@ -142,42 +142,6 @@ def as_text(result: BenchResult) -> str:
         lines.append(f"{row.engine:<{width}}  {numbers}  {row.detail}")
     lines.append(f"the model's part of a step: {result.model_ms:.1f} ms")
     return "\n".join([*lines, result.advice])
-
-
-def fixed_logits(num_rows: int, num_classes: int, device: torch.device) -> Callable[[Tensor], Any]:
-    """Return a model that costs nothing: it answers any images with the same logits."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(num_rows, num_classes, generator=generator).to(device)
-    return lambda images: logits[: len(images)]
-
-
-def time_training_step(
-    model: nn.Module, mixmatch: MixMatch, data: tuple[Tensor, Tensor, Tensor]
-) -> float:
-    """Median time of a whole training step, in milliseconds: build, forward, backward, update.
-
-    Args:
-        model: Trained in place by Adam, in channels_last.
-        mixmatch: Builds the batches; the guess is the model's.
-        data: x, y and u, on the builder's device.
-    """
-    device = mixmatch.device
-    model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.002)
-    criterion = MixMatchLoss()
-
-    def step() -> None:
-        batch = mixmatch(*data, model)
-        loss = criterion(model(batch.inputs), batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    _seconds(step, 1, device)  # warm-up
-    times: list[float] = []
-    while not times or (sum(times) < _STEP_SECONDS and len(times) < _ROUNDS):
-        times.append(_seconds(step, 1, device))
-    return 1e3 * statistics.median(times)
 
 
 def _builders(
@@ -238,28 +202,3 @@ def _advice(rows: list[EngineCost], model_ms: float) -> str:
     if slow:
         lines.append(f"More than a tenth of a step goes into the batch with {', '.join(slow)}.")
     return "\n".join(lines)
-
-
-def _interleaved(calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
-    """Median milliseconds per call, of blocks of calls in turns."""
-    counts = {}
-    for name, call in calls.items():
-        _seconds(call, 2, device)  # warm-up
-        seconds = _seconds(call, 2, device) / 2
-        counts[name] = max(1, round(_BLOCK_SECONDS / max(seconds, 1e-7)))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(_ROUNDS):
-        for name, call in calls.items():
-            times[name].append(1e3 * _seconds(call, counts[name], device) / counts[name])
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _seconds(call: Callable[[], Any], count: int, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start

@@ -2,18 +2,16 @@
 
 import dataclasses
 import json
-import os
-import platform
 import statistics
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from gpu_mixmatch._extras import need
+from gpu_mixmatch._machine import header
 from gpu_mixmatch.data.datasets import load_dataset
+from gpu_mixmatch.recipes import plots
 from gpu_mixmatch.recipes.run_log import write_atomically
 from gpu_mixmatch.recipes.train import Summary, TrainConfig, train
 
@@ -134,27 +132,34 @@ def choose_rows(keys: str | None) -> list[Row]:
 def save_results(
     results: Sequence[Result], config: TrainConfig, seeds: Sequence[int], command: str, path: Path
 ) -> Path:
-    """Write results as JSON, with the command and the versions that produced them."""
-    from gpu_mixmatch import __version__
+    """Write results as JSON, with the command, the machine and the versions.
 
+    The form is that of all results of the project: a header, and rows that name their case and
+    contender.
+
+    Args:
+        results: What `compare` returned.
+        config: What it was given.
+        seeds: What it was given, too.
+        command: That led here.
+        path: "demo.json" or "ablation.json" in a folder: its stem is the name of the suite.
+    """
     common = dataclasses.asdict(config)
     for name in ("seed", "supervised", "root"):
         del common[name]
+    threads = torch.get_num_threads()
+    labels = "all" if config.labels is None else config.labels
     content = {
-        "command": command,
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": _device_name(config.device),
-        "versions": {
-            "gpu_mixmatch": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        **header(path.stem, command, torch.device(config.device), [threads]),
         "config": common,
         "seeds": list(seeds),
         "rows": [
             {
+                "case": f"{config.dataset}, {labels} labels",
+                "contender": result.row.label,
+                "threads": threads,
+                "note": "",
                 "key": result.row.key,
-                "label": result.row.label,
                 "errors": result.errors,
                 "mean": round(result.mean, 3),
                 "deviation": round(result.deviation, 3),
@@ -164,67 +169,74 @@ def save_results(
         ],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
+    write_atomically(path, (text + "\n").encode())
     return path
+
+
+def headline(results: Sequence[Result]) -> str:
+    """Say what a comparison found: MixMatch, and what is furthest from it."""
+    by_key = {result.row.key: result for result in results}
+    full = by_key.get(FULL.key)
+    others = [result for result in results if result is not full]
+    if full is None or not others:
+        return ", ".join(f"{result.row.label}: {result.mean:.2f} %" for result in results)
+    if len(others) == 1:
+        (other,) = others
+        return f"Test error: MixMatch {full.mean:.2f} %, {other.row.label} {other.mean:.2f} %"
+    worst = max(others, key=lambda result: result.mean)
+    found = f"MixMatch {full.mean:.2f} %, the worst row {worst.mean:.2f} %: {worst.row.label}"
+    return f"Test error: {found}"
 
 
 def draw_bars(
     results: Sequence[Result], title: str, path: Path, *, with_paper: bool = False
 ) -> Path:
     """Draw errors as bars, and the paper's own beside them if asked for."""
-    need("matplotlib", "drawing")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    width, height = (12.0 if with_paper else 8.0), 1.8 + 0.42 * len(results)
+    with plots.picture(path, width, height, headline(results)) as figure:
+        panels = figure.subplots(1, 2 if with_paper else 1, sharey=True, squeeze=False)[0]
+        _draw_ours(panels[0], results)
+        several = any(len(result.errors) > 1 for result in results)
+        panels[0].set_title(f"{title}: mean ± sd, and each seed" if several else title)
+        if with_paper:
+            _draw_papers(panels[1], results)
+        for panel in panels:
+            panel.set_xlabel("test error in %")
+            panel.margins(x=0.16)
+            panel.set_xlim(left=0)
+            panel.grid(axis="x")
+    return path
 
-    figure = Figure(figsize=(12 if with_paper else 7.5, 1.6 + 0.42 * len(results)))
-    figure.set_layout_engine("constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2 if with_paper else 1, sharey=True, squeeze=False)[0]
-    places = range(len(results))
-    labels = [result.row.label for result in results]
 
-    means = [result.mean for result in results]
-    ours = panels[0]
-    deviations = [result.deviation for result in results]
-    ours.barh(places, means, xerr=deviations, height=0.6, color="#4477aa", ecolor="#222222")
+def _draw_ours(panel: Any, results: Sequence[Result]) -> None:
     for place, result in enumerate(results):
-        ours.plot(result.errors, [place] * len(result.errors), "k.", ms=4)
-        end = max(result.mean + result.deviation, *result.errors)
-        ours.annotate(
+        colour = plots.THEIRS if result.row.key == SUPERVISED.key else plots.OURS
+        panel.barh(place, result.mean, height=0.6, color=colour)
+        if result.deviation:
+            panel.errorbar(result.mean, place, xerr=result.deviation, ecolor=plots.INK)
+        panel.plot(
+            result.errors, [place] * len(result.errors), "o", ms=4, mfc="white", mec=plots.INK
+        )
+        panel.annotate(
             f"{result.mean:.2f}",
-            (end, place),
+            (max(result.mean + result.deviation, *result.errors), place),
             textcoords="offset points",
             xytext=(6, 0),
             va="center",
         )
-    ours.set_title(title)
-    ours.set_yticks(list(places), labels)
-    ours.invert_yaxis()
-    if with_paper:
-        theirs = panels[1]
-        for offset, column, label, color in (
-            (-0.2, 0, "250 labels", "#cc6677"),
-            (0.2, 1, "4000 labels", "#ddcc77"),
-        ):
-            values = [(r.row.paper or (0.0, 0.0))[column] for r in results]
-            bars = theirs.barh(
-                [place + offset for place in places], values, height=0.38, label=label, color=color
-            )
-            theirs.bar_label(bars, fmt=lambda value: f"{value:.2f}" if value else "", padding=4)
-        theirs.set_title("paper, CIFAR-10, WRN-28-2, one split")
-        theirs.legend(loc="lower right")
-    for panel in panels:
-        panel.set_xlabel("test error in %")
-        panel.margins(x=0.16)
-        panel.set_xlim(left=0)
-        panel.grid(axis="x", alpha=0.3)
-        panel.set_axisbelow(True)
-    figure.savefig(path, dpi=110)
-    return path
+    panel.set_yticks(range(len(results)), [result.row.label for result in results])
+    panel.invert_yaxis()
 
 
-def _device_name(device: str) -> str:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"CPU, {os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}"
+def _draw_papers(panel: Any, results: Sequence[Result]) -> None:
+    for offset, column, label, colour in (
+        (-0.2, 0, "250 labels", plots.THEIRS),
+        (0.2, 1, "4000 labels", plots.THIRD),
+    ):
+        values = [(result.row.paper or (0.0, 0.0))[column] for result in results]
+        places = [place + offset for place in range(len(results))]
+        bars = panel.barh(places, values, height=0.38, label=label, color=colour)
+        panel.bar_label(bars, fmt=lambda value: f"{value:.2f}" if value else "", padding=4)
+    panel.set_title("the paper's: CIFAR-10, WRN-28-2, one split")
+    panel.legend(loc="lower right")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gpu_mixmatch._extras import need
+from gpu_mixmatch.recipes import plots
 
 
 class MetricsLog:
@@ -76,33 +77,30 @@ def draw_curves(
     runs: dict[str, list[dict[str, float]]], path: Path, tested_on: str = "test"
 ) -> Path:
     """Draw error and losses over the steps of some runs as a PNG."""
-    need("matplotlib", "drawing")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    losses = [("loss_x", "cross-entropy on X'"), ("loss_u", "squared error on U'")]
-    for name, metrics in runs.items():
-        steps = [entry["step"] for entry in metrics]
-        left.plot(steps, [entry["error"] for entry in metrics], marker="o", ms=3, label=name)
-        for key, label in losses if "loss_x" in metrics[0] else [("loss", "cross-entropy")]:
-            right.plot(steps, [entry[key] for entry in metrics], marker="o", ms=3, label=label)
-        last = metrics[-1]
-        left.annotate(
-            f"{last['error']:.1f} %",
-            (last["step"], last["error"]),
-            textcoords="offset points",
-            xytext=(-4, 8),
-            ha="right",
-        )
-    title = f"Error of the averaged weights on the {tested_on} images"
-    left.set(title=title, xlabel="step", ylabel="error in %")
-    left.set_ylim(bottom=0)
-    right.set(title="Losses of the evaluated steps", xlabel="step", yscale="log")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=120)
+    ends = [f"{metrics[-1]['error']:.2f} %" for metrics in runs.values()]
+    headline = f"{tested_on.capitalize()} error after the last step: {', '.join(ends)}"
+    with plots.picture(path, 11, 4.4, headline) as figure:
+        left, right = figure.subplots(1, 2)
+        losses = [("loss_x", "cross-entropy on X'"), ("loss_u", "squared error on U'")]
+        for name, metrics in runs.items():
+            steps = [entry["step"] for entry in metrics]
+            left.plot(steps, [entry["error"] for entry in metrics], marker="o", ms=3, label=name)
+            for key, label in losses if "loss_x" in metrics[0] else [("loss", "cross-entropy")]:
+                right.plot(steps, [entry[key] for entry in metrics], marker="o", ms=3, label=label)
+            last = metrics[-1]
+            left.annotate(
+                f"{last['error']:.1f} %",
+                (last["step"], last["error"]),
+                textcoords="offset points",
+                xytext=(-4, 8),
+                ha="right",
+            )
+        left.set_title(f"averaged weights on the {tested_on} images")
+        left.set(xlabel="step", ylabel=f"{tested_on} error in %")
+        left.set_ylim(bottom=0)
+        right.set_title("losses of the evaluated steps")
+        right.set(xlabel="step", ylabel="loss", yscale="log")
+        for axes in (left, right):
+            axes.grid()
+            axes.legend()
     return path

@@ -7,6 +7,8 @@ on CUDA; those that are several kernels are listed.
 """
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,16 +27,24 @@ class LaunchCounter(TorchDispatchMode):
         copies: Bytes of each copy from the host to the device.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.launches = Counter()
-        self.copies = []
+        self.launches: Counter[str] = Counter()
+        self.copies: list[int] = []
 
     @property
-    def total(self):
+    def total(self) -> int:
+        """Number of all launches."""
         return self.launches.total()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        function: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Do an operation, and count what it would launch or copy."""
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         inputs = [arg for arg in _leaves((args, kwargs)) if isinstance(arg, torch.Tensor)]
@@ -53,12 +63,12 @@ class LaunchCounter(TorchDispatchMode):
         return result
 
 
-def _is_view(function):
+def _is_view(function: Any) -> bool:
     """Whether an operation only looks at its input: it returns an alias and writes nothing."""
     returned = function._schema.returns
     aliases = [value.alias_info for value in returned]
     return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
 
 
-def _leaves(tree):
+def _leaves(tree: Any) -> list[Any]:
     return torch.utils._pytree.tree_leaves(tree)

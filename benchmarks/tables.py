@@ -1,0 +1,255 @@
+"""Results as Markdown tables, a function per suite."""
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.common import Row
+from gpu_mixmatch._machine import UNKNOWN
+
+Content = dict[str, Any]
+Tables = list[tuple[str, str]]  # titles and Markdown
+SWEEP_TITLES = {
+    "batch": "batch size",
+    "size": "image size",
+    "num_views": "views per image",
+    "classes": "classes",
+}
+BOUNDS = ("copy_", "ideal loader")  # what no contender can pass
+
+
+def machine_name(content: Content) -> str:
+    """The GPU, or else the CPU."""
+    name = content["gpu"] or content["cpu"]
+    return "CPU" if name == UNKNOWN else str(name)
+
+
+def place(content: Content) -> str:
+    """Where results were made: the machine and its cores."""
+    return f"{machine_name(content)}, {content['cores']} cores"
+
+
+def pivot(
+    rows: list[Row],
+    column: Callable[[Row], str],
+    cell: Callable[[Row], str],
+    label: str,
+    best: Callable[[Row], float] | None = None,
+) -> str:
+    """Rows as a Markdown table: contenders below each other, cases beside each other.
+
+    Args:
+        rows: Of one kind.
+        column: The heading of a row's column.
+        cell: What is shown of a row that was not skipped.
+        label: The heading of the contenders.
+        best: A row's rank, of which the least is bold; None marks none.
+    """
+    columns = list(dict.fromkeys(map(column, rows)))
+    found = {(row["contender"], column(row)): row for row in rows}
+    winners = set()
+    for name in columns if best else ():
+        ranked = [row for row in rows if column(row) == name and "skipped" not in row]
+        ranked = [row for row in ranked if row["contender"] not in BOUNDS]
+        if ranked:
+            winners.add(id(min(ranked, key=best)))
+    lines = ["| " + " | ".join([label, *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
+    for contender in dict.fromkeys(row["contender"] for row in rows):
+        cells = []
+        for name in columns:
+            row = found.get((contender, name))
+            if row is None:
+                cells.append("")
+            elif "skipped" in row:
+                cells.append("skipped")
+            else:
+                cells.append(f"**{cell(row)}**" if id(row) in winners else cell(row))
+        reasons = {r["skipped"] for r in rows if r["contender"] == contender and "skipped" in r}
+        shown = f"{contender} ({'; '.join(sorted(reasons))})" if reasons else contender
+        lines.append("| " + " | ".join([shown, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def threads(row: Row) -> str:
+    """A row's number of CPU threads, in words."""
+    return f"{row['threads']} thread" + ("" if row["threads"] == 1 else "s")
+
+
+def number(value: float) -> str:
+    """Three digits, or all of those before the point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _milliseconds(row: Row) -> float:
+    return float(row["median_ms"])
+
+
+def _thousand_views(row: Row) -> str:
+    return _rate(row, row["num_rows"])
+
+
+def _rate(row: Row, count: float) -> str:
+    """How many a millisecond: the median and the quartiles."""
+    median = number(count / row["median_ms"])
+    return f"{median} ({number(count / row['high_ms'])} to {number(count / row['low_ms'])})"
+
+
+def _column_of(row: Row) -> str:
+    return f"{row['size']} px, {row['batch']} + {row['batch']}, {threads(row)}"
+
+
+def augment_tables(content: Content) -> Tables:
+    """A table for each choice of effects."""
+    rows = content["rows"]
+    return [
+        (
+            f"Thousand views/s (quartiles): {effects}, normalise",
+            pivot(
+                [row for row in rows if row["effects"] == effects],
+                _column_of,
+                _thousand_views,
+                "views",
+                _milliseconds,
+            ),
+        )
+        for effects in dict.fromkeys(row["effects"] for row in rows)
+    ]
+
+
+def batch_tables(content: Content) -> Tables:
+    """Rates, page faults, launches, and the share of a training step."""
+    rows = content["rows"]
+    timed = [row for row in rows if row["case"].startswith("batch")]
+    measured = [row for row in timed if "faults_per_batch" in row]
+    counted = [row for row in rows if row["case"].startswith("launches")]
+    steps = [row for row in rows if row["case"].startswith("training step")]
+    faults = [row for row in measured if row["threads"] == content["threads"][0]]
+    parts = [
+        (
+            "Thousand views/s (quartiles), from uint8 in a data set to the mixed batch",
+            pivot(timed, _column_of, _thousand_views, "batches", _milliseconds),
+        )
+    ]
+    if faults:
+        counts = pivot(faults, _column_of, lambda row: number(row["faults_per_batch"]), "batches")
+        parts.append(("Minor page faults per batch", counts))
+    return [
+        *parts,
+        (
+            "Launches and copies to the device per batch"
+            + ("" if content["gpu"] else ", counted on a fake device"),
+            pivot(counted, lambda row: row["case"].split(": ")[-1], _counts, "batches"),
+        ),
+        (
+            f"The builder in a {steps[0]['case']}",
+            pivot(
+                steps,
+                threads,
+                lambda row: f"{number(row['median_ms'])} ms ({row['share_percent']:.3g} %)",
+                "part",
+            ),
+        ),
+    ]
+
+
+def _counts(row: Row) -> str:
+    waits = row.get("synchronisations", row.get("device_reads"))
+    kind = "waits" if "synchronisations" in row else "reads of the device"
+    return f"{row['launches']} launches, {row['copies_to_device']} copies, {waits} {kind}"
+
+
+def loader_tables(content: Content) -> Tables:
+    """Images per second by loader."""
+    table = pivot(
+        content["rows"],
+        lambda row: row["case"],
+        lambda row: _rate(row, 2e3 * row["batch"]),
+        "loader",
+        _milliseconds,
+    )
+    return [("Images/s (quartiles), decoded and augmented", table)]
+
+
+def scaling_tables(content: Content) -> Tables:
+    """A table per sweep: time and memory."""
+    rows = content["rows"]
+    return [
+        (
+            f"Milliseconds (and MB) per batch by {title}, {threads(rows[0])}",
+            pivot(
+                [row for row in rows if row["sweep"] == sweep],
+                lambda row: str(row["at"]),
+                lambda row: f"{number(row['median_ms'])} ({number(row['peak_mb'])})",
+                title,
+                _milliseconds,
+            ),
+        )
+        for sweep, title in SWEEP_TITLES.items()
+    ]
+
+
+def ops_tables(content: Content) -> Tables:
+    """Operations below each other, implementations beside each other; then the goals."""
+    rows = [row for row in content["rows"] if row["threads"] == content["threads"][-1]]
+    timed = [row for row in rows if "copy_percent" in row or "skipped" in row]
+    names = list(dict.fromkeys(row["contender"] for row in timed))
+    turned = [row | {"contender": row["case"], "column": row["contender"]} for row in timed]
+    turned.sort(key=lambda row: names.index(row["column"]))
+    parts = [
+        (
+            f"Microseconds (and the rate in % of a copy of as many bytes), {threads(rows[0])}",
+            pivot(
+                turned,
+                lambda row: row["column"],
+                lambda row: f"{number(1e3 * row['median_ms'])} ({row['copy_percent']:.3g})",
+                "operation",
+            ),
+        )
+    ]
+    goals = [row for row in rows if "goal" in row]
+    return parts + ([("Goals of the fused path", goals_table(goals))] if goals else [])
+
+
+def goals_table(rows: list[Row]) -> str:
+    """What was measured beside what is wanted."""
+    lines = ["| goal | measured | wanted | |", "|---|---|---|---|"]
+    for row in rows:
+        values = f"{number(row['value'])} | {number(row['goal'])} | {row['note']}"
+        lines.append(f"| {row['contender']} | {values} |")
+    return "\n".join(lines) + "\n"
+
+
+def claims_tables(content: Content) -> Tables:
+    """What is promised and what was measured."""
+    return [("", goals_table([row for row in content["rows"] if "goal" in row]))]
+
+
+def trained_tables(content: Content) -> Tables:
+    """Test errors by seed, and the paper's own beside them for an ablation."""
+    seeds, several = content["seeds"], len(content["seeds"]) > 1
+    heading = ["test error in %", *(f"seed {seed}" for seed in seeds)]
+    if several:
+        heading.append("mean ± sd")
+    if content["suite"] == "ablation":
+        heading.append("paper")
+    lines = ["| " + " | ".join(heading) + " |", "|---" * len(heading) + "|"]
+    for row in content["rows"]:
+        cells = [row["contender"], *(f"{error:.2f}" for error in row["errors"])]
+        if several:
+            cells.append(f"{row['mean']:.2f} ± {row['deviation']:.2f}")
+        if content["suite"] == "ablation":
+            paper = row["paper"]
+            cells.append(f"{paper[0]:.2f} / {paper[1]:.2f}" if paper else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return [("", "\n".join(lines) + "\n")]
+
+
+TABLES: dict[str, Callable[[Content], Tables]] = {
+    "augment": augment_tables,
+    "batch": batch_tables,
+    "loader": loader_tables,
+    "scaling": scaling_tables,
+    "ops": ops_tables,
+    "claims": claims_tables,
+    "demo": trained_tables,
+    "ablation": trained_tables,
+}
