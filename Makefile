@@ -13,8 +13,10 @@ RUN = $(VENV)/bin
 demo: $(VENV)/.installed
 	$(RUN)/gpu-mixmatch demo
 
+# Two processes of one thread each: the tensors are small, and threads would wait for each other.
+test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.installed
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.installed
 	$(RUN)/ruff check
@@ -68,7 +70,7 @@ test-triton36: $(TRITON36)/.installed
 
 $(TRITON36)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(TRITON36)
-	$(TRITON36)/bin/python -m pip install -q -c constraints.txt torch pytest
+	$(TRITON36)/bin/python -m pip install -q -c constraints.txt torch pytest numba
 	$(TRITON36)/bin/python -m pip install -q triton==3.6.0 "numpy>=2,<2.4"
 	touch $@
 

@@ -30,8 +30,8 @@ KILLED_AT = 11  # steps taken by the rank that is killed: the last checkpoint is
 class Recording(MixMatch):
     """Keeps what it drew last."""
 
-    def _draw(self, ids, policy):
-        self.drawn = super()._draw(ids, policy)
+    def _draw(self, *arguments):
+        self.drawn = super()._draw(*arguments)
         return self.drawn
 
 

@@ -17,6 +17,7 @@ from gpu_mixmatch import sampling
 from gpu_mixmatch.types import AugmentParams, AugmentPolicy, DrawPlan, MixUpParams
 
 LEAST_P = 1e-4
+shuffle_module = importlib.import_module("gpu_mixmatch.sampling.shuffle")
 philox_module = importlib.import_module("gpu_mixmatch.sampling.philox")
 POLICY = {"padding": 4, "zoom_px": (0, 16), "flip": 0.5, "blur_sigma": (0.25, 3.0)}
 ALPHAS = (0.5, 0.75, 1.0, 2.0, 16.0)
@@ -491,11 +492,21 @@ def test_orders_of_large_data_sets_are_permutations(length):
     assert int((order == torch.arange(length)).sum()) < 10  # Poisson(1) of fixed points
 
 
+def orders_at_once(seed, length, epochs):
+    """Orders of epochs 0, 1, .., drawn in one pass."""
+    request = (shuffle_module.shuffle_rows(length, 0), sampling.Purpose.EPOCH)
+    (words,) = philox_module.draw_words(seed, 0, epochs, [request])
+    return list(map(tuple, shuffle_module.bijection(words, length).tolist()))
+
+
 @pytest.mark.parametrize(
     ("length", "draws"), [(2, 4_000), (3, 4_000), (4, 8_000), (5, 24_000), (6, 24_000)]
 )
 def test_orders_of_a_few_are_uniform_over_all_orders(length, draws):
-    counts = Counter(tuple(sampling.epoch_order(1, e, length).tolist()) for e in range(draws))
+    orders = orders_at_once(1, length, draws)
+    for epoch in (0, 1, draws - 1):
+        assert orders[epoch] == tuple(sampling.epoch_order(1, epoch, length).tolist())
+    counts = Counter(orders)
     observed = [counts[order] for order in permutations(range(length))]
     assert sum(observed) == draws
     assert stats.chisquare(observed).pvalue > LEAST_P

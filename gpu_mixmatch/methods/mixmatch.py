@@ -1,4 +1,4 @@
-"""MixMatch: the batch builder."""
+"""MixMatch: Algorithm 1 of the paper as a batch builder."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -187,12 +187,13 @@ class MixMatch(nn.Module):
         y = self._labels(y, len(x))
         ids = _ids(ids_x, ids_u, len(x), len(u))
 
+        # Algorithm 1: whatever is random, then lines 3-6, the views of x and u; the rest is below
         engine = complete(self.augment)
         draws, mixup = self._draw(self.plan, ids, key)
         if draws is None:
             draws = engine.draw_batch(self.seed, int(self.step), *ids, self.num_augmentations)
         scratch = self._workspaces[0] if self._workspaces else None
-        views = engine.views(x, u, draws, self.num_augmentations, scratch)  # lines 3-6
+        views = engine.views(x, u, draws, self.num_augmentations, scratch)
         return self._guess_and_mix(views, y, model, mixup)
 
     def from_views(
@@ -240,10 +241,7 @@ class MixMatch(nn.Module):
                 )
         images = torch.cat([self._moved("x", x), *(self._moved("views", view) for view in views)])
         y = self._labels(y, len(x))
-        ids = (
-            ids_or_positions("ids_x", ids_x, len(x)),
-            ids_or_positions("ids_u", ids_u, len(views[0])),
-        )
+        ids = _ids(ids_x, ids_u, len(x), len(views[0]))
         _, mixup = self._draw(self.plan._replace(policy=None), ids, None)
         return self._guess_and_mix(BuiltViews(images, len(x)), y, model, mixup)
 
@@ -257,10 +255,10 @@ class MixMatch(nn.Module):
     def _guess_and_mix(
         self, views: Views, y: Tensor, model: Model, mixup: MixUpParams
     ) -> MixMatchBatch:
-        """Lines 7 to 14 of Algorithm 1."""
-        logits = self._guess_logits(views.unlabelled, model)
+        """Lines 7-14 of Algorithm 1: guess, sharpen, label all rows, shuffle and mix them."""
+        logits = self._guess_logits(views.unlabelled, model)  # line 7
 
-        def targets(params: MixUpParams | None) -> Tensor:
+        def targets(params: MixUpParams | None) -> Tensor:  # lines 8, 10 and 11
             return functional.batch_targets(
                 y,
                 logits,
@@ -272,7 +270,7 @@ class MixMatch(nn.Module):
 
         with torch.no_grad():
             out = self._output(len(mixup.lam), views.unlabelled)
-            inputs, mixed_targets = views.mix(mixup, targets, out, self.impl)
+            inputs, mixed_targets = views.mix(mixup, targets, out, self.impl)  # lines 12-14
         step = self.step.clone()
         self.step += 1
         return MixMatchBatch(inputs, mixed_targets, len(y), step, mixup)
@@ -313,11 +311,10 @@ class MixMatch(nn.Module):
         if self._workspaces is None:
             return None
         workspace = self._workspaces[int(self.step) % 2]
-        _, channels, height, width = like.shape
         if like.is_contiguous():
-            shape = (num_rows, channels, height, width)
+            shape = (num_rows, *like.shape[1:])
             return workspace.empty("inputs", shape, like.dtype, like.device)
-        shape = (num_rows, height, width, channels)
+        shape = (num_rows, *like.shape[2:], like.shape[1])
         return workspace.empty("inputs", shape, like.dtype, like.device).permute(0, 3, 1, 2)
 
     def _save_to_state_dict(
