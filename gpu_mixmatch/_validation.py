@@ -224,6 +224,26 @@ def check_augment(
     return nhwc, shape
 
 
+def check_draws(params: AugmentParams, padding: int) -> None:
+    """Raise if draws lead out of an image. On a device they cannot be looked at without waiting."""
+    top, left, _, zoom, _ = params
+    if top.device.type != "cpu" or torch.compiler.is_compiling() or len(top) == 0:
+        return
+    offsets = torch.stack([top, left])
+    least, most = (int(value) for value in offsets.aminmax())
+    least_cut = int(zoom.min())
+    if least < 0 or most > 2 * padding or least_cut < 0:
+        raise draws_error(2 * padding, least, most, least_cut)
+
+
+def draws_error(limit: int, least: int, most: int, least_cut: int) -> ValueError:
+    """Say that offsets or cuts lead out of an image."""
+    return ValueError(
+        f"params.top and params.left must be in 0 .. 2·padding = {limit} and params.zoom at "
+        f"least 0, got offsets in {least} .. {most} and a cut of {least_cut}"
+    )
+
+
 def check_reflection(padding: int, padding_mode: PaddingMode, height: int, width: int) -> None:
     """Raise a ValueError if an image is too small to be reflected into its padding."""
     if padding_mode == "reflect" and padding >= min(height, width):

@@ -225,8 +225,9 @@ def test_a_workspace_is_used_again_for_other_shapes():
 
 
 @pytest.mark.parametrize(("field", "value"), [("top", 5), ("left", -1), ("left", 5), ("zoom", -1)])
-def test_draws_that_leave_the_image_are_refused(field, value):
-    augment = WeakAugment(padding=2, zoom_px=(0, 2), impl="numba")
+@pytest.mark.parametrize("impl", ["numba", "eager"])
+def test_draws_that_leave_the_image_are_refused(field, value, impl):
+    augment = WeakAugment(padding=2, zoom_px=(0, 2), impl=impl)
     params = augment.draw(seed=0, step=0, ids=3)
     params = params._replace(**{field: torch.full_like(getattr(params, field), value)})
     with pytest.raises(ValueError, match=rf"params.top and params.left .* got .*{value}"):

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpu_mixmatch import _validation
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch.impl.constants import constant
 from gpu_mixmatch.impl.eager.filters import axis_matrices
@@ -22,6 +23,7 @@ def augment(
     workspace: Workspace | None,
     mixup: MixUpParams | None = None,
 ) -> None:
+    _validation.check_draws(params, geometry.padding)
     num_rows, channels, height, width = out.shape
     views = _shifted(sources, params, geometry, channels_last_in, out.shape).float()
     if geometry.zoom or geometry.blur_radius:
@@ -58,11 +60,12 @@ def _shifted(
     images = torch.cat([s.permute(0, 3, 1, 2) if channels_last_in else s for s in sources])
     if geometry.padding_mode == "zeros":  # a line and a column of black, which padding repeats
         images = F.pad(images, (0, 1, 0, 1))
-    lines, columns = _padded_and_mirrored(
-        height, width, geometry.padding, geometry.padding_mode, images.device
+    lines, columns = (
+        _padded(size, geometry.padding, geometry.padding_mode, images.device)
+        for size in (height, width)
     )
-    # [M, C, H + 2·padding, 2 · (W + 2·padding)]
-    wide = images[:, :, lines[:, None], columns].contiguous()
+    padded = images.index_select(2, lines).index_select(3, columns)
+    wide = torch.cat([padded, padded.flip(3)], dim=3).contiguous()
 
     _, _, tall, pitch = wide.shape
     starts = _image_starts(counts, num_rows, channels * tall * pitch, images.device)
@@ -78,21 +81,16 @@ def _shifted(
 
 
 @constant
-def _padded_and_mirrored(
-    height: int, width: int, padding: int, padding_mode: PaddingMode, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Lines and columns of a padded image and, behind it, of its mirror image."""
-
-    def padded(size: int) -> Tensor:
-        position = torch.arange(-padding, size + padding)
-        if padding_mode == "reflect":
-            return (size - 1) - ((size - 1) - position.abs()).abs()
-        if padding_mode == "edge":
-            return position.clamp(0, size - 1)
-        return position.where((position >= 0) & (position < size), size)
-
-    columns = padded(width)
-    return padded(height).to(device), torch.cat([columns, columns.flip(0)]).to(device)
+def _padded(size: int, padding: int, mode: PaddingMode, device: torch.device) -> Tensor:
+    """The lines, or columns, that a padded image repeats, ``[size + 2·padding]`` int64."""
+    position = torch.arange(-padding, size + padding)
+    if mode == "reflect":
+        position = (size - 1) - ((size - 1) - position.abs()).abs()
+    elif mode == "edge":
+        position = position.clamp(0, size - 1)
+    else:  # the line of black behind the last
+        position = position.where((position >= 0) & (position < size), size)
+    return position.to(device)
 
 
 @constant

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gpu_mixmatch._buffers import Workspace
+from gpu_mixmatch._validation import draws_error
 from gpu_mixmatch.impl.constants import constant
 from gpu_mixmatch.impl.eager.filters import gaussian
 from gpu_mixmatch.impl.numba.loops import (
@@ -168,10 +169,7 @@ def _check_draws(draws: tuple[Any, ...], most: int) -> None:
     least_cut = zoom.min(initial=0)
     if not (lie_within(top, most) and lie_within(left, most) and least_cut >= 0):
         offsets = np.concatenate([top, left])
-        raise ValueError(
-            f"params.top and params.left must be in 0 .. 2·padding = {most} and params.zoom at "
-            f"least 0, got offsets in {offsets.min()} .. {offsets.max()} and a cut of {least_cut}"
-        )
+        raise draws_error(most, offsets.min(), offsets.max(), least_cut)
 
 
 def _floats(name: str, like: Tensor, workspace: Workspace) -> Tensor:
