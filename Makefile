@@ -1,6 +1,6 @@
 # make demo   set up .venv and train digits with 40 labels, supervised only and with MixMatch
 # make test   set up .venv and run the tests
-# make check  lint, format and types, as the gate has them
+# make check  lint, format and types
 # make docs   build the documents and the API reference in build/site
 # make package  use pip install . and the wheel in clean environments
 # make gpu    all that wants a CUDA device: tests, checks and measurements

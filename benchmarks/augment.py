@@ -1,8 +1,8 @@
 """Views of a batch by us and by others: ``python -m benchmarks.augment [--quick] [--device cuda]``.
 
 The policy is the same for all: reflect shift-crop by an eighth of the size, flip, normalise, with
-and without a Gaussian blur (sigma 0.1 .. 3); and zoom, flip and blur, the sketch that this project
-grew from. x once and u twice. First each contender is checked at 32 px: ours against the plain
+and without a Gaussian blur (sigma 0.1 .. 3); and zoom, flip and blur, as a blog post has it. x once
+and u twice. First each contender is checked at 32 px: ours against the plain
 implementation on the same draws, peers for drawing the right views evenly. Then they are timed.
 """
 

@@ -272,7 +272,7 @@ class WeakAugment(NormalizedViews):
 
     @classmethod
     def blog(cls, **fields: Any) -> Self:
-        """Zoom by 0..16 px per side, flip, blur by 0..3 px: the sketch this project grew from."""
+        """Zoom by 0..16 px per side, flip, blur by 0..3 px: a blog post's, not the paper's."""
         return cls(
             **{"padding": 0, "zoom_px": (0, 16), "flip": 0.5, "blur_sigma": (0.0, 3.0), **fields}
         )
