@@ -1,17 +1,16 @@
 """Accelerate: no glue is needed behind ``prepare``, in two processes, or to resume."""
 
-import os
-import subprocess
 import sys
 import textwrap
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
 
 from gpu_mixmatch import MixMatch, MixMatchLoss, ResidentLoader, SemiSupervisedLoader, WeakAugment
 from gpu_mixmatch.recipes.models import SmallCNN
+from tests.factories import random_images
+from tests.processes import printed_by
 from tests.skips import skip_without
 
 accelerate = skip_without("accelerate")
@@ -32,8 +31,7 @@ def fresh_accelerate():
 
 
 def noise(length, seed):
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (length, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    images = random_images(length, (1, 8, 8), seed=seed)
     return torch.utils.data.TensorDataset(images, torch.arange(length) % 10)
 
 
@@ -239,21 +237,8 @@ def test_two_processes_draw_apart_and_resume_exactly(tmp_path):
     options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     # two processes are launched by --multi_gpu also where there is none, and --cpu launches one
     port = ["--multi_gpu", "--main_process_port", "0"]
-    ended = subprocess.run(
-        [*launcher, *options, *port, str(script)],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(Path(__file__).parents[1]),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-4000:]
-    assert ended.stdout.count("done") == 2
+    printed = printed_by([*launcher, *options, *port, str(script)], tmp_path)
+    assert printed.count("done") == 2
 
 
 @pytest.mark.gpu

@@ -3,7 +3,6 @@
 import inspect
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,7 +13,8 @@ from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch.augment import CallableAugment
 from gpu_mixmatch.augment.base import Augment
 from gpu_mixmatch.types import AugmentParams, Geometry, Scaling
-from tests import oracle
+from tests.factories import random_images
+from tests.params import oracle_rows, still_params
 from tests.tolerances import TOLERANCES
 
 pytestmark = pytest.mark.usefixtures("each_cpu_impl")
@@ -35,27 +35,6 @@ EVERYTHING = {
 SHAPES = [(3, 32, 32), (1, 28, 28), (3, 9, 7), (4, 5, 13), (1, 8, 5), (3, 5, 5), (2, 6, 9)]
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-def random_images(count, channels=3, height=8, width=8, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shape = (count, channels, height, width)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-
-
-def still_params(rows, padding=0, **fields):
-    """Params that leave an image as it is, unless told otherwise."""
-    params = AugmentParams(
-        top=torch.full((rows,), padding, dtype=torch.int32),
-        left=torch.full((rows,), padding, dtype=torch.int32),
-        flip=torch.zeros(rows, dtype=torch.int32),
-        zoom=torch.zeros(rows, 4, dtype=torch.int32),
-        sigma=torch.zeros(rows),
-    )
-    dtypes = {name: field.dtype for name, field in params._asdict().items()}
-    return params._replace(
-        **{name: torch.as_tensor(value, dtype=dtypes[name]) for name, value in fields.items()}
-    )
 
 
 def rows_of(params, rows):
@@ -101,34 +80,6 @@ def blurred(image, sigma, radius):
     return conv2d(planes, kernel)[:, 0].float()
 
 
-def oracle_rows(images, params, augment):
-    """The oracle on the NCHW image of each row, in float64, with the crops cut to fit."""
-    channels, height, width = images.shape[1:]
-    spread = lambda values: values * channels if len(values) == 1 else values  # noqa: E731
-    policy = {
-        "padding": augment.padding,
-        "padding_mode": augment.padding_mode,
-        "blur_radius": augment.blur_radius,
-        "mean": spread(augment.mean),
-        "std": spread(augment.std),
-    }
-    rows = np.zeros(images.shape, dtype=np.float64)
-    for row, image in enumerate(images):
-        top, bottom, left, right = params.zoom[row].tolist()
-        top, left = min(top, height - 1), min(left, width - 1)
-        bottom, right = min(bottom, height - 1 - top), min(right, width - 1 - left)
-        draws = {
-            "top": int(params.top[row]),
-            "left": int(params.left[row]),
-            "flip": int(params.flip[row]),
-            "zoom": (top, bottom, left, right),
-            "sigma": float(params.sigma[row]),
-        }
-        pixels = image.numpy() if image.dtype == torch.uint8 else image.double().numpy() * 255
-        rows[row] = oracle.augment(pixels, draws, policy)
-    return torch.from_numpy(rows)
-
-
 def worst(result, expected):
     return float((result.double() - expected.double()).abs().max()) if len(expected) else 0.0
 
@@ -153,7 +104,7 @@ def is_known_as_nhwc(channels, height, width):
     ids=str,
 )
 def test_shift_equals_padding_and_slicing_exactly(shape, mode, source, channels_last):
-    images = random_images(9, *shape)
+    images = random_images(9, shape)
     given = {
         "NCHW": images,
         "NHWC": images.permute(0, 2, 3, 1).contiguous(),
@@ -174,7 +125,7 @@ def test_shift_equals_padding_and_slicing_exactly(shape, mode, source, channels_
 @pytest.mark.parametrize("mode", ["reflect", "zeros", "edge"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_flip_mirrors_the_shifted_window_exactly(shape, mode, channels_last):
-    images = random_images(6, *shape)
+    images = random_images(6, shape)
     augment = WeakAugment(4, mode, flip=1.0, channels_last=channels_last, **PLAIN)
     params = augment.draw(0, 1, 6, 1)
     assert params.flip.all()
@@ -186,7 +137,7 @@ def test_flip_mirrors_the_shifted_window_exactly(shape, mode, channels_last):
 
 @pytest.mark.parametrize(("padding", "size"), [(0, 1), (0, 2), (1, 2), (4, 5), (12, 13)])
 def test_the_greatest_padding_that_reflects_is_one_less_than_the_image(padding, size):
-    images = random_images(20, 3, size, size + 1)
+    images = random_images(20, (3, size, size + 1))
     augment = WeakAugment(padding, flip=0.0, **PLAIN)
     params = augment.draw(0, 0, 20, 0)
     views = augment.apply(images, params)
@@ -195,7 +146,7 @@ def test_the_greatest_padding_that_reflects_is_one_less_than_the_image(padding, 
 
 @pytest.mark.parametrize("mode", ["zeros", "edge"])
 def test_padding_may_exceed_the_image_where_nothing_is_reflected(mode):
-    images = random_images(40, 3, 5, 2)
+    images = random_images(40, (3, 5, 2))
     augment = WeakAugment(9, mode, flip=0.0, **PLAIN)
     params = augment.draw(0, 0, 40, 0)
     assert torch.equal(augment.apply(images, params), to_unit(shifted(images, params, 9, mode)))
@@ -216,7 +167,7 @@ def test_zeros_padding_is_black_before_it_is_normalised():
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 9, 13), (4, 7, 5), (2, 12, 8)], ids=str)
 def test_zoom_equals_interpolation_of_the_cut(shape, channels_last):
-    images = random_images(16, *shape)
+    images = random_images(16, shape)
     most = (min(shape[1:]) - 1) // 2
     augment = WeakAugment(0, zoom_px=(0, most), flip=0.0, channels_last=channels_last, **PLAIN)
     params = augment.draw(0, 0, 16, 0)
@@ -228,7 +179,7 @@ def test_zoom_equals_interpolation_of_the_cut(shape, channels_last):
 
 
 def test_a_zoom_that_cuts_nothing_leaves_the_image():
-    images = random_images(3, 3, 9, 7)
+    images = random_images(3, (3, 9, 7))
     augment = WeakAugment(0, zoom_px=(0, 3), **PLAIN)
     assert worst(augment.apply(images, still_params(3)), to_unit(images)) < 1e-6
 
@@ -244,7 +195,7 @@ def test_a_zoom_that_cuts_nothing_leaves_the_image():
     ],
 )
 def test_a_zoom_leaves_at_least_one_pixel(cuts):
-    images = random_images(1, 3, 8, 8)
+    images = random_images(1, (3, 8, 8))
     augment = WeakAugment(0, zoom_px=(0, 16), flip=0.0, **PLAIN)
     view = augment.apply(images, still_params(1, zoom=[cuts]))
     assert worst(view[0], zoomed(to_unit(images[0]), cuts)) < 1e-5
@@ -276,7 +227,7 @@ def test_zoom_and_blur_keep_a_plain_image_plain(size):
     ids=str,
 )
 def test_blur_equals_convolution_with_the_sampled_gaussian(shape, sigma, channels_last):
-    images = random_images(8, *shape)
+    images = random_images(8, shape)
     augment = WeakAugment(
         0, flip=0.0, blur_sigma=(0.0, sigma), channels_last=channels_last, **PLAIN
     )
@@ -291,13 +242,13 @@ def test_blur_equals_convolution_with_the_sampled_gaussian(shape, sigma, channel
 
 
 def test_a_sigma_of_zero_leaves_the_image():
-    images = random_images(4, 3, 9, 7)
+    images = random_images(4, (3, 9, 7))
     augment = WeakAugment(0, flip=0.0, blur_sigma=(0.0, 3.0), **PLAIN)
     assert torch.equal(augment.apply(images, still_params(4)), to_unit(images))
 
 
 def test_a_blur_wider_than_the_image_reflects_again_and_again():
-    images = random_images(3, 1, 2, 3)
+    images = random_images(3, (1, 2, 3))
     augment = WeakAugment(0, flip=0.0, blur_sigma=(0.0, 3.0), **PLAIN)
     params = still_params(3, sigma=[3.0, 1.0, 0.5])
     expected = oracle_rows(images, params, augment)
@@ -308,7 +259,7 @@ def test_a_blur_wider_than_the_image_reflects_again_and_again():
 
 
 def test_steps_come_in_the_order_shift_zoom_flip_blur_normalise():
-    images = random_images(1, 3, 12, 10)
+    images = random_images(1, (3, 12, 10))
     augment = WeakAugment(4, "zeros", zoom_px=(0, 5), blur_sigma=(0.0, 1.5), mean=0.4, std=0.2)
     draws = still_params(1, top=[1], left=[7], flip=[1], zoom=[(3, 0, 4, 1)], sigma=[1.1])
     shift = lambda image: shifted(image[None], draws, 4, "zeros")[0]  # noqa: E731
@@ -351,7 +302,7 @@ def test_everything_equals_the_oracle(shape, mode, rows, channels_last, dtype):
     fields = {**EVERYTHING, "mean": (0.5, 0.4, 0.45, 0.6)[:channels]}
     fields["std"] = (0.25, 0.3, 0.27, 0.5)[:channels]
     augment = WeakAugment(padding_mode=mode, dtype=dtype, channels_last=channels_last, **fields)
-    images = random_images(rows, *shape)
+    images = random_images(rows, shape)
     params = augment.draw(1, 2, rows, 1)
     views = augment.apply(images, params)
     assert views.dtype == dtype
@@ -363,7 +314,7 @@ def test_everything_equals_the_oracle(shape, mode, rows, channels_last, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_float_images_of_any_dtype_equal_the_oracle(dtype):
     augment = WeakAugment(**EVERYTHING)
-    images = (random_images(4, 3, 9, 8).float() / 255).to(dtype)
+    images = (random_images(4, (3, 9, 8)).float() / 255).to(dtype)
     params = augment.draw(1, 2, 4, 1)
     expected = oracle_rows(images, params, augment)
     assert worst(augment.apply(images, params), expected) < TOLERANCES[torch.float32]
@@ -372,7 +323,7 @@ def test_float_images_of_any_dtype_equal_the_oracle(dtype):
 @pytest.mark.parametrize("fields", [{"padding": 4}, EVERYTHING], ids=["shift", "everything"])
 def test_bytes_and_unit_floats_give_the_same_views(fields):
     augment = WeakAugment(**fields)
-    images = random_images(6, 3, 9, 11)
+    images = random_images(6, (3, 9, 11))
     params = augment.draw(0, 0, 6, 0)
     views = augment.apply(images.float() / 255, params)
     assert worst(views, augment.apply(images, params)) < TOLERANCES[torch.float32]
@@ -380,14 +331,14 @@ def test_bytes_and_unit_floats_give_the_same_views(fields):
 
 def test_nhwc_images_give_the_views_of_nchw_images():
     augment = WeakAugment(**EVERYTHING)
-    images = random_images(6, 3, 9, 11)
+    images = random_images(6, (3, 9, 11))
     params = augment.draw(0, 0, 6, 0)
     nhwc = images.permute(0, 2, 3, 1).contiguous()
     assert torch.equal(augment.apply(nhwc, params), augment.apply(images, params))
 
 
 def test_memory_formats_hold_the_same_values():
-    images = random_images(6, 3, 9, 11)
+    images = random_images(6, (3, 9, 11))
     contiguous = WeakAugment(**EVERYTHING)
     channels_last = WeakAugment(**EVERYTHING, channels_last=True)
     params = contiguous.draw(0, 0, 6, 0)
@@ -405,7 +356,7 @@ def test_memory_formats_hold_the_same_values():
 def test_every_element_of_out_is_written(everything, channels_last, dtype, mode):
     fields = EVERYTHING if everything else {"padding": 4}
     augment = WeakAugment(padding_mode=mode, dtype=dtype, channels_last=channels_last, **fields)
-    x, u = random_images(5, 3, 9, 8), random_images(3, 3, 9, 8, seed=1)
+    x, u = random_images(5, (3, 9, 8)), random_images(3, (3, 9, 8), seed=1)
     params = augment.draw_batch(0, 0, 5, 3, 2)
     out = torch.empty(11, 3, 9, 8, dtype=dtype).to(memory_format=FORMATS[channels_last])
     out.fill_(NAN)
@@ -418,7 +369,7 @@ def test_every_element_of_out_is_written(everything, channels_last, dtype, mode)
 
 def test_every_element_is_written_where_rows_take_more_than_one_chunk():
     augment = WeakAugment.cifar10(dtype=torch.float16)
-    x, u = random_images(100, 3, 32, 32), random_images(75, 3, 32, 32, seed=1)
+    x, u = random_images(100, (3, 32, 32)), random_images(75, (3, 32, 32), seed=1)
     params = augment.draw_batch(0, 0, 100, 75, 3)
     out = torch.full((325, 3, 32, 32), NAN, dtype=torch.float16)
     augment.apply((x, u), params, out=out)
@@ -451,7 +402,7 @@ def test_x_and_the_views_of_u_are_parts_of_one_buffer(channels_last):
 @pytest.mark.parametrize(("len_x", "len_u", "views"), [(4, 3, 2), (1, 1, 1), (0, 3, 2), (3, 0, 2)])
 def test_a_pair_equals_separate_calls(len_x, len_u, views, fields):
     augment = WeakAugment(**fields)
-    x, u = random_images(len_x, 3, 9, 8), random_images(len_u, 3, 9, 8, seed=1)
+    x, u = random_images(len_x, (3, 9, 8)), random_images(len_u, (3, 9, 8), seed=1)
     params = augment.draw_batch(0, 0, len_x, len_u, views)
     parts = [augment.apply(x, rows_of(params, slice(0, len_x)))]
     for view in range(views):
@@ -465,7 +416,7 @@ def test_a_pair_equals_separate_calls(len_x, len_u, views, fields):
 
 def test_one_image_fills_as_many_rows_as_were_drawn():
     augment = WeakAugment(4, flip=0.5, **PLAIN)
-    images = random_images(3, 3, 9, 8)
+    images = random_images(3, (3, 9, 8))
     params = augment.draw(0, 0, 3, (1, 2, 3))
     views = augment.apply(images, params)
     expected = to_unit(shifted(images.repeat(3, 1, 1, 1), params, 4, "reflect"))
@@ -490,7 +441,7 @@ def test_one_image_fills_as_many_rows_as_were_drawn():
 @pytest.mark.parametrize("size", [9, 32])
 def test_a_view_does_not_depend_on_the_batch_around_it(size, fields, channels_last):
     augment = WeakAugment(channels_last=channels_last, **fields)
-    images = random_images(40, 3, size, size)
+    images = random_images(40, (3, size, size))
     ids = torch.arange(100, 140)
     views = augment.apply(images, augment.draw(0, 7, ids, 1))
     for row in (0, 17, 39):
@@ -517,7 +468,7 @@ def test_images_are_left_as_they_were():
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_a_workspace_gives_the_same_views_in_the_same_memory(dtype, channels_last):
     augment = WeakAugment(**EVERYTHING, dtype=dtype, channels_last=channels_last)
-    x, u = random_images(4, 3, 9, 8), random_images(3, 3, 9, 8, seed=1)
+    x, u = random_images(4, (3, 9, 8)), random_images(3, (3, 9, 8), seed=1)
     workspace = Workspace()
     first = augment.build(x, u, augment.draw_batch(0, 0, 4, 3, 2), 2, workspace)
     address, before = first.data_ptr(), first.clone()
@@ -532,7 +483,7 @@ def test_a_workspace_gives_the_same_views_in_the_same_memory(dtype, channels_las
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_a_workspace_makes_no_buffer_anew_in_steady_state(channels_last, dtype, monkeypatch):
     augment = WeakAugment.cifar10(dtype=dtype, channels_last=channels_last)
-    x, u = random_images(64, 3, 32, 32), random_images(64, 3, 32, 32, seed=1)
+    x, u = random_images(64, (3, 32, 32)), random_images(64, (3, 32, 32), seed=1)
     workspace = Workspace()
     handed_out = {}
     empty = Workspace.empty
@@ -556,7 +507,7 @@ def test_a_workspace_serves_batches_of_changing_size():
     augment = WeakAugment(**EVERYTHING)
     workspace = Workspace()
     for step, (count, size) in enumerate([(8, 9), (3, 9), (3, 12), (8, 9)]):
-        images = random_images(count, 3, size, size, seed=step)
+        images = random_images(count, (3, size, size), seed=step)
         params = augment.draw(0, step, count, 0)
         views = augment.apply(images, params, workspace=workspace)
         assert torch.equal(views, augment.apply(images, params))
@@ -567,7 +518,7 @@ def test_a_workspace_serves_batches_of_changing_size():
 
 def test_forward_draws_and_applies_one_view():
     augment = WeakAugment(**EVERYTHING)
-    images = random_images(5, 3, 9, 8)
+    images = random_images(5, (3, 9, 8))
     expected = augment.apply(images, augment.draw(3, 4, 5, 2))
     assert torch.equal(augment(images, 3, 4, view=2), expected)
     assert not torch.equal(augment(images, 3, 4), expected)
@@ -579,7 +530,7 @@ def test_forward_draws_and_applies_one_view():
 def test_normalize_equals_to_tensor_and_normalise(nhwc, channels_last, dtype):
     mean, std = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
     augment = WeakAugment(mean=mean, std=std, dtype=dtype, channels_last=channels_last)
-    images = random_images(5, 3, 9, 7)
+    images = random_images(5, (3, 9, 7))
     unit = images.double() / 255
     column = lambda values: torch.tensor(values, dtype=torch.float64)[:, None, None]  # noqa: E731
     expected = (unit - column(mean)) / column(std)
@@ -636,7 +587,7 @@ def test_the_blog_preset_zooms_flips_and_blurs():
 @pytest.mark.parametrize("size", [32, 96])
 def test_the_blog_preset_equals_interpolation_flip_and_convolution(size):
     augment = WeakAugment.blog()
-    images = random_images(12, 3, size, size)
+    images = random_images(12, (3, size, size))
     params = augment.draw(0, 0, 12, 1)
     assert int(params.zoom.max()) > 12
     for row, view in enumerate(augment.apply(images, params)):
@@ -696,7 +647,7 @@ def test_an_engine_is_used_as_it_is():
 
 @pytest.mark.parametrize("nhwc", [False, True], ids=["NCHW", "NHWC"])
 def test_a_callable_gets_unit_floats_and_builds_one_view_per_call(nhwc):
-    x, u = random_images(4, 3, 9, 8), random_images(3, 3, 9, 8, seed=1)
+    x, u = random_images(4, (3, 9, 8)), random_images(3, (3, 9, 8), seed=1)
     seen = []
 
     def brighten(images):
@@ -842,15 +793,15 @@ def apply_to(images, **fields):
 def test_an_image_too_small_to_reflect_is_refused(height, width):
     message = rf"padding = 4 for images of {height} x {width} pixels"
     with pytest.raises(ValueError, match=message):
-        apply_to(random_images(2, 3, height, width), padding=4)
+        apply_to(random_images(2, (3, height, width)), padding=4)
 
 
 @pytest.mark.parametrize(
     "u",
     [
-        random_images(2, 1),
-        random_images(2, 3, 9, 8),
-        random_images(2, 3, 8, 9),
+        random_images(2, (1, 8, 8)),
+        random_images(2, (3, 9, 8)),
+        random_images(2, (3, 8, 9)),
         random_images(2).float(),
         random_images(2).permute(0, 2, 3, 1).contiguous(),
     ],

@@ -4,34 +4,27 @@ import re
 
 import pytest
 import torch
-from torch import nn
 
 from gpu_mixmatch import MixMatch, MixMatchBatch, MixMatchLoss, MixUpParams, WeakAugment
 from gpu_mixmatch import functional as F
 from gpu_mixmatch.sampling import draw_augment
 from gpu_mixmatch.types import AugmentParams, Geometry, Scaling
+from tests.factories import PooledNet, random_images
 
 NUM_CLASSES = 5
 B, M, K = 3, 4, 2
-
-
-class Net(nn.Module):
-    def __init__(self, num_classes=NUM_CLASSES):
-        super().__init__()
-        self.dense = nn.Linear(3, num_classes)
-
-    def forward(self, images):
-        return self.dense(images.float().mean(dim=(2, 3)))
 
 
 def builder_of(augment=None, **switches):
     return MixMatch(augment or WeakAugment(padding=1), NUM_CLASSES, **switches)
 
 
+def net(num_classes=NUM_CLASSES):
+    return PooledNet(num_classes)
+
+
 def images_of(count, channels=3, height=6, width=6):
-    generator = torch.Generator().manual_seed(count)
-    shape = (count, channels, height, width)
-    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    return random_images(count, (channels, height, width), seed=count)
 
 
 def labels_of(count):
@@ -152,9 +145,9 @@ def test_labels_out_of_range_are_an_error_on_the_cpu(wrong):
     y = torch.tensor([0, wrong, 4])
     text = f"y must be labels in 0 .. 4 (num_classes = 5), got {wrong}"
     with raises(ValueError, text):
-        builder_of()(images_of(B), y, images_of(M), Net())
+        builder_of()(images_of(B), y, images_of(M), net())
     with raises(ValueError, text):
-        builder_of().from_views(images_of(B) / 255, y, [images_of(M) / 255] * K, Net())
+        builder_of().from_views(images_of(B) / 255, y, [images_of(M) / 255] * K, net())
 
 
 @pytest.mark.parametrize(
@@ -171,7 +164,7 @@ def test_labels_out_of_range_are_an_error_on_the_cpu(wrong):
 def test_labels_of_the_wrong_shape_or_dtype_are_an_error(y, shown):
     text = f"y must be integer labels [B] or soft labels [B, L] with L = 5, got {shown}"
     with raises(ValueError, text):
-        builder_of()(images_of(B), y, images_of(M), Net())
+        builder_of()(images_of(B), y, images_of(M), net())
 
 
 def test_draws_on_another_device_than_the_images_are_an_error():
@@ -187,12 +180,12 @@ def test_draws_on_another_device_than_the_images_are_an_error():
 def test_labels_must_be_as_many_as_images(count):
     text = f"y must have a label per image of x, 3, got {count}"
     with raises(ValueError, text):
-        builder_of()(images_of(B), labels_of(count), images_of(M), Net())
+        builder_of()(images_of(B), labels_of(count), images_of(M), net())
 
 
 def test_a_label_without_an_axis_is_an_error_that_names_y():
     with pytest.raises(ValueError, match=r"^y must "):
-        builder_of()(images_of(1), torch.tensor(2), images_of(M), Net())
+        builder_of()(images_of(1), torch.tensor(2), images_of(M), net())
 
 
 @pytest.mark.parametrize(
@@ -213,7 +206,7 @@ def test_soft_labels_must_be_distributions(dtype, row, shown):
     if dtype == torch.float16:
         shown = shown.split(" with")[0]  # 0.8 is not a half
     with raises(ValueError, text + shown):
-        builder_of()(images_of(B), y.to(dtype), images_of(M), Net())
+        builder_of()(images_of(B), y.to(dtype), images_of(M), net())
 
 
 # Images
@@ -227,15 +220,15 @@ ENGINES = {"WeakAugment": WeakAugment(padding=1), "callable": lambda images: ima
 def test_x_and_u_of_different_sizes_are_an_error(shape, engine):
     u = torch.zeros(shape, dtype=torch.uint8)
     with pytest.raises(ValueError, match=re.escape(str(list(shape)))):
-        builder_of(ENGINES[engine])(images_of(B), labels_of(B), u, Net())
+        builder_of(ENGINES[engine])(images_of(B), labels_of(B), u, net())
 
 
 def test_x_and_u_of_different_dtypes_or_layouts_are_an_error():
     text = r"^x and u must have the same .*, got \[3, 3, 6, 6\] (torch\.)?uint8 and "
     with pytest.raises(ValueError, match=text + r"\[4, 3, 6, 6\] (torch\.)?float32$"):
-        builder_of()(images_of(B), labels_of(B), images_of(M) / 255, Net())
+        builder_of()(images_of(B), labels_of(B), images_of(M) / 255, net())
     with pytest.raises(ValueError, match=text + r"\[4, 6, 6, 3\] (torch\.)?uint8$"):
-        builder_of()(images_of(B), labels_of(B), images_of(M).permute(0, 2, 3, 1), Net())
+        builder_of()(images_of(B), labels_of(B), images_of(M).permute(0, 2, 3, 1), net())
 
 
 @pytest.mark.parametrize(("num_labelled", "num_unlabelled"), [(0, M), (B, 0), (0, 0)])
@@ -243,16 +236,16 @@ def test_empty_batches_are_an_error(num_labelled, num_unlabelled):
     name, shape = ("x", [0, 3, 6, 6]) if num_labelled == 0 else ("u", [0, 3, 6, 6])
     x, u = images_of(num_labelled), images_of(num_unlabelled)
     with raises(ValueError, f"{name} must hold at least one image, got {shape}"):
-        builder_of()(x, labels_of(num_labelled), u, Net())
+        builder_of()(x, labels_of(num_labelled), u, net())
     with pytest.raises(ValueError, match="must hold at least one image"):
-        builder_of().from_views(x / 255, labels_of(num_labelled), [u / 255] * K, Net())
+        builder_of().from_views(x / 255, labels_of(num_labelled), [u / 255] * K, net())
 
 
 @pytest.mark.parametrize("shape", [(3, 6, 6), (3, 108), (3, 1, 3, 6, 6)], ids=str)
 def test_images_must_have_four_axes(shape):
     images = torch.zeros(shape, dtype=torch.uint8)
     with raises(ValueError, f"must be [M, C, H, W] or [M, H, W, C], got {list(shape)}"):
-        builder_of()(images, labels_of(3), images, Net())
+        builder_of()(images, labels_of(3), images, net())
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float64], ids=str)
@@ -260,7 +253,7 @@ def test_images_must_be_bytes_or_floats(dtype):
     name = str(dtype).removeprefix("torch.")
     text = f"must be uint8 or one of float32, float16, bfloat16, got {name}"
     with raises(ValueError, text):
-        builder_of()(images_of(B).to(dtype), labels_of(B), images_of(M).to(dtype), Net())
+        builder_of()(images_of(B).to(dtype), labels_of(B), images_of(M).to(dtype), net())
 
 
 @pytest.mark.parametrize("name", ["x", "u"])
@@ -270,7 +263,7 @@ def test_images_on_another_device_are_an_error(name):
     with raises(
         ValueError, f"{name} must be on the CPU or on cpu like this module, got it on meta"
     ):
-        builder_of()(images["x"], labels_of(B), images["u"], Net())
+        builder_of()(images["x"], labels_of(B), images["u"], net())
 
 
 # Ids
@@ -293,9 +286,9 @@ def test_ids_must_be_one_int64_per_image(name, ids, shown):
     x = u = images_of(3)
     text = f"{name} must be [3] int64, one per image, got {shown}"
     with raises(ValueError, text):
-        builder_of()(x, labels_of(3), u, Net(), **{name: ids})
+        builder_of()(x, labels_of(3), u, net(), **{name: ids})
     with raises(ValueError, text):
-        builder_of().from_views(x / 255, labels_of(3), [u / 255] * K, Net(), **{name: ids})
+        builder_of().from_views(x / 255, labels_of(3), [u / 255] * K, net(), **{name: ids})
 
 
 # from_views
@@ -310,10 +303,10 @@ def test_from_views_must_get_k_views(count):
     text = f"views must hold num_augmentations = 2 views, got {count}"
     views = views_of(count)
     with raises(ValueError, text):
-        builder_of().from_views(images_of(B) / 255, labels_of(B), views, Net())
+        builder_of().from_views(images_of(B) / 255, labels_of(B), views, net())
     if count:
         with raises(ValueError, text):
-            builder_of().from_views(images_of(B) / 255, labels_of(B), torch.stack(views), Net())
+            builder_of().from_views(images_of(B) / 255, labels_of(B), torch.stack(views), net())
 
 
 @pytest.mark.parametrize("size", [{"channels": 1}, {"height": 5}, {"width": 7}], ids=str)
@@ -322,23 +315,23 @@ def test_from_views_must_get_views_of_the_size_of_x(size):
     shape = list(views[0].shape)
     text = f"views must each be [M, C, H, W] with [3, 6, 6] like x, got {[shape, shape]}"
     with raises(ValueError, text):
-        builder_of().from_views(images_of(B) / 255, labels_of(B), views, Net())
+        builder_of().from_views(images_of(B) / 255, labels_of(B), views, net())
 
 
 def test_from_views_must_get_views_of_one_size():
     views = [images_of(M) / 255, images_of(M + 1) / 255]
     text = "got [[4, 3, 6, 6], [5, 3, 6, 6]]"
     with raises(ValueError, text):
-        builder_of().from_views(images_of(B) / 255, labels_of(B), views, Net())
+        builder_of().from_views(images_of(B) / 255, labels_of(B), views, net())
 
 
 def test_from_views_must_get_one_floating_point_dtype():
     text = "x and views must be of one floating point dtype, got "
     x, (view, _) = images_of(B) / 255, views_of()
     with raises(ValueError, text + "torch.float32 and torch.float16"):
-        builder_of().from_views(x, labels_of(B), [view, view.half()], Net())
+        builder_of().from_views(x, labels_of(B), [view, view.half()], net())
     with raises(ValueError, text + "torch.uint8 and torch.uint8"):
-        builder_of().from_views(images_of(B), labels_of(B), [images_of(M)] * K, Net())
+        builder_of().from_views(images_of(B), labels_of(B), [images_of(M)] * K, net())
 
 
 # The model
@@ -350,7 +343,7 @@ def test_logits_of_the_wrong_number_of_classes_are_an_error(num_classes, guess_f
     text = f"model must return logits [8, 5] (num_classes = 5), got [8, {num_classes}]"
     with raises(ValueError, text):
         builder_of(guess_forward=guess_forward)(
-            images_of(B), labels_of(B), images_of(M), Net(num_classes)
+            images_of(B), labels_of(B), images_of(M), net(num_classes)
         )
 
 
@@ -363,10 +356,10 @@ def test_logits_of_the_wrong_number_of_classes_are_an_error(num_classes, guess_f
     ],
 )
 def test_logits_of_the_wrong_shape_are_an_error(change, shape):
-    net = Net()
+    model = net()
     text = f"model must return logits [8, 5] (num_classes = 5), got {shape}"
     with raises(ValueError, text):
-        builder_of()(images_of(B), labels_of(B), images_of(M), lambda images: change(net(images)))
+        builder_of()(images_of(B), labels_of(B), images_of(M), lambda images: change(model(images)))
 
 
 @pytest.mark.parametrize(
@@ -387,7 +380,7 @@ def test_logits_must_be_floating_point():
         )
 
 
-class NanNet(Net):
+class NanNet(PooledNet):
     """NaN logits for the unlabelled image number 2, whatever its view."""
 
     def forward(self, images):
@@ -399,7 +392,7 @@ class NanNet(Net):
 @pytest.mark.parametrize("guess_forward", ["joint", "separate"])
 def test_nan_logits_do_not_raise_until_check_says_which_rows(guess_forward):
     batch = builder_of(mix="none", guess_forward=guess_forward)(
-        images_of(B), labels_of(B), images_of(M), NanNet()
+        images_of(B), labels_of(B), images_of(M), NanNet(NUM_CLASSES)
     )
     text = (
         "targets must be finite and sum to 1 in every row, got rows [5, 9] with sums [nan, nan]. "
@@ -410,7 +403,7 @@ def test_nan_logits_do_not_raise_until_check_says_which_rows(guess_forward):
 
 
 def test_nan_logits_reach_the_rows_that_were_mixed_with_them_and_no_others():
-    batch = builder_of()(images_of(B), labels_of(B), images_of(M), NanNet())
+    batch = builder_of()(images_of(B), labels_of(B), images_of(M), NanNet(NUM_CLASSES))
     origins = {5, 9}
     partners = batch.params.index.tolist()
     expected = [row for row in range(11) if row in origins or partners[row] in origins]

@@ -15,6 +15,9 @@ import gpu_mixmatch
 from gpu_mixmatch import MixMatch, MixMatchBatch, WeakAugment, functional, sampling
 from gpu_mixmatch.impl import implementation
 from tests import oracle
+from tests.batches import assert_same_mixed
+from tests.factories import random_images, random_labels
+from tests.params import oracle_draws, oracle_policy
 
 pytestmark = pytest.mark.usefixtures("each_cpu_impl")
 
@@ -83,15 +86,12 @@ class RaisingModel(NormModel):
 
 
 def images_of(count, seed, *, nhwc=False, channels=CHANNELS):
-    shape = (count, HEIGHT, WIDTH, channels) if nhwc else (count, channels, HEIGHT, WIDTH)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    return random_images(count, (channels, HEIGHT, WIDTH), nhwc=nhwc, seed=seed)
 
 
 def data_of(num_labelled=3, num_unlabelled=5, **layout):
-    x = images_of(num_labelled, 1, **layout)
-    y = torch.randint(0, NUM_CLASSES, (num_labelled,), generator=torch.Generator().manual_seed(2))
-    return x, y, images_of(num_unlabelled, 3, **layout)
+    y = random_labels(num_labelled, NUM_CLASSES, seed=2)
+    return images_of(num_labelled, 1, **layout), y, images_of(num_unlabelled, 3, **layout)
 
 
 def engine_of(**fields):
@@ -111,25 +111,11 @@ def builder_of(engine=None, **switches):
     return MixMatch(engine or engine_of(), NUM_CLASSES, **{"seed": SEED, **switches})
 
 
-def oracle_rows(params):
-    """One mapping per row, as `oracle.augment` wants it."""
-    return [
-        {
-            "top": int(params.top[row]),
-            "left": int(params.left[row]),
-            "flip": bool(params.flip[row]),
-            "zoom": tuple(params.zoom[row].tolist()),
-            "sigma": float(params.sigma[row]),
-        }
-        for row in range(len(params.top))
-    ]
-
-
 def oracle_batch(builder, x, targets_x, u, model, step=0):
     """`oracle.mixmatch` fed with the draws that the builder is to make."""
     engine, num_views = builder.augment, builder.num_augmentations
     draws = engine.draw_batch(builder.seed, step, len(x), len(u), num_views)
-    rows = oracle_rows(draws)
+    rows = oracle_draws(draws)
     unlabelled = rows[len(x) :]
     mixup = sampling.draw_mixup(
         builder.seed,
@@ -141,13 +127,6 @@ def oracle_batch(builder, x, targets_x, u, model, step=0):
         lam=builder.lam,
         mix=builder.mix,
     )
-    policy = {
-        "padding": engine.padding,
-        "padding_mode": engine.padding_mode,
-        "blur_radius": engine.blur_radius,
-        "mean": engine.mean,
-        "std": engine.std,
-    }
     return oracle.mixmatch(
         x.numpy(),
         targets_x,
@@ -158,7 +137,7 @@ def oracle_batch(builder, x, targets_x, u, model, step=0):
         mixup.lam.double().numpy(),
         mixup.index.numpy(),
         builder.temperature,
-        policy,
+        oracle_policy(engine, x.shape[1]),
         builder.mix,
     )
 
@@ -169,15 +148,6 @@ def assert_batch_equals(batch, expected, temperature=0.5):
     torch.testing.assert_close(
         batch.targets.double(), targets, rtol=0, atol=TARGET_ERROR / temperature
     )
-
-
-def assert_same_batch(batch, other):
-    assert torch.equal(batch.inputs, other.inputs)
-    assert torch.equal(batch.targets, other.targets)
-    assert torch.equal(batch.params.lam, other.params.lam)
-    assert torch.equal(batch.params.index, other.params.index)
-    assert batch.num_labelled == other.num_labelled
-    assert batch.step == other.step
 
 
 def one_hot_of(y):
@@ -247,7 +217,7 @@ def test_batch_equals_the_oracle_for_soft_and_smoothed_labels(soft, label_smooth
 def test_integer_labels_of_any_dtype_give_the_same_batch(dtype):
     x, y, u = data_of()
     batch = builder_of()(x, y.to(dtype), u, LinearModel())
-    assert_same_batch(batch, builder_of()(x, y, u, LinearModel()))
+    assert_same_mixed(batch, builder_of()(x, y, u, LinearModel()))
 
 
 def test_float_images_in_zero_to_one_give_the_batch_of_their_bytes():
@@ -310,7 +280,7 @@ def test_from_views_equals_forward_given_its_views(soft):
         given = views[3:].view(3, 5, CHANNELS, HEIGHT, WIDTH)
         stacked = step % 2 == 0
         batch = other.from_views(views[:3], y, given if stacked else list(given), model)
-        assert_same_batch(batch, builder(x, y, u, model))
+        assert_same_mixed(batch, builder(x, y, u, model))
 
 
 def test_from_views_takes_ids_for_lambda():
@@ -566,7 +536,7 @@ def test_teacher_guesses_instead_of_the_model():
     with torch.no_grad():
         teacher.weight.neg_()
     batch = builder_of(teacher=teacher)(x, y, u, RaisingModel())
-    assert_same_batch(batch, builder_of()(x, y, u, teacher))
+    assert_same_mixed(batch, builder_of()(x, y, u, teacher))
     assert not torch.allclose(batch.targets, builder_of()(x, y, u, LinearModel()).targets)
 
 
@@ -577,7 +547,7 @@ def test_teacher_guesses_whatever_its_truth_value():
 
     x, y, u = data_of()
     batch = builder_of(teacher=EmptyTeacher())(x, y, u, RaisingModel())
-    assert_same_batch(batch, builder_of()(x, y, u, LinearModel()))
+    assert_same_mixed(batch, builder_of()(x, y, u, LinearModel()))
 
 
 @pytest.mark.parametrize("guess_bn", ["batch", "update", "eval"])
@@ -614,7 +584,7 @@ def test_logits_getter_takes_logits_out_of_what_the_model_returns():
             logits_getter=lambda output: output["logits"], guess_forward=guess_forward
         )(x, y, u, DictModel())
         expected = builder_of(guess_forward=guess_forward)(x, y, u, LinearModel())
-        assert_same_batch(batch, expected)
+        assert_same_mixed(batch, expected)
 
 
 @pytest.mark.parametrize("guess_bn", ["batch", "update", "eval"])
@@ -622,7 +592,7 @@ def test_model_may_be_a_plain_function(guess_bn):
     x, y, u = data_of()
     model = LinearModel()
     batch = builder_of(guess_bn=guess_bn)(x, y, u, lambda images: model(images))
-    assert_same_batch(batch, builder_of()(x, y, u, model))
+    assert_same_mixed(batch, builder_of()(x, y, u, model))
 
 
 def test_no_gradient_reaches_the_model_from_the_guess():
@@ -661,7 +631,7 @@ def test_builder_works_under_no_grad_and_inference_mode():
     expected = builder_of()(x, y, u, LinearModel())
     for mode in (torch.no_grad(), torch.inference_mode()):
         with mode:
-            assert_same_batch(builder_of()(x, y, u, LinearModel()), expected)
+            assert_same_mixed(builder_of()(x, y, u, LinearModel()), expected)
 
 
 PLAIN = {"zoom_px": (0, 0), "blur_sigma": None}
@@ -730,7 +700,7 @@ def test_builder_restored_at_a_step_makes_the_same_batches():
     assert restored.load_state_dict(state) == ([], [])
     assert (restored.seed, int(restored.step)) == (SEED, 3)
     for step in (3, 4):
-        assert_same_batch(restored(x, y, u, model), batches[step])
+        assert_same_mixed(restored(x, y, u, model), batches[step])
         assert batches[step].step == step
 
 
@@ -809,7 +779,7 @@ def test_batches_depend_on_the_seed_and_not_on_the_global_generators():
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)
     np.random.seed(1)  # noqa: NPY002
-    assert_same_batch(builder_of()(x, y, u, model), batch)
+    assert_same_mixed(builder_of()(x, y, u, model), batch)
     other = builder_of(seed=SEED + 1)(x, y, u, model)
     assert not torch.equal(other.inputs, batch.inputs)
     assert not torch.equal(other.params.lam, batch.params.lam)
@@ -823,10 +793,10 @@ def test_a_callable_that_draws_from_the_global_generator_is_keyed_by_the_seed():
     before = torch.get_rng_state()
     batches = [builder_of(augment, mix="none")(x, y, u, LinearModel()) for _ in range(2)]
     assert torch.equal(torch.get_rng_state(), before)
-    assert_same_batch(*batches)
+    assert_same_mixed(*batches)
     builder = builder_of(augment, mix="none")
     first, second = (builder(x, y, u, LinearModel()) for _ in range(2))
-    assert_same_batch(first, batches[0])
+    assert_same_mixed(first, batches[0])
     assert not torch.equal(first.inputs, second.inputs)
     assert not torch.equal(first.inputs[3:8], first.inputs[8:])  # two views of u
 
@@ -874,9 +844,9 @@ def test_an_image_with_its_id_is_augmented_alike_in_any_batch():
 def test_ids_are_positions_by_default():
     x, y, u = data_of()
     batch = builder_of()(x, y, u, LinearModel(), ids_x=torch.arange(3), ids_u=torch.arange(5))
-    assert_same_batch(batch, builder_of()(x, y, u, LinearModel()))
+    assert_same_mixed(batch, builder_of()(x, y, u, LinearModel()))
     batch = builder_of()(x, y, u, LinearModel(), ids_u=torch.arange(5))
-    assert_same_batch(batch, builder_of()(x, y, u, LinearModel()))
+    assert_same_mixed(batch, builder_of()(x, y, u, LinearModel()))
 
 
 def test_positions_go_on_from_rank_to_rank(monkeypatch):
@@ -886,7 +856,7 @@ def test_positions_go_on_from_rank_to_rank(monkeypatch):
     batch = builder_of()(x, y, u, LinearModel())
     monkeypatch.undo()
     ids = {"ids_x": torch.arange(6, 9), "ids_u": torch.arange(10, 15)}
-    assert_same_batch(batch, builder_of()(x, y, u, LinearModel(), **ids))
+    assert_same_mixed(batch, builder_of()(x, y, u, LinearModel(), **ids))
 
 
 def test_an_engine_of_the_users_gets_the_key_the_ids_and_its_own_draws_back():
@@ -924,7 +894,7 @@ def test_a_call_that_raises_leaves_the_step():
     assert int(builder.step) == 1
     reference = builder_of()
     reference(x, y, u, LinearModel())
-    assert_same_batch(builder(x, y, u, LinearModel()), reference(x, y, u, LinearModel()))
+    assert_same_mixed(builder(x, y, u, LinearModel()), reference(x, y, u, LinearModel()))
 
 
 def test_a_batch_keeps_its_step_when_the_builder_moves_on():
@@ -960,7 +930,7 @@ def test_reused_buffers_give_equal_results_and_alternate(channels, channels_last
     pointers = []
     for _ in range(5):
         batch = builder(x, y, u, model)
-        assert_same_batch(batch, reference(x, y, u, model))
+        assert_same_mixed(batch, reference(x, y, u, model))
         pointers.append(batch.inputs.data_ptr())
     assert pointers[0] == pointers[2] == pointers[4]
     assert pointers[1] == pointers[3]
@@ -985,10 +955,10 @@ def test_a_batch_built_in_inference_mode_does_not_spoil_later_ones(reuse_buffers
     model = NormModel()
     with mode():
         for _ in range(2):
-            assert_same_batch(builder(x, y, u, model), reference(x, y, u, model))
+            assert_same_mixed(builder(x, y, u, model), reference(x, y, u, model))
     for _ in range(2):
         batch = builder(x, y, u, model)
-        assert_same_batch(batch, reference(x, y, u, model))
+        assert_same_mixed(batch, reference(x, y, u, model))
         model(batch.inputs).sum().backward()
 
 
@@ -997,7 +967,7 @@ def test_reused_buffers_follow_a_change_of_size():
     for sizes in ((3, 5), (3, 5), (2, 4), (3, 5)):
         x, y, u = data_of(*sizes)
         batch = builder(x, y, u, LinearModel())
-        assert_same_batch(batch, reference(x, y, u, LinearModel()))
+        assert_same_mixed(batch, reference(x, y, u, LinearModel()))
 
 
 def test_fresh_batches_share_no_memory():
@@ -1018,7 +988,7 @@ def test_a_deep_copy_goes_on_by_itself(reuse_buffers):
     batch = twin(x, y, u, LinearModel())
     saved = batch.inputs.clone()
     assert (int(builder.step), int(twin.step)) == (1, 2)
-    assert_same_batch(builder(x, y, u, LinearModel()), batch)
+    assert_same_mixed(builder(x, y, u, LinearModel()), batch)
     assert torch.equal(batch.inputs, saved)
 
 

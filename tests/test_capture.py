@@ -2,40 +2,23 @@
 
 import pytest
 import torch
-from torch import nn
 
 from gpu_mixmatch import MixMatch, WeakAugment, capture
 from gpu_mixmatch.capture import check_capturable, fits
+from tests.batches import assert_same_mixed
+from tests.factories import ConvNet, random_data
 
 NUM_CLASSES = 5
 INTERPRETED = "cuda" if torch.cuda.is_available() else "cpu"
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.norm = nn.BatchNorm2d(4)
-        self.dense = nn.Linear(4, NUM_CLASSES)
-
-    def forward(self, images):
-        return self.dense(self.norm(self.conv(images)).mean(dim=(2, 3)))
-
-
 def data(b=4, m=6, device="cpu", seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x, u = (
-        torch.randint(0, 256, (n, 3, 12, 12), generator=generator, dtype=torch.uint8)
-        for n in (b, m)
-    )
-    y = torch.randint(0, NUM_CLASSES, (b,), generator=generator)
-    return x.to(device), y.to(device), u.to(device)
+    return random_data(b, m, num_classes=NUM_CLASSES, device=device, seed=seed)
 
 
 def net(device="cpu"):
-    torch.manual_seed(0)
-    return Net().to(device)
+    return ConvNet(NUM_CLASSES).to(device)
 
 
 def builder(device="cpu", **switches):
@@ -46,14 +29,6 @@ def builder(device="cpu", **switches):
         seed=2**61 + 7,
         **switches,
     ).to(device)
-
-
-def assert_same(one, other):
-    for name in ("inputs", "targets"):
-        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0)
-    assert torch.equal(one.params.index, other.params.index)
-    assert torch.equal(one.params.lam, other.params.lam)
-    assert int(one.step) == int(other.step)
 
 
 @pytest.mark.parametrize("with_ids", [False, True])
@@ -68,7 +43,7 @@ def test_a_key_on_the_device_builds_the_batch_of_its_step(with_ids):
     model = net(INTERPRETED)
     key = torch.tensor([eager.seed, 11], device=INTERPRETED)
     built = keyed(x, y, u, model, key=key, **ids)
-    assert_same(built, eager(x, y, u, model, **ids))
+    assert_same_mixed(built, eager(x, y, u, model, **ids))
     assert int(keyed.step) == 12
     other = torch.tensor([eager.seed, 12], device=INTERPRETED)
     again = keyed(x, y, u, model, key=other, **ids)
@@ -82,7 +57,7 @@ def test_a_key_leaves_no_trace_after_a_failed_call():
     with pytest.raises(ValueError, match="model must return logits"):
         mixmatch(x, y, u, lambda images: images.flatten(1), key=key)
     batch = mixmatch(x, y, u, net(INTERPRETED))
-    assert_same(batch, builder(INTERPRETED)(x, y, u, net(INTERPRETED)))
+    assert_same_mixed(batch, builder(INTERPRETED)(x, y, u, net(INTERPRETED)))
 
 
 def test_capture_without_cuda_says_so():

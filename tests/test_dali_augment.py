@@ -12,8 +12,9 @@ from gpu_mixmatch import MixMatch, WeakAugment
 from gpu_mixmatch.augment.base import Augment
 from gpu_mixmatch.augment.dali import DaliAugment
 from gpu_mixmatch.types import AugmentParams
+from tests.factories import LinearNet, random_images
+from tests.params import oracle_rows, still_params
 from tests.skips import skip_without
-from tests.test_augment import oracle_rows, random_images, still_params
 from tests.tolerances import TOLERANCES
 
 skip_without("nvidia.dali")
@@ -37,7 +38,7 @@ SOURCES = {
 
 
 def x_and_u(shape, source="NCHW", counts=(5, 4)):
-    images = [random_images(count, *shape, seed=seed) for seed, count in enumerate(counts)]
+    images = [random_images(count, shape, seed=seed) for seed, count in enumerate(counts)]
     return [SOURCES[source](part) for part in images]
 
 
@@ -121,7 +122,7 @@ def test_a_sigma_of_zero_leaves_the_image_sharp():
 
 @pytest.mark.parametrize("flip", [0, 1])
 def test_cuts_that_overlap_leave_the_pixel_that_the_oracle_leaves(flip):
-    x = random_images(4, 3, 12, 10)
+    x = random_images(4, (3, 12, 10))
     crop = [[11, 3, 2, 9], [6, 6, 5, 5], [20, 20, 20, 20], [0, 12, 0, 10]]
     params = still_params(4, zoom=crop, flip=[flip] * 4)
     augment = WeakAugment(0, zoom_px=(0, 20), **PLAIN)
@@ -146,7 +147,7 @@ def test_views_have_the_dtype_and_memory_format_of_the_policy(dtype, channels_la
 def test_a_view_does_not_depend_on_batch_size_or_order():
     augment = WeakAugment(3, zoom_px=(0, 3), blur_sigma=(0.0, 1.0))
     engine = DaliAugment(augment)
-    images = random_images(12, 3, 16, 16)
+    images = random_images(12, (3, 16, 16))
     ids = torch.arange(100, 112)
     nothing, no_ids = images[:0], ids[:0]
 
@@ -226,16 +227,11 @@ def test_views_are_not_overwritten_by_the_next_batch():
 # With the builder
 
 
-def small_model():
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 4))
-
-
 def test_the_builder_makes_the_batch_that_weak_augment_makes():
     augment = WeakAugment(4)
     x, u = x_and_u((3, 16, 16))
     y = torch.tensor([0, 1, 2, 3, 0])
-    model = small_model()
+    model = LinearNet(4, (3, 16, 16))
     engine = DaliAugment(augment)
     assert isinstance(engine, Augment)
     builders = [MixMatch(engine, 4, seed=5), MixMatch(augment, 4, seed=5)]
@@ -322,7 +318,7 @@ def test_the_gpu_makes_the_views_of_the_cpu(policy, bound, source):
 @pytest.mark.gpu
 def test_work_is_ordered_with_the_current_stream():
     engine = DaliAugment(WeakAugment(0, flip=0.0, **PLAIN))
-    x = random_images(64, 3, 64, 64).cuda()
+    x = random_images(64, (3, 64, 64)).cuda()
     draws = still_params(64)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):

@@ -4,7 +4,6 @@ What needs a process group runs in one launch of two ranks, which save what they
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,6 +18,8 @@ from torch import nn
 from gpu_mixmatch import MixMatch, MixMatchLoss, ResidentLoader, WeakAugment
 from gpu_mixmatch.recipes.distributed import current_device, process_group
 from gpu_mixmatch.recipes.train import TrainConfig, TrainRun
+from tests.factories import random_images
+from tests.processes import environment
 
 BATCH = 4  # of each rank
 CLASSES = 3
@@ -41,9 +42,7 @@ def builder(**switches) -> Recording:
 
 
 def noise(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(256, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
-    return images, torch.arange(count) % CLASSES
+    return random_images(count, (1, 8, 8), seed=seed), torch.arange(count) % CLASSES
 
 
 def loader_of(batch_size: int) -> ResidentLoader:
@@ -198,10 +197,8 @@ def torchrun(*arguments: object, processes: int = 2, limit: float = 120) -> tupl
     """Launch; return the exit code and all that was printed."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*launcher, f"--nproc-per-node={processes}", *map(str, arguments)]
-    root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         try:
             printed, _ = process.communicate(timeout=limit)

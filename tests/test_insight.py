@@ -7,9 +7,11 @@ from torch import nn
 from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, _validation
 from gpu_mixmatch.insight import GuessWatch, TensorBoardInsight, draw_preview
 from tests.digest import parameter_digest
+from tests.factories import ConvNet, random_data
+from tests.no_sync import NoExport, NoSync
 from tests.skips import skip_without
-from tests.test_no_sync import NUM_CLASSES, Net, NoExport, NoSync, data, train_step
 
+NUM_CLASSES = 5
 NUM_UNLABELLED = 20
 NUM_STEPS = 5
 
@@ -29,9 +31,11 @@ class Writer:
 
 
 def new_net():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Net()
+    return ConvNet(NUM_CLASSES)
+
+
+def data(device="cpu"):
+    return random_data(num_classes=NUM_CLASSES, device=device)
 
 
 def builder_of(**options):
@@ -195,8 +199,9 @@ def test_watching_reads_nothing_back_in_the_step(monkeypatch, with_truth):
     x, y, u = data()
     ids_u = ids_of(0)
     with NoSync(mixmatch.step) as mode:
-        train_step(mixmatch, MixMatchLoss(), model, x, y, u, ids_u=ids_u)
-        train_step(mixmatch, MixMatchLoss(), model, x, y, u, ids_u=ids_u)
+        for _ in range(2):
+            batch = mixmatch(x, y, u, model, ids_u=ids_u)
+            MixMatchLoss()(model(batch.inputs), batch).loss.backward()
     assert mode.calls > 0
     with NoSync(), pytest.raises(AssertionError, match="waits for the device"):
         watch.read()

@@ -14,6 +14,7 @@ from gpu_mixmatch import MixMatch, WeakAugment, as_augment, functional
 from gpu_mixmatch.augment.base import Augment
 from gpu_mixmatch.augment.kornia import KorniaAugment
 from gpu_mixmatch.augment.kornia_replay import to_kornia
+from tests.factories import PooledNet, random_images
 
 HALF = {"mean": 0.5, "std": 0.5}
 PLAIN = {"mean": 0.0, "std": 1.0}
@@ -69,22 +70,8 @@ class Recorder(nn.Module):
         return images + len(self.seen)
 
 
-class Model(nn.Module):
-    """A fixed linear map for images of any size."""
-
-    def __init__(self, channels=3):
-        super().__init__()
-        weight = torch.randn(channels, NUM_CLASSES, generator=torch.Generator().manual_seed(5))
-        self.weight = nn.Parameter(weight)
-
-    def forward(self, images):
-        return images.float().square().mean(dim=(2, 3)) @ self.weight
-
-
 def images_of(count, seed, channels=3, height=8, width=8):
-    generator = torch.Generator().manual_seed(seed)
-    shape = (count, channels, height, width)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    return random_images(count, (channels, height, width), seed=seed)
 
 
 def data_of(num_labelled=3, num_unlabelled=4, **shape):
@@ -103,7 +90,7 @@ def views_of(engine, x, u, seed=3, step=4, num_views=2, ids_x=None, ids_u=None):
 
 def step_of(builder, model=None, **shape):
     x, y, u = data_of(**shape)
-    return builder(x, y, u, model or Model(x.shape[1]))
+    return builder(x, y, u, model or PooledNet(NUM_CLASSES, x.shape[1]))
 
 
 def worst(result, expected):
@@ -365,7 +352,7 @@ def test_the_first_id_of_x_and_that_of_u_enter_and_no_other():
 def test_mixmatch_mixes_what_the_engine_builds(name, num_views):
     builder = MixMatch(engine_of(name), NUM_CLASSES, num_augmentations=num_views, seed=3)
     x, y, u = data_of()
-    batch = builder(x, y, u, Model())
+    batch = builder(x, y, u, PooledNet(NUM_CLASSES))
     views = views_of(engine_of(name), x, u, step=0, num_views=num_views)
     expected, _ = functional.mixup(views, torch.zeros(len(views), 1), batch.params)
     assert torch.equal(batch.inputs, expected)
@@ -439,7 +426,7 @@ def brighten(images):
 def test_mixmatch_takes_plain_functions_and_modules_from_floats_to_floats(function, size):
     builder = MixMatch(function, NUM_CLASSES, seed=3)
     x, y, u = data_of()
-    batch = builder(x, y, u, Model())
+    batch = builder(x, y, u, PooledNet(NUM_CLASSES))
     assert set(builder.state_dict()) == {"seed", "step"}
     views = views_of(as_augment(function), x, u, step=0)
     expected, _ = functional.mixup(views, torch.zeros(len(views), 1), batch.params)
@@ -447,7 +434,7 @@ def test_mixmatch_takes_plain_functions_and_modules_from_floats_to_floats(functi
     assert batch.inputs.shape == (11, 3, *size)
     batch.check()
     resumed = MixMatch(function, NUM_CLASSES, seed=3)
-    assert torch.equal(resumed(x, y, u, Model()).inputs, batch.inputs)
+    assert torch.equal(resumed(x, y, u, PooledNet(NUM_CLASSES)).inputs, batch.inputs)
 
 
 # Errors and manners
@@ -731,7 +718,7 @@ def test_a_replay_shows_its_policy():
 @every_module
 def test_on_a_gpu_runs_resume_and_every_generator_is_left_as_it_was(name):
     builder = MixMatch(engine_of(name), NUM_CLASSES, seed=5).to("cuda")
-    model = Model().cuda()
+    model = PooledNet(NUM_CLASSES).cuda()
     state = generators()
     on_gpu = [torch.cuda.get_rng_state(device) for device in range(torch.cuda.device_count())]
     expected = [step_of(builder, model) for _ in range(2)]
@@ -772,7 +759,7 @@ def test_on_a_gpu_a_module_that_draws_on_the_cpu_is_keyed_too():
 @pytest.mark.parametrize("dtype", HALF_ERROR, ids=str)
 def test_on_a_gpu_half_precision_and_the_memory_format_are_kept(dtype):
     engine = engine_of("AugmentationSequential", dtype=dtype, channels_last=True).to("cuda")
-    batch = step_of(MixMatch(engine, NUM_CLASSES).to("cuda"), Model().cuda())
+    batch = step_of(MixMatch(engine, NUM_CLASSES).to("cuda"), PooledNet(NUM_CLASSES).cuda())
     assert batch.inputs.dtype == dtype
     assert batch.inputs.is_contiguous(memory_format=torch.channels_last)
 

@@ -22,6 +22,8 @@ from gpu_mixmatch.integrations.lightning import MixMatchMixin, insight_callback
 from gpu_mixmatch.recipes.models import build_model
 from gpu_mixmatch.types import MixMatchBatch
 from tests.digest import parameter_digest
+from tests.factories import random_images, random_labels
+from tests.processes import environment
 from tests.skips import skip_without
 
 L = skip_without("lightning")
@@ -85,9 +87,7 @@ class Classifier(MixMatchMixin, L.LightningModule):
 
 
 def images_and_labels():
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (64, 1, 8, 8), generator=generator, dtype=torch.uint8)
-    return images, torch.randint(0, NUM_CLASSES, (64,), generator=generator)
+    return random_images(64, (1, 8, 8)), random_labels(64, NUM_CLASSES)
 
 
 def semi_supervised(**options):
@@ -496,11 +496,6 @@ def script_of(folder, source):
     path = folder / "script.py"
     path.write_text(source)
     return path
-
-
-def environment():
-    root = Path(__file__).parents[1]
-    return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.slow

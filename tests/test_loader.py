@@ -28,7 +28,8 @@ from gpu_mixmatch.data.loader import SemiSupervisedLoader
 from gpu_mixmatch.data.order import BatchOrder
 from gpu_mixmatch.data.upload import Upload
 from gpu_mixmatch.sampling import epoch_order
-from gpu_mixmatch.types import SemiSupervisedBatch
+from tests.batches import assert_same_loaded, take
+from tests.factories import LinearNet
 from tests.skips import skip_without
 
 # workers are forked from a process that has threads, of which Python 3.12 and later warn
@@ -110,30 +111,11 @@ def loader_of(labelled=LABELLED, unlabelled=UNLABELLED, batch_size=4, **options)
     )
 
 
-def take(loader, count):
-    """The next batches, over as many epochs as it takes."""
-    batches = []
-    while len(batches) < count:
-        for batch in loader:
-            batches.append(batch)
-            if len(batches) == count:
-                break
-    return batches
-
-
 def endless(seed, length, count, view):
     """The first indices of the permutations of all epochs, one after the other."""
     epochs = range(-(count // -length))
     orders = [epoch_order(seed, epoch, length, view=view) for epoch in epochs]
     return torch.cat(orders)[:count]
-
-
-def assert_same(ones, others):
-    assert len(ones) == len(others)
-    for one, other in zip(ones, others, strict=True):
-        for name, left, right in zip(SemiSupervisedBatch._fields, one, other, strict=True):
-            assert left.dtype == right.dtype, name
-            assert torch.equal(left, right), name
 
 
 # What is in a batch
@@ -173,7 +155,7 @@ def test_steps_per_epoch_sets_the_epoch_and_changes_no_batch():
     assert len(loader) == len(list(loader)) == 9
     assert loader.epoch == 1
     short = loader_of(steps_per_epoch=2)
-    assert_same(take(loader_of(steps_per_epoch=9), 12), take(short, 12))
+    assert_same_loaded(take(loader_of(steps_per_epoch=9), 12), take(short, 12))
     assert short.epoch == 6
 
 
@@ -230,7 +212,7 @@ def test_the_global_generator_is_left_alone():
 
 
 def test_batches_go_into_mixmatch():
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(60, 3))
+    model = LinearNet(3, (3, 4, 5))
     mixmatch = MixMatch(WeakAugment(padding=1), 3)
     for x, y, u, ids_x, ids_u in loader_of():
         batch = mixmatch(x, y, u, model, ids_x=ids_x, ids_u=ids_u)
@@ -308,7 +290,7 @@ def test_every_kind_of_data_set_gives_the_same_batches(kind, num_workers):
     labelled, unlabelled = PAIRS[kind]()
     loader = SemiSupervisedLoader(labelled, unlabelled, 4, num_workers=num_workers)
     expected = SemiSupervisedLoader(Images(LABELLED), Images(UNLABELLED), 4)
-    assert_same(list(loader), list(expected))
+    assert_same_loaded(list(loader), list(expected))
 
 
 def test_fields_of_dicts_can_have_other_names():
@@ -319,7 +301,9 @@ def test_fields_of_dicts_can_have_other_names():
         image="img",
         label="fine_label",
     )
-    assert_same(list(loader), list(SemiSupervisedLoader(Images(LABELLED), Images(UNLABELLED), 4)))
+    assert_same_loaded(
+        list(loader), list(SemiSupervisedLoader(Images(LABELLED), Images(UNLABELLED), 4))
+    )
 
 
 def test_grey_tensors_get_a_channel_axis():
@@ -357,7 +341,7 @@ class Batched(Images):
 def test_a_data_set_that_fetches_batches_is_asked_for_batches():
     loader = SemiSupervisedLoader(Batched(LABELLED), Batched(UNLABELLED), 4)
     expected = SemiSupervisedLoader(Images(LABELLED), Images(UNLABELLED), 4)
-    assert_same(list(loader), list(expected))
+    assert_same_loaded(list(loader), list(expected))
 
 
 def inverted(samples):
@@ -419,7 +403,7 @@ def test_epochs_follow_each_other(num_workers):
     two = list(loader) + list(loader)
     assert loader.epoch == 2
     assert loader.state_dict() == {"seed": 0, "step": 10}
-    assert_same(two, take(loader_of(), 10))
+    assert_same_loaded(two, take(loader_of(), 10))
 
 
 def test_an_epoch_left_early_is_gone_on_with():
@@ -427,7 +411,7 @@ def test_an_epoch_left_early_is_gone_on_with():
     first = take(loader, 3)
     rest = list(loader)
     assert len(rest) == 2
-    assert_same(first + rest, list(loader_of()))
+    assert_same_loaded(first + rest, list(loader_of()))
 
 
 @pytest.mark.parametrize("workers", [(0, 0), (2, 1), (1, 0), (0, 2)])
@@ -440,7 +424,7 @@ def test_a_resumed_run_gives_the_batches_that_the_first_would_have(stop, workers
     assert state == {"seed": 9, "step": stop}
     second = loader_of(seed=0, num_workers=after)
     second.load_state_dict(state)
-    assert_same(take(second, 6), take(loader_of(seed=9), stop + 6)[stop:])
+    assert_same_loaded(take(second, 6), take(loader_of(seed=9), stop + 6)[stop:])
 
 
 def test_state_counts_batches_handed_out_and_not_those_fetched_ahead():
@@ -463,11 +447,11 @@ def test_set_epoch_goes_to_its_beginning_and_stays_where_it_is_inside():
     loader = loader_of()
     expected = take(loader_of(), 15)
     loader.set_epoch(2)
-    assert_same(take(loader, 3), expected[10:13])
+    assert_same_loaded(take(loader, 3), expected[10:13])
     loader.set_epoch(2)
-    assert_same(list(loader), expected[13:])
+    assert_same_loaded(list(loader), expected[13:])
     loader.set_epoch(0)
-    assert_same(list(loader), expected[:5])
+    assert_same_loaded(list(loader), expected[:5])
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -488,7 +472,7 @@ def test_an_iterator_ends_with_an_error_when_another_takes_over(interrupt, num_w
     with pytest.raises(RuntimeError, match="this iterator has ended"):
         next(iterator)
     step = loader.state_dict()["step"]
-    assert_same(take(loader, 2), take(loader_of(), step + 2)[step:])
+    assert_same_loaded(take(loader, 2), take(loader_of(), step + 2)[step:])
 
 
 # Ranks
@@ -560,7 +544,9 @@ def test_workers_persist_and_end_with_the_loader():
 
 def test_workers_do_not_touch_cuda():
     loader = SemiSupervisedLoader(NoCuda(LABELLED), NoCuda(UNLABELLED), 4, num_workers=1)
-    assert_same(list(loader), list(SemiSupervisedLoader(Images(LABELLED), Images(UNLABELLED), 4)))
+    assert_same_loaded(
+        list(loader), list(SemiSupervisedLoader(Images(LABELLED), Images(UNLABELLED), 4))
+    )
 
 
 @pytest.mark.parametrize("stalled", ["labelled", "unlabelled"])
@@ -841,7 +827,7 @@ def test_no_buffer_is_filled_again_before_its_copy_is_done(monkeypatch):
             assert len(lagging.waits) == len(handed_out)
     while lagging.queued:
         lagging.run_until(lagging.queued[-1])
-    assert_same(handed_out, expected)
+    assert_same_loaded(handed_out, expected)
     assert lagging.waits == upload.copied * 5
     assert len(buffers) == 2 * 3
 

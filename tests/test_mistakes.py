@@ -12,46 +12,25 @@ from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, sampling
 from gpu_mixmatch.functional import guess_labels, mixmatch_loss, mixup, sharpen
 from gpu_mixmatch.types import MixMatchBatch, MixUpParams
 from tests import oracle
+from tests.factories import ConstantNet, LinearNet, random_data
 
 NUM_CLASSES = 4
 B, M = 6, 5
-
-
-class Net(nn.Module):
-    """Logits that differ between images and between views."""
-
-    def __init__(self):
-        super().__init__()
-        self.dense = nn.Linear(3 * 36, NUM_CLASSES, bias=False)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            self.dense.weight.copy_(torch.randn(NUM_CLASSES, 108, generator=generator) / 4)
-
-    def forward(self, images):
-        return self.dense(images.flatten(1))
-
-
-class ConstantNet(nn.Module):
-    def __init__(self, logits):
-        super().__init__()
-        self.logits = nn.Parameter(torch.tensor(logits))
-
-    def forward(self, images):
-        return self.logits.expand(len(images), -1)
+IMAGE = (3, 6, 6)
 
 
 def data():
-    generator = torch.Generator().manual_seed(1)
-    x, u = (
-        torch.randint(0, 256, (n, 3, 6, 6), generator=generator, dtype=torch.uint8) for n in (B, M)
-    )
-    return x, torch.arange(B) % NUM_CLASSES, u
+    return random_data(B, M, IMAGE, num_classes=NUM_CLASSES, seed=1)
+
+
+def net():
+    return LinearNet(NUM_CLASSES, IMAGE)
 
 
 def batch_of(model=None, **switches):
     x, y, u = data()
     builder = MixMatch(WeakAugment(padding=1), NUM_CLASSES, seed=3, **switches)
-    return builder(x, y, u, Net() if model is None else model)
+    return builder(x, y, u, net() if model is None else model)
 
 
 def lam_of(alpha, lam="sample", count=20_000, step=0):
@@ -117,7 +96,7 @@ def test_lambda_drawn_apart_for_x_and_u():
     # where one λ per batch is asked for, it is one, and every step has another
     x, y, u = data()
     builder = MixMatch(WeakAugment(padding=1), NUM_CLASSES, lam="batch")
-    drawn = [builder(x, y, u, Net()).params.lam for _ in range(8)]
+    drawn = [builder(x, y, u, net()).params.lam for _ in range(8)]
     assert all(len(lam.unique()) == 1 for lam in drawn)
     assert len(torch.stack(drawn).unique()) == 8
     for mix in ("separate", "labelled", "unlabelled"):
@@ -200,7 +179,7 @@ def test_squared_error_on_logits():
 
 @pytest.mark.parametrize("teacher", [False, True])
 def test_no_detach(teacher):
-    model = Net()
+    model = net()
     batch = batch_of(model, teacher=model if teacher else None)
     assert not batch.targets.requires_grad
     logits = torch.randn(len(batch.inputs), NUM_CLASSES, requires_grad=True)
@@ -264,15 +243,15 @@ def test_error_message_that_prints_stale_loop_variables():
     views = [torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4).half(), torch.zeros(2, 3, 4, 4)]
     builder = MixMatch(WeakAugment(padding=1), 3, num_augmentations=3)
     with pytest.raises(ValueError, match=r"got torch\.float32 and torch\.float16$"):
-        builder.from_views(x, torch.tensor([0, 1]), views, Net())
+        builder.from_views(x, torch.tensor([0, 1]), views, net())
     views[1] = torch.zeros(2, 3, 5, 4)
     with pytest.raises(ValueError, match=r"\[\[2, 3, 4, 4\], \[2, 3, 5, 4\], \[2, 3, 4, 4\]\]$"):
-        builder.from_views(x, torch.tensor([0, 1]), views, Net())
+        builder.from_views(x, torch.tensor([0, 1]), views, net())
 
 
 def test_running_statistics_moved_by_the_guess():
     # YU1ut: BatchNorm moves in the guess passes too
-    model = nn.Sequential(nn.BatchNorm2d(3), Net())
+    model = nn.Sequential(nn.BatchNorm2d(3), net())
     batch_of(model)
     assert model[0].num_batches_tracked == 0
     assert torch.equal(model[0].running_mean, torch.zeros(3))

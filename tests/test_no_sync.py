@@ -5,7 +5,6 @@ import contextlib
 import pytest
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_mixmatch import (
@@ -19,6 +18,8 @@ from gpu_mixmatch import (
     interleaved_forward,
     sampling,
 )
+from tests.factories import ConvNet, random_data
+from tests.no_sync import NoExport, NoSync, aten
 
 # Numba's loops are for a CPU's own memory
 pytestmark = pytest.mark.usefixtures("without_numba")
@@ -31,61 +32,6 @@ def no_look_at_draws(monkeypatch):
 
 
 NUM_CLASSES = 5
-aten = torch.ops.aten
-# Operations whose result or size depends on values: on a device they wait for it.
-WAITING = {
-    aten._local_scalar_dense,
-    aten.nonzero,
-    aten.is_nonzero,
-    aten.equal,
-    aten.masked_select,
-    aten._unique2,
-    aten.unique_dim,
-    aten.bincount,
-}
-# With a mask for an index these are nonzero in disguise.
-INDEXING = {
-    aten.index,
-    aten.index_put,
-    aten.index_put_,
-    aten._unsafe_index,
-    aten._index_put_impl_,
-}
-
-
-class NoSync(TorchDispatchMode):
-    """Raise where a tensor's values would be read, but for tensors that live on the host."""
-
-    def __init__(self, *host):
-        super().__init__()
-        self.host = {tensor.data_ptr() for tensor in host}
-        self.calls = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.calls += 1
-        packet = function.overloadpacket
-        on_host = (
-            isinstance(args[0], torch.Tensor) and args[0].data_ptr() in self.host if args else False
-        )
-        masked = packet in INDEXING and any(
-            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-        )
-        counted = (
-            packet is aten.repeat_interleave and function is not aten.repeat_interleave.self_int
-        )
-        if not on_host and (packet in WAITING or masked or counted):
-            shapes = [list(a.shape) for a in args if isinstance(a, torch.Tensor)]
-            raise AssertionError(f"{function} on {shapes} waits for the device")
-        return function(*args, **(kwargs or {}))
-
-
-class NoExport(TorchFunctionMode):
-    """Raise where a tensor leaves torch, which the dispatcher does not see on a CPU."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu):
-            raise AssertionError(f"Tensor.{function.__name__} waits for the device")
-        return function(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
@@ -96,25 +42,12 @@ def no_reads():
     assert mode.calls > 0
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.norm = nn.BatchNorm2d(4)
-        self.dense = nn.Linear(4, NUM_CLASSES)
-
-    def forward(self, images):
-        return self.dense(self.norm(self.conv(images)).mean(dim=(2, 3)))
+def net():
+    return ConvNet(NUM_CLASSES)
 
 
 def data(device="cpu"):
-    generator = torch.Generator().manual_seed(0)
-    x, u = (
-        torch.randint(0, 256, (n, 3, 12, 12), generator=generator, dtype=torch.uint8)
-        for n in (4, 6)
-    )
-    y = torch.randint(0, NUM_CLASSES, (4,), generator=generator)
-    return x.to(device), y.to(device), u.to(device)
+    return random_data(num_classes=NUM_CLASSES, device=device)
 
 
 POLICIES = {
@@ -225,7 +158,7 @@ def test_loss_reads_nothing_back(rampup_steps):
 def test_interleaved_forward_reads_nothing_back(swap, running_stats):
     batch = batch_like()
     with no_reads():
-        interleaved_forward(Net(), batch, swap=swap, running_stats=running_stats).sum().backward()
+        interleaved_forward(net(), batch, swap=swap, running_stats=running_stats).sum().backward()
 
 
 # Copies from the host: on a GPU, one of pageable memory waits. "meta" stands for the device.
@@ -318,7 +251,7 @@ def test_step_reads_nothing_back_for_any_guess(reuse_buffers, guess_bn, guess_fo
         reuse_buffers=reuse_buffers,
     )
     with NoSync(builder.step) as mode:
-        train_step(builder, MixMatchLoss(), Net(), *data())
+        train_step(builder, MixMatchLoss(), net(), *data())
     assert mode.calls > 0
 
 
@@ -331,14 +264,14 @@ def test_step_reads_nothing_back_for_any_labels_and_mix(soft, label_smoothing, m
     y = nn.functional.one_hot(y, NUM_CLASSES).float() if soft else y
     builder = MixMatch(WeakAugment(), NUM_CLASSES, mix=mix, label_smoothing=label_smoothing)
     with NoSync(builder.step):
-        train_step(builder, MixMatchLoss(), Net(), x, y, u)
+        train_step(builder, MixMatchLoss(), net(), x, y, u)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.usefixtures("unchecked_labels")
 def test_step_reads_nothing_back_for_any_policy(policy):
     builder = MixMatch(WeakAugment(**POLICIES[policy]), NUM_CLASSES)
-    model = Net()
+    model = net()
     for guard in (contextlib.nullcontext(), NoSync(builder.step)):  # first the constants
         with guard:
             train_step(builder, MixMatchLoss(), lambda images: model(images.float()), *data())
@@ -349,7 +282,7 @@ def test_from_views_reads_nothing_back():
     builder = MixMatch(WeakAugment(), NUM_CLASSES)
     x, y, u = data()
     with NoSync(builder.step):
-        builder.from_views(x / 255, y, [u / 255, u / 255], Net())
+        builder.from_views(x / 255, y, [u / 255, u / 255], net())
 
 
 def test_check_is_where_the_device_is_read():
@@ -375,7 +308,7 @@ def synchronising_is_an_error():
 @pytest.mark.parametrize("policy", POLICIES)
 def test_step_does_not_synchronise_on_a_gpu(policy, soft):
     builder = MixMatch(WeakAugment(**POLICIES[policy]), NUM_CLASSES).to("cuda")
-    criterion, model = MixMatchLoss(), Net().to("cuda")
+    criterion, model = MixMatchLoss(), net().to("cuda")
     x, y, u = data("cuda")
     y = nn.functional.one_hot(y, NUM_CLASSES).float() if soft else y
 
@@ -395,7 +328,7 @@ def test_step_does_not_synchronise_on_a_gpu(policy, soft):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_batch_of_host_images_does_not_synchronise_on_a_gpu():
-    builder, model = MixMatch(WeakAugment(), NUM_CLASSES).to("cuda"), Net().to("cuda")
+    builder, model = MixMatch(WeakAugment(), NUM_CLASSES).to("cuda"), net().to("cuda")
     x, y, u = (tensor.pin_memory() for tensor in data())
     builder(x, y, u, model)
     with synchronising_is_an_error():
@@ -406,7 +339,7 @@ def test_batch_of_host_images_does_not_synchronise_on_a_gpu():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_label_out_of_range_on_a_gpu_raises_nothing_until_check():
-    builder, model = MixMatch(WeakAugment(), NUM_CLASSES, mix="none").to("cuda"), Net().to("cuda")
+    builder, model = MixMatch(WeakAugment(), NUM_CLASSES, mix="none").to("cuda"), net().to("cuda")
     x, y, u = data("cuda")
     y[1] = NUM_CLASSES
     builder(x, y, u, model)

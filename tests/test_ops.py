@@ -4,13 +4,13 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
 from torch.autograd import gradcheck
 from torch.library import opcheck
 
 from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, functional, sampling
 from gpu_mixmatch.impl import library as ops
 from gpu_mixmatch.types import AugmentPolicy
+from tests.factories import ConvNet, random_data, random_images
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 NUM_CLASSES = 5
@@ -63,11 +63,7 @@ def test_a_policy_survives_becoming_numbers():
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_augment_passes_opcheck(impl, per_channel, mixed):
-    generator = torch.Generator().manual_seed(0)
-    x, u = (
-        torch.randint(0, 256, (n, 3, 8, 9), generator=generator, dtype=torch.uint8).to(DEVICE)
-        for n in (2, 3)
-    )
+    x, u = (random_images(n, (3, 8, 9), seed=n).to(DEVICE) for n in (2, 3))
     params = sampling.draw_augment(0, 0, 8, 0, padding=2, zoom_px=(0, 2), flip=0.5)
     arguments = {
         "sources": [x, u],
@@ -174,26 +170,6 @@ def test_gradients_of_the_fused_loss_equal_those_of_plain_torch(num_labelled):
 # Compiled
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.norm = nn.BatchNorm2d(4)
-        self.dense = nn.Linear(4, NUM_CLASSES)
-
-    def forward(self, images):
-        return self.dense(self.norm(self.conv(images)).mean(dim=(2, 3)))
-
-
-def data(device):
-    generator = torch.Generator().manual_seed(0)
-    x, u = (
-        torch.randint(0, 256, (n, 3, 12, 12), generator=generator, dtype=torch.uint8).to(device)
-        for n in (4, 6)
-    )
-    return x, torch.randint(0, NUM_CLASSES, (4,), generator=generator).to(device), u
-
-
 POLICIES = {
     "plain": {"padding": 2},
     "zoom": {"padding": 0, "zoom_px": (0, 3)},
@@ -203,8 +179,7 @@ POLICIES = {
 
 def trained(device, impl, backend, num_steps=4, policy="plain", **switches):
     """Batches, losses and BatchNorm's statistics of some steps, built and trained on."""
-    torch.manual_seed(0)
-    model = Net().to(device)
+    model = ConvNet(NUM_CLASSES).to(device)
     augment = WeakAugment(**POLICIES[policy], impl=impl)
     mixmatch = MixMatch(augment, NUM_CLASSES, seed=3, impl=impl, **switches).to(device)
     criterion = MixMatchLoss(75.0, rampup_steps=3).to(device)
@@ -218,7 +193,7 @@ def trained(device, impl, backend, num_steps=4, policy="plain", **switches):
         step = torch.compile(step, fullgraph=True, backend=backend)
     history = []
     for _ in range(num_steps):
-        batch, losses = step(*data(device))
+        batch, losses = step(*random_data(num_classes=NUM_CLASSES, device=device))
         losses.loss.backward()
         optimizer.step()
         optimizer.zero_grad()

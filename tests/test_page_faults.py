@@ -6,11 +6,11 @@ import resource
 
 import pytest
 import torch
-from torch import nn
 
 from benchmarks.augment import make_images
 from gpu_mixmatch import MixMatch, WeakAugment
 from gpu_mixmatch._buffers import Workspace
+from tests.factories import LinearNet
 
 BATCH, NUM_VIEWS = 64, 2
 ATTEMPTS = 6
@@ -69,7 +69,7 @@ def test_views_in_a_workspace_cause_no_page_faults(images):
 def test_batches_in_reused_buffers_cause_no_page_faults(images):
     x, u = images
     y = torch.arange(BATCH) % 10
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    model = LinearNet(10, (3, 32, 32))
     mixmatch = MixMatch(WeakAugment.cifar10(), 10, reuse_buffers=True)
 
     def step():

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from gpu_mixmatch import MixMatch, MixMatchLoss, ResidentLoader, WeakAugment
 from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.recipes.models import build_model
+from tests.factories import random_images, random_labels
 
 NUM_CLASSES = 5
 
@@ -23,9 +24,7 @@ def new_model(num_classes=NUM_CLASSES, seed=0, channels=1):
 
 def data_loaders():
     """Two ordinary DataLoaders of uint8 images, the labelled one as long as the other."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (48, 1, 8, 8), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(0, NUM_CLASSES, (48,), generator=generator)
+    images, labels = random_images(48, (1, 8, 8)), random_labels(48, NUM_CLASSES)
     return (
         DataLoader(TensorDataset(images, labels), batch_size=8),
         DataLoader(images.flip(0), batch_size=8),

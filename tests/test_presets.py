@@ -1,10 +1,9 @@
 """Presets hold the published values, and each of them makes a step that trains."""
 
 import pytest
-import torch
-from torch import nn
 
 from gpu_mixmatch import MixMatch, MixMatchLoss, presets
+from tests.factories import ConvNet, random_data
 
 DATASETS = (
     "cifar10",
@@ -18,16 +17,6 @@ DATASETS = (
 )
 PRESETS = {"paper": presets.paper, "yu1ut": presets.yu1ut, "usb": presets.usb}
 NUM_CLASSES = 10
-
-
-class Net(nn.Module):
-    def __init__(self, channels=3):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(channels)
-        self.dense = nn.Linear(channels * 64, NUM_CLASSES)
-
-    def forward(self, images):
-        return self.dense(nn.functional.avg_pool2d(self.norm(images), 4).flatten(1))
 
 
 @pytest.mark.parametrize(
@@ -121,13 +110,8 @@ def test_preset_makes_a_step_with_finite_gradients_and_its_own_statistics(name, 
     preset = PRESETS[name](dataset)
     mixmatch = MixMatch(preset.augment(), NUM_CLASSES, **preset.builder)
     criterion = MixMatchLoss(**preset.loss)
-    model = Net()
-    generator = torch.Generator().manual_seed(0)
-    x, u = (
-        torch.randint(0, 256, (n, 3, 32, 32), generator=generator, dtype=torch.uint8)
-        for n in (4, 4)
-    )
-    y = torch.randint(0, NUM_CLASSES, (4,), generator=generator)
+    model = ConvNet(NUM_CLASSES)
+    x, y, u = random_data(4, 4, (3, 32, 32), num_classes=NUM_CLASSES)
     for step in range(2):
         tracked = int(model.norm.num_batches_tracked)
         batch = mixmatch(x, y, u, model)

@@ -25,6 +25,7 @@ from gpu_mixmatch.insight.dataset_preview import CLASS_NAMES, preview_dataset
 from gpu_mixmatch.insight.preview import draw_preview
 from gpu_mixmatch.recipes.choices import make_augment
 from gpu_mixmatch.recipes.models import SmallCNN
+from tests.factories import ConstantNet, random_images
 from tests.image_files import CLASSES, write_folder
 
 ROOT = Path(__file__).parents[1]
@@ -32,8 +33,7 @@ LONG_NAMES = [f"{number} incomprehensibilities" for number in range(12)]
 
 
 def images(count: int, channels: int = 1, side: int = 8) -> Tensor:
-    generator = torch.Generator().manual_seed(count)
-    return torch.randint(256, (count, channels, side, side), dtype=torch.uint8, generator=generator)
+    return random_images(count, (channels, side, side), seed=count)
 
 
 def network(num_classes: int = 10, channels: int = 1) -> nn.Module:
@@ -374,11 +374,8 @@ def test_a_view_in_half_precision_passes_the_check(tmp_path: Path, figures: list
 
 
 def test_the_teacher_guesses_where_there_is_one(tmp_path: Path, figures: list[Figure]) -> None:
-    class Sure(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.eye(10)[3].expand(len(x), 10) * 100
-
-    draw(builder(teacher=Sure()), tmp_path / "preview.png", rows=1)
+    sure = ConstantNet([100.0 * (label == 3) for label in range(10)])
+    draw(builder(teacher=sure), tmp_path / "preview.png", rows=1)
     assert "largest: 3 (1.00)" in texts(figures[0])
 
 

@@ -11,14 +11,14 @@ from gpu_mixmatch.data import resident
 from gpu_mixmatch.data.loader import SemiSupervisedLoader
 from gpu_mixmatch.data.resident import ResidentLoader
 from gpu_mixmatch.types import SemiSupervisedBatch
-from tests.test_loader import assert_same, take
+from tests.batches import assert_same_loaded, take
+from tests.factories import LinearNet, random_images, random_labels
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-GENERATOR = torch.Generator().manual_seed(0)
-IMAGES = torch.randint(0, 256, (30, 3, 5, 4), dtype=torch.uint8, generator=GENERATOR)
-OTHERS = torch.randint(0, 256, (41, 3, 5, 4), dtype=torch.uint8, generator=GENERATOR)
-LABELS = torch.randint(0, 10, (30,), generator=GENERATOR)
+IMAGES = random_images(30, (3, 5, 4))
+OTHERS = random_images(41, (3, 5, 4), seed=1)
+LABELS = random_labels(30, 10)
 SPLIT = [3, 17, 4, 28, 9]
 
 
@@ -41,7 +41,7 @@ def test_batches_are_those_of_the_other_loader(others, indices, ranks, options):
     )
     loader = resident_of(labelled_indices=indices, unlabelled=others, **ranks, **options)
     assert len(loader) == len(semi)
-    assert_same(take(loader, 30), take(semi, 30))
+    assert_same_loaded(take(loader, 30), take(semi, 30))
 
 
 @pytest.mark.parametrize("stop", [0, 3, resident._STEPS_AT_ONCE, resident._STEPS_AT_ONCE + 9])
@@ -52,10 +52,10 @@ def test_state_goes_from_one_loader_to_the_other(stop):
     assert loader.state_dict() == {"seed": 4, "step": stop}
     semi = SemiSupervisedLoader(TensorDataset(IMAGES, LABELS), IMAGES, 4, steps_per_epoch=100)
     semi.load_state_dict(loader.state_dict())
-    assert_same(take(semi, 5), expected)
+    assert_same_loaded(take(semi, 5), expected)
     again = resident_of()
     again.load_state_dict(semi.state_dict())
-    assert_same(take(again, 2), take(semi, 2))
+    assert_same_loaded(take(again, 2), take(semi, 2))
 
 
 def test_images_and_labels_are_open():
@@ -75,10 +75,10 @@ def test_epochs_follow_each_other_and_set_epoch_moves():
     loader = resident_of()
     expected = take(resident_of(), 3 * 7)
     assert len(loader) == 7
-    assert_same(list(loader) + list(loader), expected[:14])
+    assert_same_loaded(list(loader) + list(loader), expected[:14])
     assert loader.epoch == 2
     loader.set_epoch(1)
-    assert_same(list(loader), expected[7:14])
+    assert_same_loaded(list(loader), expected[7:14])
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_other_kinds_of_data_give_the_same_batches(kind):
             x, u = x[:, :1], u[:, :1]
         elif kind == "NHWC":
             x, u = x.permute(0, 2, 3, 1), u.permute(0, 2, 3, 1)
-        assert_same([batch], [expected._replace(x=x, u=u)])
+        assert_same_loaded([batch], [expected._replace(x=x, u=u)])
 
 
 def test_soft_labels_are_kept():
@@ -139,7 +139,7 @@ def test_a_step_is_one_gather_of_each_tensor(indices):
 
 
 def test_batches_go_into_mixmatch():
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(60, 10))
+    model = LinearNet(10, (3, 5, 4))
     mixmatch = MixMatch(WeakAugment(padding=1), 10)
     for x, y, u, ids_x, ids_u in resident_of():
         batch = mixmatch(x, y, u, model, ids_x=ids_x, ids_u=ids_u)
@@ -188,4 +188,4 @@ def test_batches_on_cuda_are_those_of_the_cpu_and_nothing_waits(indices):
     assert all(batch.x.is_cuda and batch.y.is_cuda and batch.u.is_cuda for batch in batches)
     assert not any(batch.ids_x.is_cuda or batch.ids_u.is_cuda for batch in batches)
     on_cpu = [SemiSupervisedBatch(*(tensor.cpu() for tensor in batch)) for batch in batches]
-    assert_same(on_cpu, expected)
+    assert_same_loaded(on_cpu, expected)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from gpu_mixmatch import MixMatch, MixMatchLoss, SemiSupervisedLoader
 from gpu_mixmatch.data.datasets import load_dataset
+from tests.factories import random_images
 
 STEPS = 250  # of the run that learns
 
@@ -110,9 +111,7 @@ transforms = pytest.mark.parametrize("transform", ["like v2", pytest.param("v2",
 
 
 def noise(length, seed, size=8, channels=1):
-    generator = torch.Generator().manual_seed(seed)
-    shape = (length, channels, size, size)
-    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    return random_images(length, (channels, size, size), seed=seed)
 
 
 def running_statistics(model):

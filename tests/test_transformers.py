@@ -1,11 +1,8 @@
 """MixMatchTrainer: two training sets, resumption to the last bit, evaluation, logs and errors."""
 
 import importlib
-import os
-import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from gpu_mixmatch import MixMatch, MixMatchLoss, SemiSupervisedLoader, WeakAugment, collate
+from tests.processes import printed_by
 from tests.skips import skip_without
 
 datasets = pytest.importorskip("datasets")
@@ -460,18 +458,8 @@ def test_two_processes_share_the_order_and_the_draws_of_one(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(TWO_RANKS))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    repository = Path(__file__).parents[1]
-    ended = subprocess.run(
-        [*launcher, "--nproc-per-node=2", str(script)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-4000:]
-    assert ended.stdout.count("done") == 2
+    printed = printed_by([*launcher, "--nproc-per-node=2", str(script)], tmp_path)
+    assert printed.count("done") == 2
 
 
 @pytest.mark.gpu
