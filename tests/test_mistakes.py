@@ -1,4 +1,4 @@
-"""One test per mistake that others made: those of the sketch this grew from, then the peers'."""
+"""What others got wrong is right here. A comment in each test says what their mistake was."""
 
 import warnings
 
@@ -41,7 +41,8 @@ def lam_of(alpha, lam="sample", count=20_000, step=0):
 # Mistakes of the numpy sketch that this package grew from
 
 
-def test_sharpening_logits_instead_of_probabilities():
+def test_probabilities_are_sharpened_and_not_logits():
+    # the sketch sharpened logits
     logits = [3.0, 2.0, 1.0, 0.5]
     guess = batch_of(ConstantNet(logits), mix="none").targets_u[0].double().numpy()
     np.testing.assert_allclose(guess, oracle.sharpen(oracle.softmax(logits), 0.5), atol=1e-6)
@@ -50,7 +51,8 @@ def test_sharpening_logits_instead_of_probabilities():
     assert batch_of(ConstantNet([-3.0, -2.0, -1.0, 0.0]), mix="none").targets.isfinite().all()
 
 
-def test_t_not_passed():
+def test_the_temperature_is_applied():
+    # the sketch did not pass T on
     logits = [1.0, 0.5, 0.0, -1.0]
     for temperature in (0.1, 0.5, 1.0):
         guess = batch_of(ConstantNet(logits), mix="none", temperature=temperature).targets_u[0]
@@ -62,7 +64,8 @@ def test_t_not_passed():
     ("alpha", "mean", "deviation"),
     [(0.25, 0.881, 0.146), (0.5, 0.818, 0.154), (0.75, 0.778, 0.150), (1.0, 0.750, 0.144)],
 )
-def test_beta_of_alpha_and_minus_alpha(alpha, mean, deviation):
+def test_both_parameters_of_beta_are_alpha(alpha, mean, deviation):
+    # the sketch drew from Beta(alpha, -alpha)
     lam = lam_of(alpha).double().numpy()
     assert lam.mean() == pytest.approx(mean, abs=4 * deviation / len(lam) ** 0.5 + 5e-4)
     assert lam.std() == pytest.approx(deviation, abs=3e-3)
@@ -76,7 +79,8 @@ def test_beta_of_alpha_and_minus_alpha(alpha, mean, deviation):
 
 @pytest.mark.parametrize("lam", ["sample", "batch"])
 @pytest.mark.parametrize("alpha", [0.1, 0.75, 16.0])
-def test_no_max_of_lambda_and_one_minus_lambda(alpha, lam):
+def test_lambda_is_the_larger_of_itself_and_its_complement(alpha, lam):
+    # the sketch took lambda as it was drawn
     for step in range(20):
         drawn = lam_of(alpha, lam, count=50, step=step)
         assert drawn.min() >= 0.5
@@ -87,13 +91,14 @@ def test_no_max_of_lambda_and_one_minus_lambda(alpha, lam):
     assert (own <= other + 1e-4).all()
 
 
-def test_one_lambda_per_batch():
+def test_every_row_has_a_lambda_of_its_own():
+    # the sketch drew one lambda per batch
     lam = batch_of().params.lam
     assert len(lam.unique()) == len(lam) == B + 2 * M
 
 
-def test_lambda_drawn_apart_for_x_and_u():
-    # where one λ per batch is asked for, it is one, and every step has another
+def test_x_and_u_share_the_lambda_of_a_batch():
+    # the sketch drew two; where one per batch is asked for it is one, and every step has another
     x, y, u = data()
     builder = MixMatch(WeakAugment(padding=1), NUM_CLASSES, lam="batch")
     drawn = [builder(x, y, u, net()).params.lam for _ in range(8)]
@@ -109,7 +114,8 @@ def drawn_like(lam):
     return sampling.draw_mixup(3, 0, 1, 0, num_augmentations=1, lam="batch").lam.expand(len(lam))
 
 
-def test_shuffle_returning_none():
+def test_partners_are_a_shuffle_of_all_rows():
+    # the sketch took the result of random.shuffle, which is None
     batch, plain = batch_of(), batch_of(mix="none")
     index = batch.params.index
     assert torch.equal(index.sort().values, torch.arange(B + 2 * M))
@@ -121,7 +127,8 @@ def test_shuffle_returning_none():
 
 
 @pytest.mark.parametrize("num_augmentations", [1, 2, 3])
-def test_targets_of_the_shuffled_set_built_from_one_copy_of_q(num_augmentations):
+def test_targets_are_mixed_with_those_of_the_images_mixed_in(num_augmentations):
+    # the sketch built the targets of the shuffled set from one copy of q
     plain = batch_of(mix="none", num_augmentations=num_augmentations)
     assert len(plain.targets) == len(plain.inputs) == B + num_augmentations * M
     guesses = plain.targets_u.split(M)
@@ -134,7 +141,8 @@ def test_targets_of_the_shuffled_set_built_from_one_copy_of_q(num_augmentations)
     torch.testing.assert_close(batch.targets, mixed, rtol=0, atol=1e-5)
 
 
-def test_returning_x_p_u_q_to_a_loss_that_takes_x_u_p_q():
+def test_the_loss_takes_a_batch_as_it_is_built():
+    # the sketch returned X, p, U, q to a loss that takes X, U, p, q
     # inputs stay with inputs and targets with targets, and the loss takes the batch as it is
     assert MixMatchBatch._fields[:2] == ("inputs", "targets")
     batch = batch_of()
@@ -145,7 +153,8 @@ def test_returning_x_p_u_q_to_a_loss_that_takes_x_u_p_q():
     assert output.loss_u.item() == pytest.approx(0, abs=1e-10)
 
 
-def test_losses_concatenated_along_classes():
+def test_each_loss_is_one_number_and_of_its_own_rows():
+    # the sketch concatenated the losses along the classes
     logits, targets = torch.randn(8, NUM_CLASSES), torch.rand(8, NUM_CLASSES).softmax(dim=1)
     output = mixmatch_loss(logits, targets, 3, 1.0)
     assert output.loss.shape == output.loss_x.shape == output.loss_u.shape == ()
@@ -157,7 +166,8 @@ def test_losses_concatenated_along_classes():
     assert mixmatch_loss(other, targets, 3, 1.0).loss_u == output.loss_u
 
 
-def test_lambda_u_never_applied():
+def test_lambda_u_weighs_the_unlabelled_loss():
+    # the sketch never applied lambda_u
     batch = batch_of()
     logits = torch.randn(len(batch.inputs), NUM_CLASSES)
     parts = MixMatchLoss(0.0, 0)(logits, batch)
@@ -167,7 +177,8 @@ def test_lambda_u_never_applied():
         torch.testing.assert_close(loss, parts.loss_x + lambda_u * parts.loss_u)
 
 
-def test_squared_error_on_logits():
+def test_the_squared_error_is_that_of_probabilities():
+    # the sketch took the squared error of logits
     _, targets = torch.zeros(6, NUM_CLASSES), torch.rand(6, NUM_CLASSES).softmax(dim=1)
     logits = torch.randn(6, NUM_CLASSES)
     loss_u = mixmatch_loss(logits, targets, 0, 1.0).loss_u
@@ -178,7 +189,8 @@ def test_squared_error_on_logits():
 
 
 @pytest.mark.parametrize("teacher", [False, True])
-def test_no_detach(teacher):
+def test_targets_are_detached(teacher):
+    # the sketch let gradients through the guess
     model = net()
     batch = batch_of(model, teacher=model if teacher else None)
     assert not batch.targets.requires_grad
@@ -188,7 +200,8 @@ def test_no_detach(teacher):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_powers_underflowing_in_half_precision(dtype):
+def test_powers_in_half_precision_do_not_underflow(dtype):
+    # the sketch took powers in the dtype of the input
     # 1000 classes of 0.001: the square is 1e-6 and the hundredth power 1e-300
     probs = torch.full((2, 1000), 1e-3, dtype=dtype)
     for temperature in (0.5, 0.01):
@@ -203,8 +216,8 @@ def test_powers_underflowing_in_half_precision(dtype):
 # Bugs of other libraries
 
 
-def test_mixup_of_one_hot_rows_that_assigns_instead_of_adding():
-    # FFCV: equal labels give a row that does not sum to one
+def test_mixup_of_equal_labels_leaves_them():
+    # FFCV assigned instead of adding: equal labels gave a row that did not sum to one
     targets = torch.eye(3)[[1, 1, 1]]
     params = MixUpParams(torch.tensor([0.6, 0.7, 0.8]), torch.tensor([1, 2, 0]))
     mixed = mixup(torch.zeros(3, 1), targets, params)[1]
@@ -212,7 +225,8 @@ def test_mixup_of_one_hot_rows_that_assigns_instead_of_adding():
 
 
 @pytest.mark.parametrize("num_classes", [1, 31, 32, 33, 1023, 1025, 4097, 70_001])
-def test_softmax_that_is_wrong_beyond_a_block_or_reads_beyond_its_end(num_classes):
+def test_softmax_of_any_number_of_classes_reads_them_all_and_no_more(num_classes):
+    # of others' kernels one was wrong beyond a block, one summed what it read beyond the end
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(2, 3, num_classes, generator=generator)
     # a class that is read but not there would count as logit 0 among these
@@ -225,13 +239,15 @@ def test_softmax_that_is_wrong_beyond_a_block_or_reads_beyond_its_end(num_classe
     assert [value.item() for value in output[:3]] == pytest.approx(reference, rel=1e-4, abs=1e-9)
 
 
-def test_lambda_drawn_uniformly_where_beta_is_promised():
+def test_lambda_is_uniform_for_an_alpha_of_one_only():
+    # others drew it uniformly where Beta was promised
     assert kstest(lam_of(1.0).double().numpy(), lambda value: 2 * value - 1).pvalue > 1e-3
     for alpha in (0.5, 0.75, 2.0):
         assert kstest(lam_of(alpha).double().numpy(), lambda value: 2 * value - 1).pvalue < 1e-6
 
 
-def test_error_message_that_prints_stale_loop_variables():
+def test_errors_print_the_value_that_is_wrong():
+    # a message printed stale loop variables
     with pytest.raises(ValueError, match=r"^temperature must be above 0, got -2$"):
         MixMatch(WeakAugment(), 3, temperature=-2, alpha=0.5)
     with pytest.raises(ValueError, match=r"^alpha must be above 0, got -3$"):
@@ -249,21 +265,22 @@ def test_error_message_that_prints_stale_loop_variables():
         builder.from_views(x, torch.tensor([0, 1]), views, net())
 
 
-def test_running_statistics_moved_by_the_guess():
-    # YU1ut: BatchNorm moves in the guess passes too
+def test_the_guess_leaves_running_statistics_alone():
+    # YU1ut: BatchNorm moved in the guess passes too
     model = nn.Sequential(nn.BatchNorm2d(3), net())
     batch_of(model)
     assert model[0].num_batches_tracked == 0
     assert torch.equal(model[0].running_mean, torch.zeros(3))
 
 
-def test_crop_that_never_draws_the_last_offset():
-    # YU1ut: randint(0, 2 · padding) without its end
+def test_crops_reach_the_last_offset():
+    # YU1ut drew randint(0, 2 · padding), without its end
     params = WeakAugment(padding=2).draw(0, 0, 500)
     for offsets in (params.top, params.left):
         assert offsets.unique().tolist() == [0, 1, 2, 3, 4]
 
 
-def test_a_gate_that_turns_failures_into_warnings():
+def test_a_warning_fails_a_test():
+    # a gate turned failures into warnings
     with pytest.raises(UserWarning, match="of no account"):
         warnings.warn("of no account", UserWarning, stacklevel=1)
