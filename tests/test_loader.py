@@ -22,14 +22,12 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from gpu_mixmatch import MixMatch, WeakAugment
 from gpu_mixmatch.data.collate import collate
 from gpu_mixmatch.data.loader import SemiSupervisedLoader
 from gpu_mixmatch.data.order import BatchOrder
 from gpu_mixmatch.data.upload import Upload
 from gpu_mixmatch.sampling import epoch_order
-from tests.batches import assert_same_loaded, take
-from tests.factories import LinearNet
+from tests.batches import assert_mixmatch_takes, assert_same_loaded, take
 from tests.skips import skip_without
 
 # workers are forked from a process that has threads, of which Python 3.12 and later warn
@@ -212,11 +210,8 @@ def test_the_global_generator_is_left_alone():
 
 
 def test_batches_go_into_mixmatch():
-    model = LinearNet(3, (3, 4, 5))
-    mixmatch = MixMatch(WeakAugment(padding=1), 3)
-    for x, y, u, ids_x, ids_u in loader_of():
-        batch = mixmatch(x, y, u, model, ids_x=ids_x, ids_u=ids_u)
-        assert list(batch.inputs.shape) == [4 + 2 * 4, 3, 4, 5]
+    for batch in loader_of():
+        assert_mixmatch_takes(batch, num_classes=3)
 
 
 # Data sets

@@ -6,13 +6,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Subset, TensorDataset
 
-from gpu_mixmatch import MixMatch, WeakAugment
 from gpu_mixmatch.data import resident
 from gpu_mixmatch.data.loader import SemiSupervisedLoader
 from gpu_mixmatch.data.resident import ResidentLoader
 from gpu_mixmatch.types import SemiSupervisedBatch
-from tests.batches import assert_same_loaded, take
-from tests.factories import LinearNet, random_images, random_labels
+from tests.batches import assert_mixmatch_takes, assert_same_loaded, take
+from tests.factories import random_images, random_labels
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -139,11 +138,8 @@ def test_a_step_is_one_gather_of_each_tensor(indices):
 
 
 def test_batches_go_into_mixmatch():
-    model = LinearNet(10, (3, 5, 4))
-    mixmatch = MixMatch(WeakAugment(padding=1), 10)
-    for x, y, u, ids_x, ids_u in resident_of():
-        batch = mixmatch(x, y, u, model, ids_x=ids_x, ids_u=ids_u)
-        assert list(batch.inputs.shape) == [4 + 2 * 4, 3, 5, 4]
+    for batch in resident_of():
+        assert_mixmatch_takes(batch, num_classes=10)
 
 
 @pytest.mark.parametrize(
