@@ -170,8 +170,8 @@ class MixMatchBatch(NamedTuple):
         origins = (wrong & (wrong[hosts] | hidden)).nonzero().flatten().tolist()
         raise ValueError(
             f"targets must be finite and sum to 1 in every row, got rows {_listed(rows)} with sums "
-            f"{_listed([round(v, 4) for v in sums[wrong].tolist()])}. It began in rows "
-            f"{_listed(origins)} before mixing (rows below {self.num_labelled} are labelled, the "
+            f"{_listed([round(v, 4) for v in sums[wrong].tolist()])}. Bad before mixing: rows "
+            f"{_listed(origins)} (rows below {self.num_labelled} are labelled, the "
             "others guessed): look for NaN logits, labels out of range, or soft labels that do not "
             "sum to 1"
         )

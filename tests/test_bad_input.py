@@ -396,7 +396,7 @@ def test_nan_logits_do_not_raise_until_check_says_which_rows(guess_forward):
     )
     text = (
         "targets must be finite and sum to 1 in every row, got rows [5, 9] with sums [nan, nan]. "
-        "It began in rows [5, 9] before mixing (rows below 3 are labelled, the others guessed)"
+        "Bad before mixing: rows [5, 9] (rows below 3 are labelled, the others guessed)"
     )
     with raises(ValueError, text):
         batch.check()
@@ -411,7 +411,7 @@ def test_nan_logits_reach_the_rows_that_were_mixed_with_them_and_no_others():
     assert rows == expected
     with raises(ValueError, f"got rows {expected} with sums") as caught:
         batch.check()
-    named = re.search(r"It began in rows \[([\d, ]*)\]", str(caught.value)).group(1)
+    named = re.search(r"Bad before mixing: rows \[([\d, ]*)\]", str(caught.value)).group(1)
     assert origins <= set(map(int, named.split(", ")))
 
 

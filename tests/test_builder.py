@@ -334,7 +334,7 @@ def test_check_names_the_row_in_which_it_began():
     targets = torch.full((13, NUM_CLASSES), 1 / NUM_CLASSES)
     targets[6] = torch.nan
     mixed = functional.mixup(batch.inputs, targets, batch.params)[1]
-    with pytest.raises(ValueError, match=r"It began in rows \[6\] before mixing"):
+    with pytest.raises(ValueError, match=r"Bad before mixing: rows \[6\] "):
         batch._replace(targets=mixed).check()
 
 
@@ -347,7 +347,7 @@ def test_check_names_the_row_of_zeros_in_which_it_began_whatever_lambda(lam):
     targets[1] = 0
     params = batch.params._replace(lam=torch.full((13,), lam))
     mixed = functional.mixup(batch.inputs, targets, params)[1]
-    with pytest.raises(ValueError, match=r"It began in rows \[1\] before mixing"):
+    with pytest.raises(ValueError, match=r"Bad before mixing: rows \[1\] "):
         batch._replace(targets=mixed, params=params).check()
 
 
@@ -361,9 +361,9 @@ def test_check_names_every_row_in_which_it_began():
         targets[origins] = 0
         mixed = functional.mixup(inputs, targets, params)[1]
         batch = MixMatchBatch(inputs, mixed, 10, torch.tensor(step), params)
-        with pytest.raises(ValueError, match="It began in rows") as caught:
+        with pytest.raises(ValueError, match="Bad before mixing: rows") as caught:
             batch.check()
-        named = re.search(r"It began in rows \[([\d, ]*)", str(caught.value)).group(1)
+        named = re.search(r"Bad before mixing: rows \[([\d, ]*)", str(caught.value)).group(1)
         named = set(map(int, filter(None, named.split(", "))))
         assert set(origins.tolist()) <= named or len(named) == 8  # no more than 8 are shown
 

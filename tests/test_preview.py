@@ -288,6 +288,13 @@ def test_an_engine_that_draws_anew_for_the_same_step_is_found_out(tmp_path: Path
         draw(builder(augment=lambda x: x + next(calls)), tmp_path / "preview.png")
 
 
+def test_a_guesser_may_return_a_view_of_its_parameter(tmp_path: Path) -> None:
+    model = ConstantNet([0.0, 1.0, 2.0])
+    del model.logits  # the buffer
+    model.logits = nn.Parameter(torch.tensor([0.0, 1.0, 2.0]))
+    assert draw(builder(3), tmp_path / "preview.png", model).exists()
+
+
 def test_a_model_that_returns_nan_is_found_out(tmp_path: Path) -> None:
     model = network()
     with torch.no_grad():

@@ -739,7 +739,7 @@ def test_draws_survive_packing_into_one_copy(len_x, with_augment, monkeypatch):
         return tensor.clone()
 
     monkeypatch.setattr(torch.Tensor, "to", to)  # the copy, without another device
-    packed = sampling.to_device(sampling.pack(augment, mixup), torch.device("meta"))
+    packed = sampling.pack(augment, mixup).to("meta")
     there = sampling.unpack(packed, len(mixup.lam), with_augment=with_augment)
     assert [tensor.numel() * 4 for tensor in copied] == [
         len(mixup.lam) * (44 if with_augment else 12)
@@ -756,7 +756,7 @@ def test_draws_survive_packing_into_one_copy(len_x, with_augment, monkeypatch):
 @pytest.mark.parametrize("len_x", [1, 64])
 def test_draws_on_the_gpu_equal_those_on_the_cpu(len_x):
     augment, mixup = batch_draws(len_x, 64)
-    packed = sampling.to_device(sampling.pack(augment, mixup), torch.device("cuda"))
+    packed = sampling.pack(augment, mixup).pin_memory().to("cuda", non_blocking=True)
     augment_there, mixup_there = sampling.unpack(packed, len(mixup.lam), with_augment=True)
     alone = sampling.augment_to_device(augment, torch.device("cuda"))
     for here, there in ((augment, augment_there), (augment, alone), (mixup, mixup_there)):

@@ -55,7 +55,9 @@ def next_step(
     outputs: list[Tensor] = []
     # the guess is read off the builder's own passes: a second one would draw other dropout masks
     hook = guesser.register_forward_hook(
-        lambda _module, _inputs, output: outputs.append(get_logits(output, mixmatch.logits_getter))
+        lambda _module, _inputs, output: outputs.append(
+            get_logits(output, mixmatch.logits_getter).detach()  # a view of a parameter, even here
+        )
     )
     try:
         with _left_unchanged(mixmatch, guesser):

@@ -9,7 +9,7 @@ from gpu_mixmatch.sampling.draws import (
     epoch_order,
     split_order,
 )
-from gpu_mixmatch.sampling.packing import augment_to_device, pack, to_device, unpack, words_per_row
+from gpu_mixmatch.sampling.packing import augment_to_device, pack, unpack, words_per_row
 from gpu_mixmatch.sampling.philox import (
     Purpose,
     Words,
@@ -39,7 +39,6 @@ __all__ = [
     "shuffle_grid",
     "shuffled_parts",
     "split_order",
-    "to_device",
     "unpack",
     "words_per_row",
 ]

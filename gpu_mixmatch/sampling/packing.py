@@ -6,13 +6,6 @@ from torch import Tensor
 from gpu_mixmatch.types import AugmentParams, MixUpParams
 
 
-def to_device(packed: Tensor, device: torch.device) -> Tensor:
-    """Send packed draws to ``device`` in one copy of 44 bytes a row; a CPU gets them as is."""
-    if device.type == "cuda":
-        packed = packed.pin_memory()
-    return packed.to(device, non_blocking=True)
-
-
 def pack(augment: AugmentParams | None, mixup: MixUpParams) -> Tensor:
     """Put a batch's draws into one tensor of 4-byte words, ``[11·N]`` or ``[3·N]`` int32."""
     tensors = [mixup.index, mixup.lam, *(augment or ())]  # int64 first: it stays aligned
