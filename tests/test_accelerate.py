@@ -6,8 +6,10 @@ from itertools import islice
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from gpu_mixmatch import MixMatch, MixMatchLoss, ResidentLoader, SemiSupervisedLoader, WeakAugment
+from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.recipes.models import SmallCNN
 from tests.factories import random_images
 from tests.processes import printed_by
@@ -252,3 +254,38 @@ def test_steps_on_cuda_begin_like_those_on_the_cpu(monkeypatch, precision):
     ours = run.train(5)
     assert ours[0] == pytest.approx(losses[0], rel=0.05 if precision == "bf16" else 0.01)
     assert all(torch.tensor(ours).isfinite())
+
+
+@pytest.mark.slow
+def test_it_learns_digits_with_40_labels_at_half_the_error_of_labels_alone():
+    errors = {}
+    for supervised in (True, False):
+        accelerator = accelerate.Accelerator(cpu=True)
+        data = load_dataset("digits")
+        labelled, unlabelled = data.split(40, seed=0)
+        loader = ResidentLoader(
+            *labelled.tensors, 64, unlabelled=unlabelled.tensors[0], steps_per_epoch=STEPS
+        )
+        torch.manual_seed(0)
+        model = SmallCNN(10)
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, STEPS)
+        augment = WeakAugment.digits()
+        mixmatch = MixMatch(augment, 10)
+        criterion = MixMatchLoss(lambda_u=75.0, rampup_steps=STEPS // 2)
+        model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+        for step, batch in enumerate(loader):
+            if supervised:
+                loss = F.cross_entropy(model(augment(batch.x, 0, step)), batch.y)
+            else:
+                mixed = mixmatch(batch.x, batch.y, batch.u, model)
+                loss = criterion(model(mixed.inputs), mixed).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        model.eval()
+        with torch.no_grad():
+            guessed = model(augment.normalize(data.test_images)).argmax(dim=1)
+        errors[supervised] = (guessed != data.test_labels).float().mean().item()
+    assert errors[False] <= 0.5 * errors[True], errors

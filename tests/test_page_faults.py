@@ -44,7 +44,7 @@ def our_builder(x, u):
     return build
 
 
-def faults_per_call(call, calls=60):
+def faults_per_call(call, calls=200):
     """Fewest minor page faults a call, of a few attempts, after a warm-up."""
     for _ in range(50):
         call()
