@@ -4,9 +4,12 @@ A message names the argument, what is wanted and what came.
 """
 
 import math
+import operator
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +26,97 @@ from gpu_mixmatch.types import (
 )
 
 IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def came(value: object) -> str:
+    """Say what came in place of what was wanted: a tensor by its shape, else value and type."""
+    if isinstance(value, Tensor | np.ndarray):
+        kind = "tensor" if isinstance(value, Tensor) else "numpy array"
+        return f"a {kind} {list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], Tensor):
+        return f"a {type(value).__name__} of one tensor; unpack it, as in (u,) = batch"
+    text = repr(value)
+    text = text if len(text) <= 80 else f"{text[:77]}..."
+    return f"{text} of type {type(value).__name__}"
+
+
+def as_integer(name: str, value: Any, *, least: int = 0, most: int | None = None) -> int:
+    """Return a whole number as an ``int``: Python's, numpy's, or whatever ``operator.index`` takes.
+
+    Raises:
+        TypeError: If it is none; booleans, floats and tensors are not.
+        ValueError: If it is not in ``least .. most``.
+    """
+    if type(value) is not int:
+        try:
+            if isinstance(value, bool | np.bool_ | Tensor):
+                raise TypeError
+            value = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name} must be an integer, got {came(value)}") from None
+    if value < least or (most is not None and value > most):
+        wanted = f"at least {least}" if most is None else f"in {least} .. {most}"
+        raise ValueError(f"{name} must be {wanted}, got {value}")
+    return int(value)
+
+
+def as_number(
+    name: str,
+    value: Any,
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+    above: float | None = None,
+    below: float | None = None,
+) -> float:
+    """Return a finite real number as a ``float``: Python's or numpy's.
+
+    Raises:
+        TypeError: If it is none; booleans, texts and tensors are not.
+        ValueError: If it is not finite, or not within the limits that are given.
+    """
+    if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {came(value)}")
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        number = math.inf
+    fits = math.isfinite(number) and least <= number <= most
+    fits = fits and (above is None or number > above) and (below is None or number < below)
+    if not fits:
+        limits = _interval(least, most, above, below)
+        raise ValueError(f"{name} must be {limits or 'finite'}, got {value}")
+    return number
+
+
+def _interval(least: float, most: float, above: float | None, below: float | None) -> str:
+    low = f"({above:g}" if above is not None else f"[{least:g}"
+    high = f"{below:g})" if below is not None else f"{most:g}]"
+    if (below is not None or math.isfinite(most)) and low != "[-inf":
+        return f"in {low}, {high}"
+    if above is not None:
+        return f"above {above:g} and finite"
+    if math.isfinite(least):
+        return f"at least {least:g} and finite"
+    return ""
+
+
+def as_flag(name: str, value: Any) -> bool:
+    """Return a switch as a ``bool``.
+
+    Raises:
+        TypeError: If it is neither True nor False.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {came(value)}")
+    return bool(value)
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Raise a TypeError if ``value`` is no tensor; says how to make one where that is plain."""
+    if not isinstance(value, Tensor):
+        hint = "; torch.from_numpy makes one" if isinstance(value, np.ndarray) else ""
+        raise TypeError(f"{name} must be a tensor, got {came(value)}{hint}")
 
 
 def image_layout(name: str, images: Tensor) -> tuple[bool, tuple[int, int, int]]:
