@@ -164,6 +164,6 @@ def usb(dataset: str = "cifar10") -> Preset:
 
 
 def _settings(dataset: str) -> tuple[str, dict[str, float], int]:
-    if dataset not in _PAPER:
+    if not isinstance(dataset, str) or dataset not in _PAPER:
         raise ValueError(f"dataset must be one of {list(_PAPER)}, got {dataset!r}")
     return _PAPER[dataset]
