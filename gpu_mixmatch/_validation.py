@@ -568,17 +568,9 @@ def check_batch_logits(logits: Any) -> tuple[int, int, int]:
         raise ValueError(f"logits must be [K, M, L] with K >= 1, got {list(logits.shape)}")
     check_float("logits", logits)
     num_views, num_images, num_classes = logits.shape
-    check_several("logits", logits, num_classes)
+    if num_classes == 0:
+        raise ValueError(f"logits must be [K, M, L] with L >= 1, got {list(logits.shape)}")
     return num_views, num_images, num_classes
-
-
-def check_several(name: str, logits: Tensor, num_classes: int) -> None:
-    """Raise a ValueError for a single class."""
-    if num_classes < 2:
-        raise ValueError(
-            f"{name} must be of at least 2 classes, got {list(logits.shape)}: of one class nothing "
-            "is learnt, since every target is 1. For two classes give the model two logits"
-        )
 
 
 def check_mixup_rows(inputs: Any, targets: Any, params: Any, out: Any) -> None:
@@ -617,7 +609,6 @@ def check_loss(logits: Any, targets: Any, num_labelled: Any, weight_u: Any) -> N
             f"logits must be [N, L] = {list(targets.shape)} like targets, got {list(logits.shape)}"
         )
     check_float("targets", targets)
-    check_several("logits", logits, logits.shape[1])
     as_integer("num_labelled", num_labelled, most=2**63)
     if num_labelled > len(logits):
         raise ValueError(f"num_labelled must be in 0 .. N = {len(logits)}, got {num_labelled}")
@@ -625,11 +616,9 @@ def check_loss(logits: Any, targets: Any, num_labelled: Any, weight_u: Any) -> N
     if not isinstance(weight_u, Tensor):
         as_number("weight_u", weight_u, least=0)
         return
-    if weight_u.dim() or not weight_u.is_floating_point():
-        raise ValueError(
-            f"weight_u must be a number or a 0-d float tensor, got {list(weight_u.shape)} "
-            f"{dtype_name(weight_u.dtype)}"
-        )
+    check_tensor("weight_u", weight_u)
+    if weight_u.dim() or weight_u.is_complex():
+        raise ValueError(f"weight_u must be a number or a 0-d tensor, got {came(weight_u)}")
     if weight_u.device.type != "cpu":
         check_device("weight_u", weight_u, "logits", logits)
     else:

@@ -141,8 +141,8 @@ def guess_labels(logits: Tensor, temperature: float, *, impl: Impl = "auto") -> 
 
     Raises:
         TypeError: If ``temperature`` is no number or ``logits`` are no tensor.
-        ValueError: If ``logits`` are not ``[K, M, L]`` with K ≥ 1 and L ≥ 2, or ``temperature`` is
-            not positive.
+        ValueError: If ``logits`` are not ``[K, M, L]`` with K ≥ 1, or ``temperature`` is not
+            positive.
 
     References:
         Berthelot et al. 2019, eq. 6-7.

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from gpu_mixmatch._validation import (
     check_pixels,
     image_layout,
 )
-from gpu_mixmatch.impl.constants import constant
 from gpu_mixmatch.types import AugmentPolicy, Impl, Layout, MixUpParams, Scaling
 
 # Targets of all rows: mixed by the draws that are given, or unmixed for None.
@@ -279,6 +278,8 @@ class NormalizedViews(nn.Module, Augment):
         self.dtype = dtype
         self.channels_last = as_flag("channels_last", channels_last)
         self.layout = layout
+        # plain attributes: buffers would be cast
+        self._scalings = self._made_scalings(torch.device("cpu"))
 
     @property
     def normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
@@ -317,33 +318,40 @@ class NormalizedViews(nn.Module, Augment):
         Raises:
             ValueError: If mean and std are of another number of channels.
         """
-        unit = 255 if images.dtype == torch.uint8 else 1
         if len(self.mean) == len(self.std) == 1:  # numbers: nothing to broadcast
             (mean,), (std,) = self.mean, self.std
-            return Scaling(1 / (unit * std), -mean / std)
+            return Scaling(1 / (255 * std if images.dtype == torch.uint8 else std), -mean / std)
         wanted = max(len(self.mean), len(self.std))
         if wanted != channels:
             raise ValueError(
                 f"images must have {wanted} channels like mean and std, got {channels}"
             )
-        return _scaling(self.mean, self.std, unit, channels, images.device)
+        return self._scalings[images.dtype == torch.uint8]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow to another device; whatever else is done to tensors, numbers stay what they are."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            here = self._scalings[0].scale.device
+            self._scalings = self._made_scalings(fn(torch.empty(0, device=here)).device)
+        return self
+
+    def _made_scalings(self, device: torch.device) -> tuple[Scaling, Scaling]:
+        """Factors and addends of floats and of bytes."""
+        floats, of_bytes = (_scaling(self.mean, self.std, unit, device) for unit in (1, 255))
+        return floats, of_bytes
 
 
-@constant
 def _scaling(
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    unit: int,
-    channels: int,
-    device: torch.device,
+    mean: tuple[float, ...], std: tuple[float, ...], unit: int, device: torch.device
 ) -> Scaling:
     """Factor and addend per channel, float32 on ``device``, whatever torch's defaults are."""
+    channels = max(len(mean), len(std))
     means, stds = (
         torch.tensor(values, dtype=torch.float32, device="cpu") for values in (mean, std)
     )
     return Scaling(
-        (1 / (unit * stds)).expand(channels).to(device),
-        (-means / stds).expand(channels).to(device),
+        (1 / (unit * stds)).expand(channels).to(device), (-means / stds).expand(channels).to(device)
     )
 
 

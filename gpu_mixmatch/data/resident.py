@@ -9,8 +9,6 @@ from torch import Tensor
 
 from gpu_mixmatch._validation import (
     as_device,
-    as_integer,
-    as_labels,
     came,
     check_tensor,
     is_integer,
@@ -145,16 +143,21 @@ def _to_device(indices: Tensor, device: torch.device) -> Tensor:
 
 
 def _tensor(name: str, values: Any) -> Tensor:
+    """Return values that may be a tensor, an array, or what numpy makes an array of."""
     if isinstance(values, Tensor):
         check_tensor(name, values)
         found = values
-    elif isinstance(values, np.ndarray) and values.dtype.kind in "iufb":
-        native = values.dtype.newbyteorder("=")
-        found = torch.from_numpy(np.require(values, native, ["C", "W"]))  # copies what is read-only
     else:
-        raise TypeError(f"{name} must be a tensor or a numpy array, got {came(values)}")
+        try:
+            array = np.asarray(values)
+        except ValueError:  # rows of different lengths
+            array = np.asarray(None)
+        if array.dtype.kind not in "iufb":
+            raise TypeError(f"{name} must be a tensor or a numpy array, got {came(values)}")
+        # copies what is read-only, or in another machine's order of bytes
+        found = torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
     if found.dim() == 0 or found.device.type == "meta":
-        raise ValueError(f"{name} must be [N, ...] and hold values, got {came(found)}")
+        raise ValueError(f"{name} must be [N, ...] and hold values, got {came(values)}")
     return found
 
 
@@ -169,21 +172,12 @@ def _images(name: str, images: Any) -> Tensor:
 
 
 def _indices(labelled_indices: Any, images: Tensor) -> Tensor:
-    if isinstance(labelled_indices, list | tuple | range):
-        labelled_indices = np.array(
-            [
-                as_integer(f"labelled_indices[{place}]", index, most=len(images) - 1)
-                for place, index in enumerate(labelled_indices)
-            ],
-            dtype=np.int64,
-        )
-    indices = batched(as_labels("labelled_indices", labelled_indices))
-    if indices.dim() != 1 or indices.dtype != torch.int64 or indices.device.type == "meta":
+    indices = batched(_tensor("labelled_indices", labelled_indices)).cpu()
+    if indices.dim() != 1 or (indices.dtype != torch.int64 and len(indices)):
         raise ValueError(f"labelled_indices must be [n] integers, got {came(indices)}")
-    indices = indices.cpu()
     if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(images):
         raise ValueError(
             f"labelled_indices must be in 0 .. {len(images) - 1}, the images' places, got "
             f"{int(indices.min())} .. {int(indices.max())}"
         )
-    return indices
+    return indices.long()
