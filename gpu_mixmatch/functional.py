@@ -22,7 +22,6 @@ from gpu_mixmatch._validation import (
     check_augment,
     check_batch_logits,
     check_device,
-    check_draws,
     check_float,
     check_groups,
     check_key_tensor,
@@ -31,7 +30,6 @@ from gpu_mixmatch._validation import (
     check_loss,
     check_mixup,
     check_mixup_rows,
-    check_mixup_values,
     check_rows,
     check_tensor,
 )
@@ -189,7 +187,6 @@ def batch_targets(
     if mixup is not None:
         check_mixup(mixup, shape[0], "y and logits", "mixup")
         check_device("mixup.index", mixup.index, "logits", logits)
-        _look_for_kernels(impl, logits.device, None, 0, mixup)
     out = torch.empty(shape, dtype=torch.float32, device=logits.device)
     backend(impl, logits.device).batch_targets(
         y, logits.detach(), temperature, label_smoothing, mixup, out
@@ -225,7 +222,6 @@ def mixup(
         Berthelot et al. 2019, eq. 8-11.
     """
     check_mixup_rows(inputs, targets, params, out)
-    _look_for_kernels(impl, inputs.device, None, 0, params)
     out = torch.empty_like(inputs) if out is None else out
     mixed_targets = torch.empty_like(targets)
     backend(impl, inputs.device).mixup(inputs, targets, params, out, mixed_targets)
@@ -362,7 +358,6 @@ def augment(
     channels_last_in, shape = check_augment(
         sources, params, geometry, scaling, dtype, mixup, out, layout
     )
-    _look_for_kernels(impl, sources[0].device, params, geometry.padding, mixup)
     channels_last = as_flag("channels_last", channels_last)
     if workspace is not None:
         check_kind("workspace", workspace, Workspace, "a Workspace or None")
@@ -381,21 +376,6 @@ def augment(
             mixup=mixup,
         )
     return out
-
-
-def _look_for_kernels(
-    impl: Impl,
-    device: torch.device,
-    params: AugmentParams | None,
-    padding: int,
-    mixup: MixUpParams | None,
-) -> None:
-    """Look at draws on a CPU for Triton's interpreter; other implementations do so themselves."""
-    if device.type == "cpu" and resolve_impl(impl, device) == "triton":
-        if params is not None:
-            check_draws(params, padding)
-        if mixup is not None:
-            check_mixup_values(mixup)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -18,9 +18,8 @@ from gpu_mixmatch import (
     interleaved_forward,
     sampling,
 )
-from gpu_mixmatch.methods import looks, mixmatch
 from tests.factories import ConvNet, random_data
-from tests.no_sync import NoExport, NoSync, aten
+from tests.no_sync import NoExport, NoSync, aten, look_at_nothing
 
 # Numba's loops are for a CPU's own memory
 pytestmark = pytest.mark.usefixtures("without_numba")
@@ -29,11 +28,7 @@ pytestmark = pytest.mark.usefixtures("without_numba")
 @pytest.fixture(autouse=True)
 def no_look_at_draws(monkeypatch):
     """Draws on a CPU are looked at, those on a device are not."""
-    for name in ("check_draws", "check_mixup_values", "check_scalar", "check_finite"):
-        monkeypatch.setattr(_validation, name, lambda *_: None)
-        if hasattr(mixmatch, name):
-            monkeypatch.setattr(mixmatch, name, lambda *_: None)
-    monkeypatch.setattr(looks, "_are_probabilities", lambda *_: False)
+    look_at_nothing(monkeypatch, but=("check_classes", "check_distributions"))
 
 
 NUM_CLASSES = 5

@@ -329,7 +329,7 @@ class NormalizedViews(nn.Module, Augment):
         return self._scalings[images.dtype == torch.uint8]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow to another device; whatever else is done to tensors, numbers stay what they are."""
+        """Follow to another device; a cast changes nothing, since all is made of numbers anew."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             here = self._scalings[0].scale.device

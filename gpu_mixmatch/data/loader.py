@@ -24,7 +24,6 @@ from gpu_mixmatch._validation import (
     as_integer,
     as_number,
     as_text,
-    came,
     check_callable,
 )
 from gpu_mixmatch.data.collate import batched, collate
@@ -292,7 +291,7 @@ def _check_map_style(name: str, dataset: Any) -> None:
     if not is_map_style or is_number or wrong:
         raise TypeError(
             f"{name} must be a map-style data set, with __len__ and __getitem__, or a DataLoader "
-            f"of one, got {came(dataset)}; tensors go into "
+            f"of one, got {type(dataset).__name__}; tensors go into "
             "TensorDataset(images, labels), and of a dict of splits one is chosen"
         )
 
