@@ -108,7 +108,7 @@ def undecodable_images(
                 found = dict(enumerate(threads.map(partial(_pil_reason, images), numbers)))
             else:
                 found = undecodable([*threads.map(partial(read_or_error, images), numbers)])
-            reasons |= {numbers[row]: why for row, why in found.items() if why}
+            reasons |= {numbers[row]: why for row, why in sorted(found.items()) if why}
             if progress:
                 progress(numbers.stop, len(images))
     return reasons

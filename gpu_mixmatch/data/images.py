@@ -183,7 +183,7 @@ def _label(digits: list[str], number: int, line: str, path: Path) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) <= _MAX_LABEL):
         raise ValueError(
             "path must list an image and its label, an integer from 0, in every line, got line "
-            f"{number} of {path}: {line!r}"
+            f"{number} of {path}: {line[:200]!r}"
         )
     return int(text)
 
