@@ -9,6 +9,7 @@ of each batch; rank 0 alone writes.
 
 import dataclasses
 import hashlib
+import math
 import os
 import statistics
 import time
@@ -36,6 +37,7 @@ from gpu_mixmatch.recipes.checkpoint import (
     check_optimizer,
     check_state,
     check_weights,
+    check_writable,
     read_checkpoint,
 )
 from gpu_mixmatch.recipes.choices import (
@@ -49,7 +51,7 @@ from gpu_mixmatch.recipes.choices import (
     make_weak,
 )
 from gpu_mixmatch.recipes.models import build_model, kernel_parameters
-from gpu_mixmatch.recipes.run_log import MetricsLog
+from gpu_mixmatch.recipes.run_log import MetricsLog, check_tools
 from gpu_mixmatch.types import SemiSupervisedBatch
 
 
@@ -344,6 +346,17 @@ class TrainRun:
         self.ema.train()  # a teacher guesses in the mode of the student
         return 100 * int(wrong) / len(images)
 
+    def is_finite(self, values: Mapping[str, float]) -> bool:
+        """Tell whether numbers and all weights are finite; waits for the device."""
+        if not all(map(math.isfinite, values.values())):
+            return False
+        weights = (*self.model.state_dict().values(), *self.ema.state_dict().values())
+        return bool(torch.stack([value.isfinite().all() for value in weights]).all())
+
+    def checkpoint_size(self) -> int:
+        """Estimate the bytes of a checkpoint: the model, its average, and the optimizer's two."""
+        return 4 * sum(p.numel() * p.element_size() for p in self.model.parameters())
+
     def description(self) -> dict[str, Any]:
         """Return what ``config.json`` says: the configuration, and how large the network is."""
         return {
@@ -480,37 +493,61 @@ def _digest(part: TensorDataset | ImageFiles, root: str | None) -> str:
     return found.hexdigest()
 
 
+class DivergenceError(RuntimeError):
+    """Training has left the numbers that are finite.
+
+    Attributes:
+        step: The step at which it was found, at an evaluation; it began after the one before.
+        values: The losses of that step.
+    """
+
+    def __init__(self, step: int, values: Mapping[str, float], last: str) -> None:
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        super().__init__(
+            f"the run diverged: at step {step} losses or weights are not finite ({shown}). "
+            f"{last}. A lower learning rate, a lower lambda_u or a longer rampup_steps may help"
+        )
+        self.step = step
+        self.values = dict(values)
+
+
 def train(
     config: TrainConfig,
     out: Path | None = None,
     *,
     resume: bool = False,
     data: ImageData | FolderData | None = None,
+    on_start: Callable[[TrainRun], None] | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Summary:
     """Train a classifier, evaluate it as it goes, and write what happened.
 
-    In a process group every rank calls this alike, and rank 0 alone looks at ``out``.
+    In a process group every rank calls this alike, and rank 0 alone looks at ``out``. The folder is
+    made with the first evaluation: a run that fails before it leaves nothing behind.
 
     Args:
         config: What to train.
         out: Folder for ``checkpoint.pt``, ``metrics.jsonl``, TensorBoard's events, ``curves.png``
             and ``config.json``, which also says how large the network is; None writes nothing.
-        resume: Continue from the checkpoint in ``out``, or begin if there is none yet.
+        resume: Continue from the checkpoint in ``out``, or begin if there is none yet; see
+            `resumed` for what may differ.
         data: The data set, if it is loaded already.
+        on_start: Called before the first step, when all that can be checked has been.
         on_step: Called after each step with the number of steps taken and the latest metrics.
 
     Returns:
         How the run ended.
 
     Raises:
-        ValueError: If ``out`` exists and ``resume`` is not asked for, or its checkpoint is of
-            another configuration.
+        ValueError: If ``out`` exists and ``resume`` is not asked for, or its checkpoint is damaged,
+            of other data, or of a configuration with other steps.
+        DivergenceError: If a loss or a weight is not finite at an evaluation. The checkpoint of the
+            one before stays.
+        OSError: If something cannot be written; the message names it and the room on its disk.
+        ImportError: If ``out`` needs a package that is not installed.
     """
-    if out is not None and not resume and distributed.from_first_rank(out.exists):
-        raise ValueError(
-            f"out must be a folder that does not exist yet, got {out}; or use --resume"
-        )
+    if out is not None:
+        distributed.from_first_rank(lambda: _check_out(out, resume))
     state = None if out is None else _read_checkpoint(out / "checkpoint.pt")
     if state is not None:
         config = resumed(config, state["config"], state["step"])
@@ -519,7 +556,11 @@ def train(
         run.load_state_dict(state)
     log = None
     if out is not None and rank() == 0:
-        log = MetricsLog(out, run.description(), run.metrics, run.step, run.tested_on)
+        log = MetricsLog(
+            out, run.description(), run.metrics, run.step, run.tested_on, run.checkpoint_size()
+        )
+    if on_start:
+        on_start(run)
     metrics = run.metrics
     eval_every = config.eval_every or max(1, config.steps // 20)
     seconds = metrics[-1]["seconds"] if metrics else 0.0
@@ -529,6 +570,8 @@ def train(
         if run.step % eval_every == 0 or run.step == config.steps:
             values = distributed.average_values(losses, run.device)  # waits for the device
             seconds += time.perf_counter() - began
+            if not run.is_finite(values):
+                raise DivergenceError(run.step, values, _last_checkpoint(metrics, out))
             # every rank has the same weights and finds the same error
             metrics.append(
                 {"step": run.step, "error": run.test_error(), "seconds": seconds, **values}
@@ -544,6 +587,22 @@ def train(
     return Summary(errors[-1], statistics.median(errors[-20:]), min(errors), seconds)
 
 
+def _check_out(out: Path, resume: bool) -> None:
+    """Raise if a run cannot end well in a folder; before the data are loaded."""
+    if out.exists() and not resume:
+        raise ValueError(
+            f"out must be a folder that does not exist yet, got {out}; or use --resume"
+        )
+    check_tools()
+    check_writable(out)
+
+
 def _read_checkpoint(path: Path) -> dict[str, Any] | None:
     """Read a checkpoint if there is one; rank 0 does it for all ranks."""
     return distributed.from_first_rank(lambda: read_checkpoint(path) if path.exists() else None)
+
+
+def _last_checkpoint(metrics: list[dict[str, float]], out: Path | None) -> str:
+    if out is None or not metrics:
+        return "Nothing was written" if out is None else "There is no checkpoint yet"
+    return f"The checkpoint of step {int(metrics[-1]['step'])} is in {out}"
