@@ -26,6 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import TensorDataset
 
 from gpu_mixmatch._ranks import positions, rank, world_size
+from gpu_mixmatch._validation import as_flag, as_integer, as_number
 from gpu_mixmatch._version import __version__
 from gpu_mixmatch.data.datasets import FolderData, ImageFiles, load_dataset
 from gpu_mixmatch.data.formats.common import ImageData
@@ -90,6 +91,8 @@ class TrainConfig:
         ema_teacher: Let the averaged model guess.
         builder: Keyword arguments of `MixMatch` that replace the preset's.
         eval_every: Steps between evaluations; 0 takes a twentieth of the run.
+        planned_steps: Length that a default of ``rampup_steps`` and ``ema_decay`` is for; None
+            takes ``steps``. A run that is resumed with more steps keeps its first length here.
     """
 
     dataset: str = "digits"
@@ -115,6 +118,7 @@ class TrainConfig:
     ema_teacher: bool = False
     builder: dict[str, Any] = dataclasses.field(default_factory=dict)
     eval_every: int = 0
+    planned_steps: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -124,11 +128,14 @@ class TrainConfig:
             ("batch_size", 1),
             ("filters", 1),
             ("num_workers", 0),
+            ("seed", 0),
+            ("rampup_steps", 0),
             ("eval_every", 0),
+            ("planned_steps", 1),
         ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            self._keep(name, as_integer, least=least)
+        for name, below in (("lr", None), ("lambda_u", None), ("ema_decay", 1.0)):
+            self._keep(name, as_number, least=0.0, below=below)
         for name, choices in (
             ("preset", [*PRESET_NAMES]),
             ("augment", [*AUGMENTS]),
@@ -136,15 +143,23 @@ class TrainConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        for name in ("sync_batchnorm", "supervised", "ema_teacher"):
+            as_flag(name, getattr(self, name))
         if self.sync_batchnorm and torch.device(self.device).type != "cuda":
             raise ValueError(
                 "sync_batchnorm must be off where torch's SyncBatchNorm does not run, which is "
                 f"anywhere but on CUDA, got device {self.device!r}"
             )
 
+    def _keep(self, name: str, convert: Callable[..., Any], **limits: Any) -> None:
+        """Check a number if there is one, and keep it as Python's own, which files can hold."""
+        value = getattr(self, name)
+        if value is not None:
+            object.__setattr__(self, name, convert(name, value, **limits))
+
 
 # of the preset, or derived from the number of steps, where a configuration has None
-_RESOLVED = ("filters", "lr", "lambda_u", "rampup_steps", "ema_decay")
+_RESOLVED = ("planned_steps", "filters", "lr", "lambda_u", "rampup_steps", "ema_decay")
 # what the weights after a step do not depend on
 _FREE = frozenset(("root", "steps", "num_workers", "device", "eval_every"))
 _SAME_BATCHES = frozenset(("resident", "dataloader"))
@@ -153,12 +168,14 @@ _SAME_BATCHES = frozenset(("resident", "dataloader"))
 def resolved(config: TrainConfig) -> TrainConfig:
     """Return a configuration with its preset's numbers in place of None."""
     preset = choose_preset(config.preset, config.dataset)
+    planned = config.planned_steps or config.steps
     settings = {
+        "planned_steps": planned,
         "filters": choose_filters(config.model, None, preset),
         "lr": preset.optimizer["lr"],
         "lambda_u": preset.loss["lambda_u"],
-        "rampup_steps": min(preset.loss["rampup_steps"], config.steps // 2),
-        "ema_decay": min(preset.ema_decay, max(0.0, 1 - 10 / config.steps)),
+        "rampup_steps": min(preset.loss["rampup_steps"], planned // 2),
+        "ema_decay": min(preset.ema_decay, max(0.0, 1 - 10 / planned)),
     }
     own = {name: getattr(config, name) for name in _RESOLVED}
     settings |= {name: value for name, value in own.items() if value is not None}
@@ -355,7 +372,8 @@ class TrainRun:
 
     def checkpoint_size(self) -> int:
         """Estimate the bytes of a checkpoint: the model, its average, and the optimizer's two."""
-        return 4 * sum(p.numel() * p.element_size() for p in self.model.parameters())
+        total: int = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return 4 * total
 
     def description(self) -> dict[str, Any]:
         """Return what ``config.json`` says: the configuration, and how large the network is."""
