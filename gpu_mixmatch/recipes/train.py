@@ -479,7 +479,8 @@ class TrainRun:
         parts_of_theirs, parts = theirs.get("digests", {}), mine["digests"]
         found = []
         for name in mine:
-            was, now = theirs.get(name), mine[name]
+            was: Any = theirs.get(name)
+            now = mine[name]
             if name.startswith("digest") or was == now:
                 continue
             if name == "classes" and set(was) != set(now):  # there may be very many
