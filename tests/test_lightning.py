@@ -346,12 +346,12 @@ def test_bases_in_the_wrong_order_are_refused_where_the_class_is_made():
         (
             "mixmatch",
             None,
-            r"self\.mixmatch must be such as MixMatch\(.* of Classifier, got nothing",
+            r"self\.mixmatch must be such as MixMatch.* of Classifier, got nothing",
         ),
         (
             "criterion",
             75.0,
-            r"self\.criterion must be such as MixMatchLoss\(\), .* got 75\.0 of type",
+            r"self\.criterion must be such as MixMatchLoss.* got 75\.0 of type",
         ),
     ],
 )
