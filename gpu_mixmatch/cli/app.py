@@ -31,9 +31,9 @@ from gpu_mixmatch._ranks import is_launched, rank
 from gpu_mixmatch.cli import bench, doctor
 from gpu_mixmatch.data import check_images
 from gpu_mixmatch.data.datasets import load_dataset
-from gpu_mixmatch.insight.dataset_preview import preview_dataset
 from gpu_mixmatch.recipes import ablate
 from gpu_mixmatch.recipes.choices import choose_filters, choose_preset, make_augment, make_weak
+from gpu_mixmatch.recipes.dataset_preview import preview_dataset
 from gpu_mixmatch.recipes.distributed import process_group
 from gpu_mixmatch.recipes.train import TrainConfig, train
 
