@@ -8,6 +8,7 @@ the last bit. In a process group every rank takes its part of each batch; rank 0
 import dataclasses
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from gpu_mixmatch._ranks import positions, rank, world_size
 from gpu_mixmatch.data.datasets import FolderData, load_dataset
 from gpu_mixmatch.data.formats.common import ImageData
+from gpu_mixmatch.insight.guesses import OVERCONFIDENT, GuessWatch, overconfidence
 from gpu_mixmatch.losses import MixMatchLoss
 from gpu_mixmatch.methods.mixmatch import MixMatch
 from gpu_mixmatch.recipes import distributed
@@ -133,12 +135,15 @@ class Summary(NamedTuple):
         median_error: Median of the last 20 evaluations, as the paper reports, in percent.
         best_error: Lowest test error of all evaluations, in percent; chosen with the test set.
         seconds: Duration of the steps, without evaluations, in seconds.
+        confidence: Mean confidence of the guesses between the last two evaluations; None where
+            nothing is guessed. Far above 1 - error / 100 of held images, it is a bad sign.
     """
 
     error: float
     median_error: float
     best_error: float
     seconds: float
+    confidence: float | None = None
 
 
 class TrainRun:
@@ -187,6 +192,7 @@ class TrainRun:
             seed=config.seed,
             **{**self.preset.builder, **config.builder},
         ).to(self.device)
+        self.watch = None if config.supervised else GuessWatch(self.mixmatch)
         self.criterion = self._criterion()
         self.kernels = kernel_parameters(self.model)
         self.optimizer = self._optimizer()
@@ -272,6 +278,24 @@ class TrainRun:
         self.ema.train()  # a teacher guesses in the mode of the student
         return 100 * int(wrong) / len(images)
 
+    def confidence(self) -> dict[str, Tensor]:
+        """Return the mean confidence of the guesses since the last call, if any; waits for them."""
+        quality = self.watch.read() if self.watch else None
+        return {"confidence": torch.tensor(quality.confidence)} if quality else {}
+
+    def overconfidence(self) -> str | None:
+        """Say that guesses are surer than the model is right, at the latest evaluation.
+
+        It is said of the second half of a run alone: before, averaged weights lag behind those that
+        guess. Nor is it said of labelled images: the model is trained on them.
+        """
+        latest = self.metrics[-1]
+        confidence, accuracy = latest.get("confidence", 0.0), 1 - latest["error"] / 100
+        too_early = 2 * latest["step"] < self.config.steps
+        if self.tested_on != "test" or too_early or confidence - accuracy <= OVERCONFIDENT:
+            return None
+        return overconfidence(confidence, accuracy, "test images")
+
     def description(self) -> dict[str, Any]:
         """Return what ``config.json`` says: the configuration, and how large the network is."""
         return {
@@ -346,6 +370,10 @@ def train(
     Returns:
         How the run ended.
 
+    Warns:
+        UserWarning: Once, if in the second half of the run guesses are surer than the model is
+            right on test images, by more than 0.1.
+
     Raises:
         ValueError: If ``out`` exists and ``resume`` is not asked for, or its checkpoint is of
             another configuration.
@@ -363,11 +391,13 @@ def train(
     metrics = run.metrics
     eval_every = config.eval_every or max(1, config.steps // 20)
     seconds = metrics[-1]["seconds"] if metrics else 0.0
+    warned = False
     began = time.perf_counter()
     for batch in islice(run.loader, config.steps - run.step):
         losses = run.train_step(batch)
         if run.step % eval_every == 0 or run.step == config.steps:
-            values = distributed.average_values(losses, run.device)  # waits for the device
+            # waits for the device
+            values = distributed.average_values({**losses, **run.confidence()}, run.device)
             seconds += time.perf_counter() - began
             # every rank has the same weights and finds the same error
             metrics.append(
@@ -375,13 +405,23 @@ def train(
             )
             if log:
                 log.write(run.state_dict())
+            notice = run.overconfidence()
+            if notice and not warned and rank() == 0:
+                warnings.warn(f"step {run.step}: {notice}", UserWarning, stacklevel=2)
+            warned = warned or notice is not None
             began = time.perf_counter()
         if on_step:
             on_step(run.step, metrics[-1] if metrics else {})
     errors = [entry["error"] for entry in metrics]
     if log:
         log.close()
-    return Summary(errors[-1], statistics.median(errors[-20:]), min(errors), seconds)
+    return Summary(
+        errors[-1],
+        statistics.median(errors[-20:]),
+        min(errors),
+        seconds,
+        metrics[-1].get("confidence"),
+    )
 
 
 def _load_checkpoint(run: TrainRun, path: Path) -> None:
