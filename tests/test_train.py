@@ -19,7 +19,7 @@ from gpu_mixmatch.data.formats.common import ImageData
 from gpu_mixmatch.insight import GuessWatch
 from gpu_mixmatch.recipes.choices import AUGMENTS, LOADERS, PRESET_NAMES, make_augment
 from gpu_mixmatch.recipes.models import SmallCNN, build_model, wideresnet28
-from gpu_mixmatch.recipes.train import TrainConfig, TrainRun, train
+from gpu_mixmatch.recipes.train import TrainConfig, TrainRun, resolved, train
 from tests.digest import parameter_digest
 from tests.image_files import write_folder
 
@@ -250,8 +250,9 @@ def test_existing_folder_is_refused(tmp_path):
 def test_checkpoint_of_another_configuration_is_refused(tmp_path):
     out = tmp_path / "run"
     train(SHORT, out)
-    other = TrainConfig(steps=8, eval_every=2, batch_size=8, seed=3)
-    with pytest.raises(ValueError, match=r"seed: 0 in the checkpoint, 3 now; steps: 6 in the"):
+    other = replace(SHORT, seed=3, batch_size=4)
+    message = r"got batch_size: 8 in the checkpoint, 4 now; seed: 0 in the checkpoint, 3 now$"
+    with pytest.raises(ValueError, match=message):
         train(other, out, resume=True)
 
 
@@ -279,7 +280,8 @@ def test_run_writes_metrics_events_curves_and_its_configuration(tmp_path):
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list(out.glob("events.out.tfevents.*"))
     config = json.loads((out / "config.json").read_text())
-    assert config == {**asdict(SHORT), "filters": None, "num_parameters": 56_554}
+    assert config == {**asdict(resolved(SHORT)), "num_parameters": 56_554}
+    assert (config["lambda_u"], config["rampup_steps"], config["ema_decay"]) == (75.0, 3, 0.0)
     assert not list(out.glob("*.partial"))
 
 

@@ -1,14 +1,12 @@
 """What a run writes: its configuration, metrics, checkpoint, TensorBoard's events and curves."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gpu_mixmatch._extras import need
 from gpu_mixmatch.recipes import plots
+from gpu_mixmatch.recipes.checkpoint import write_atomically, write_checkpoint
 
 
 class MetricsLog:
@@ -52,9 +50,7 @@ class MetricsLog:
             if name != "step":
                 self.writer.add_scalar(name, value, step)
         self._write_metrics()
-        temporary = self.out / "checkpoint.pt.partial"
-        torch.save(state, temporary)
-        os.replace(temporary, self.out / "checkpoint.pt")
+        write_checkpoint(state, self.out / "checkpoint.pt")
 
     def close(self) -> None:
         """Finish the events and draw the curves."""
@@ -64,13 +60,6 @@ class MetricsLog:
     def _write_metrics(self) -> None:
         lines = "".join(json.dumps(entry) + "\n" for entry in self.metrics)
         write_atomically(self.out / "metrics.jsonl", lines.encode())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whose readers find the old content or the new, never a part."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def draw_curves(

@@ -2,14 +2,19 @@
 
 Every batch is a function of (seed, step). A checkpoint therefore holds two integers of the loader
 and no generator, and a run that is killed at any moment and resumed ends with the same weights to
-the last bit. In a process group every rank takes its part of each batch; rank 0 alone writes.
+the last bit. It also says what it was taken of, the data and every number that a preset gave, so
+that a run goes on under the same ones or not at all. In a process group every rank takes its part
+of each batch; rank 0 alone writes.
 """
 
 import dataclasses
+import hashlib
+import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,14 +23,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import TensorDataset
 
 from gpu_mixmatch._ranks import positions, rank, world_size
-from gpu_mixmatch.data.datasets import FolderData, load_dataset
+from gpu_mixmatch._version import __version__
+from gpu_mixmatch.data.datasets import FolderData, ImageFiles, load_dataset
 from gpu_mixmatch.data.formats.common import ImageData
 from gpu_mixmatch.insight.guesses import OVERCONFIDENT, GuessWatch, overconfidence
 from gpu_mixmatch.losses import MixMatchLoss
 from gpu_mixmatch.methods.mixmatch import MixMatch
 from gpu_mixmatch.recipes import distributed
+from gpu_mixmatch.recipes.checkpoint import (
+    FORMAT,
+    check_optimizer,
+    check_state,
+    check_weights,
+    read_checkpoint,
+)
 from gpu_mixmatch.recipes.choices import (
     AUGMENTS,
     LOADERS,
@@ -43,7 +57,10 @@ from gpu_mixmatch.types import SemiSupervisedBatch
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Everything that a run depends on; a checkpoint resumes only under an equal one.
+    """Everything that a run depends on.
+
+    A checkpoint holds it with `resolved` numbers, and resumes under one that gives the same steps;
+    see `resumed`.
 
     Attributes:
         dataset: A name that `load_dataset` knows.
@@ -126,6 +143,68 @@ class TrainConfig:
             )
 
 
+# of the preset, or derived from the number of steps, where a configuration has None
+_RESOLVED = ("filters", "lr", "lambda_u", "rampup_steps", "ema_decay")
+# what the weights after a step do not depend on
+_FREE = frozenset(("root", "steps", "num_workers", "device", "eval_every"))
+_SAME_BATCHES = frozenset(("resident", "dataloader"))
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """Return a configuration with its preset's numbers in place of None."""
+    preset = choose_preset(config.preset, config.dataset)
+    settings = {
+        "filters": choose_filters(config.model, None, preset),
+        "lr": preset.optimizer["lr"],
+        "lambda_u": preset.loss["lambda_u"],
+        "rampup_steps": min(preset.loss["rampup_steps"], config.steps // 2),
+        "ema_decay": min(preset.ema_decay, max(0.0, 1 - 10 / config.steps)),
+    }
+    own = {name: getattr(config, name) for name in _RESOLVED}
+    settings |= {name: value for name, value in own.items() if value is not None}
+    return dataclasses.replace(config, **settings, builder={**preset.builder, **config.builder})
+
+
+def resumed(config: TrainConfig, theirs: Mapping[str, Any], step: int = 0) -> TrainConfig:
+    """Return a configuration to continue a run under, with the run's numbers in place of None.
+
+    More steps, another evaluation interval, number of workers, device or root, and "resident" for
+    "dataloader", do not change what the steps do. A run that becomes longer keeps the ramp and the
+    decay that it began with.
+
+    Args:
+        config: What is asked for.
+        theirs: ``config`` of the checkpoint.
+        step: Steps that the checkpoint has taken.
+
+    Raises:
+        ValueError: If something else differs, of which all is listed, or if ``steps`` is less than
+            was taken.
+    """
+    unset = {name: theirs[name] for name in _RESOLVED if name in theirs}
+    unset = {name: value for name, value in unset.items() if getattr(config, name) is None}
+    builder = {**theirs.get("builder", {}), **config.builder}
+    config = dataclasses.replace(config, **unset, builder=builder)
+    mine = {**dataclasses.asdict(config), "world_size": world_size()}
+    names = sorted((mine.keys() | theirs.keys()) - _FREE)
+    if {mine["loader"], theirs.get("loader")} <= _SAME_BATCHES:
+        names.remove("loader")
+    different = [
+        f"{name}: {theirs.get(name)!r} in the checkpoint, {mine.get(name)!r} now"
+        for name in names
+        if theirs.get(name) != mine.get(name)
+    ]
+    if different:
+        raise ValueError(
+            "the checkpoint must be of the same configuration, got " + "; ".join(different)
+        )
+    if config.steps < step:
+        raise ValueError(
+            f"steps must be at least {step}, which the checkpoint has taken, got {config.steps}"
+        )
+    return config
+
+
 class Summary(NamedTuple):
     """How a run ended.
 
@@ -155,14 +234,18 @@ class TrainRun:
     Args:
         config: What to train.
         data: The data set, if it is loaded already.
+
+    Attributes:
+        config: What is trained, `resolved`.
     """
 
     def __init__(self, config: TrainConfig, data: ImageData | FolderData | None = None) -> None:
         data = data or load_dataset(config.dataset, config.root, config.size)
-        self.config = config
+        self.config = config = resolved(config)
         self.preset = choose_preset(config.preset, config.dataset)
         self.device = distributed.current_device(config.device)
-        labelled, unlabelled = data.split(config.labels, config.seed)
+        self._data = data
+        labelled, unlabelled = self._parts = data.split(config.labels, config.seed)
         self.loader = make_loader(
             config.loader,
             labelled,
@@ -180,9 +263,10 @@ class TrainRun:
         channels, height, width = data.test_images.shape[1:]
         model = self._new_model(data.num_classes, channels)
         self.model = model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        average = get_ema_multi_avg_fn(self._ema_decay())  # type: ignore[no-untyped-call]
+        average = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
         self.ema = AveragedModel(self.model, multi_avg_fn=average)
         weak = make_weak(config.dataset, self.preset, height).to(self.device)
+        self.weak = weak
         self.normalize = weak.normalize
         self.augment = make_augment(config.augment, weak, height, width)
         self.mixmatch = MixMatch(
@@ -190,10 +274,12 @@ class TrainRun:
             data.num_classes,
             teacher=self.ema if config.ema_teacher else None,
             seed=config.seed,
-            **{**self.preset.builder, **config.builder},
+            **config.builder,
         ).to(self.device)
         self.watch = None if config.supervised else GuessWatch(self.mixmatch)
-        self.criterion = self._criterion()
+        assert config.lambda_u is not None  # resolved
+        assert config.rampup_steps is not None
+        self.criterion = MixMatchLoss(config.lambda_u, config.rampup_steps)
         self.kernels = kernel_parameters(self.model)
         self.optimizer = self._optimizer()
         self.network = distributed.replicate(self.model, self.device)
@@ -204,28 +290,14 @@ class TrainRun:
         config = self.config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            filters = choose_filters(config.model, config.filters, self.preset)
-            model = build_model(config.model, num_classes, channels, filters)
+            model = build_model(config.model, num_classes, channels, config.filters)
         if config.sync_batchnorm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         return model
 
-    def _ema_decay(self) -> float:
-        if self.config.ema_decay is not None:
-            return self.config.ema_decay
-        return min(self.preset.ema_decay, max(0.0, 1 - 10 / self.config.steps))
-
-    def _criterion(self) -> MixMatchLoss:
-        config, settings = self.config, self.preset.loss
-        lambda_u = settings["lambda_u"] if config.lambda_u is None else config.lambda_u
-        rampup_steps = config.rampup_steps
-        if rampup_steps is None:
-            rampup_steps = min(settings["rampup_steps"], config.steps // 2)
-        return MixMatchLoss(lambda_u, rampup_steps)
-
     def _optimizer(self) -> torch.optim.Optimizer:
-        settings = self.preset.optimizer
-        lr = settings["lr"] if self.config.lr is None else self.config.lr
+        settings, lr = self.preset.optimizer, self.config.lr
+        assert lr is not None  # resolved
         if settings["name"] == "adam":
             return torch.optim.Adam(self.model.parameters(), lr=lr)
         kernels = {id(kernel) for kernel in self.kernels}
@@ -300,14 +372,54 @@ class TrainRun:
         """Return what ``config.json`` says: the configuration, and how large the network is."""
         return {
             **dataclasses.asdict(self.config),
-            "filters": choose_filters(self.config.model, self.config.filters, self.preset),
             "num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs, as tensors and plain values."""
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        """What the run is trained on: names, lengths, and a digest of all that orders it.
+
+        ``digest`` is the SHA-256 of the ``digests`` of the parts. That of a part of a folder is
+        over the names of its files, below the root, and their labels; that of a part in memory is
+        over its images and labels.
+        """
+        data, (labelled, unlabelled) = self._data, self._parts
+        names = data.class_names if isinstance(data, FolderData) else range(data.num_classes)
+        digests = {
+            "labelled": _digest(labelled, self.config.root),
+            "unlabelled": _digest(unlabelled, self.config.root),
+            "test": _digest(TensorDataset(data.test_images, data.test_labels), None),
+        }
         return {
-            "config": self._settings(),
+            "name": data.name,
+            "num_classes": data.num_classes,
+            "classes": [str(name) for name in names],
+            "image": list(data.test_images.shape[1:]),
+            "num_labelled": len(labelled),
+            "num_unlabelled": len(unlabelled),
+            "num_test": len(data.test_images),
+            "digest": hashlib.sha256("".join(digests.values()).encode()).hexdigest(),
+            "digests": digests,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a resumed run needs, and what it must be resumed on.
+
+        These are tensors and plain values, which ``torch.load(weights_only=True)`` reads:
+
+        - "format": 1; "versions": of "gpu_mixmatch" and "torch";
+        - "config": the fields of `TrainConfig`, `resolved`, and "world_size";
+        - "data": as `data`; "normalisation": "mean" and "std", a number per channel;
+        - "step"; "model", "ema" (its network below "module."), "optimizer", "mixmatch", "loader":
+          the states of these;
+        - "metrics": of each evaluation.
+        """
+        return {
+            "format": FORMAT,
+            "versions": {"gpu_mixmatch": __version__, "torch": str(torch.__version__)},
+            "config": {**dataclasses.asdict(self.config), "world_size": world_size()},
+            "data": self.data,
+            "normalisation": self._normalisation(),
             "step": self.step,
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
@@ -318,33 +430,78 @@ class TrainRun:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint of the same configuration.
+        """Continue from a checkpoint of the same data and of a configuration with the same steps.
+
+        All is looked at before anything is changed.
 
         Raises:
-            ValueError: If it is of another configuration; the message lists what differs.
+            TypeError: If an entry is of the wrong kind.
+            ValueError: If it is of other data or another configuration, of which the message lists
+                what differs, or if its weights are not of this network.
         """
-        mine = self._settings()
-        theirs = state["config"]
-        names = sorted(mine.keys() | theirs.keys())
-        different = [
-            f"{name}: {theirs.get(name)!r} in the checkpoint, {mine.get(name)!r} now"
-            for name in names
-            if theirs.get(name) != mine.get(name)
-        ]
-        if different:
-            raise ValueError(
-                "the checkpoint must be of the same configuration, got " + "; ".join(different)
-            )
-        self.step = state["step"]
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.mixmatch.load_state_dict(state["mixmatch"])
+        check_state(state)
+        resumed(self.config, state["config"], state["step"])
+        self._check_data(state)
+        weights = (("model", self.model), ("ema", self.ema), ("mixmatch", self.mixmatch))
+        for name, module in weights:
+            check_weights(name, module.state_dict(), state[name], type(self.model).__name__)
+        check_optimizer(self.optimizer, state["optimizer"])
         self.loader.load_state_dict(state["loader"])
+        self.step = state["step"]
+        for name, module in weights:
+            module.load_state_dict(state[name])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.metrics = list(state["metrics"])
 
-    def _settings(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self.config), "world_size": world_size()}
+    def _normalisation(self) -> dict[str, list[float]]:
+        channels = self.data["image"][0]
+        numbers = {"mean": self.weak.mean, "std": self.weak.std}
+        return {
+            name: [float(value) for value in (values * channels if len(values) == 1 else values)]
+            for name, values in numbers.items()
+        }
+
+    def _check_data(self, state: dict[str, Any]) -> None:
+        """Raise a ValueError that says how the data of a checkpoint differ, if they do."""
+        theirs, mine = (
+            {**entry["data"], **entry["normalisation"]}
+            for entry in (state, {"data": self.data, "normalisation": self._normalisation()})
+        )
+        if theirs == mine:
+            return
+        parts_of_theirs, parts = theirs.get("digests", {}), mine["digests"]
+        found = [
+            f"{name}: {theirs.get(name)} in the checkpoint, {mine[name]} now"
+            for name in mine
+            if not name.startswith("digest") and theirs.get(name) != mine[name]
+        ]
+        what = "names or labels of files" if isinstance(self._data, FolderData) else "images"
+        found += [
+            f"the {part} part has other {what}, or another order"
+            for part in parts
+            if parts_of_theirs.get(part) != parts[part] and f"num_{part}" not in " ".join(found)
+        ]
+        raise ValueError(
+            "the data must be those that the checkpoint was trained on, got "
+            + "; ".join(found or ["another digest"])
+        )
+
+
+def _digest(part: TensorDataset | ImageFiles, root: str | None) -> str:
+    """Return the SHA-256 of the samples of a part and their order, files by their names."""
+    found = hashlib.sha256(f"{len(part)}\n".encode())
+    if isinstance(part, TensorDataset):
+        for tensor in part.tensors:
+            found.update(f"{list(tensor.shape)} {tensor.dtype}\n".encode())
+            found.update(tensor.cpu().contiguous().numpy().data)
+        return found.hexdigest()
+    prefix = "" if root is None else str(Path(root).expanduser()) + os.sep
+    for number in range(len(part)):
+        name = part.index.name(number).removeprefix(prefix)
+        found.update(name.encode("utf-8", "surrogateescape") + b"\0")
+    if part.index.labels is not None:
+        found.update(part.index.labels.numpy().data)
+    return found.hexdigest()
 
 
 def train(
@@ -382,9 +539,12 @@ def train(
         raise ValueError(
             f"out must be a folder that does not exist yet, got {out}; or use --resume"
         )
+    state = None if out is None else _read_checkpoint(out / "checkpoint.pt")
+    if state is not None:
+        config = resumed(config, state["config"], state["step"])
     run = TrainRun(config, data)
-    if out is not None:
-        _load_checkpoint(run, out / "checkpoint.pt")
+    if state is not None:
+        run.load_state_dict(state)
     log = None
     if out is not None and rank() == 0:
         log = MetricsLog(out, run.description(), run.metrics, run.step, run.tested_on)
@@ -424,15 +584,6 @@ def train(
     )
 
 
-def _load_checkpoint(run: TrainRun, path: Path) -> None:
-    """Continue from a checkpoint if there is one; rank 0 reads it for all ranks."""
-
-    def read() -> dict[str, Any] | None:
-        if not path.exists():
-            return None
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return state
-
-    state = distributed.from_first_rank(read)
-    if state is not None:
-        run.load_state_dict(state)
+def _read_checkpoint(path: Path) -> dict[str, Any] | None:
+    """Read a checkpoint if there is one; rank 0 does it for all ranks."""
+    return distributed.from_first_rank(lambda: read_checkpoint(path) if path.exists() else None)
