@@ -316,11 +316,20 @@ def test_run_that_is_surer_than_right_on_test_images_warns_once_in_its_second_ha
     ],
 )
 def test_gap_of_more_than_a_tenth_on_held_images_is_warned_of(step, confidence, tested_on, warns):
-    run = TrainRun(WATCHED)
+    run = TrainRun(WATCHED)  # 500 test images
     run.tested_on = tested_on
     run.metrics = [{"step": step, "error": 30.0}]
     if confidence is not None:
         run.metrics[0]["confidence"] = confidence
+    assert bool(run.overconfidence()) is warns
+
+
+@pytest.mark.parametrize(("count", "warns"), [(15, False), (40, False), (80, True), (500, True)])
+def test_gap_that_chance_explains_on_few_test_images_is_not_warned_of(count, warns):
+    data = load_dataset("digits")
+    few = {"test_images": data.test_images[:count], "test_labels": data.test_labels[:count]}
+    run = TrainRun(WATCHED, data._replace(**few))
+    run.metrics = [{"step": 40, "error": 40.0, "confidence": 0.72}]
     assert bool(run.overconfidence()) is warns
 
 

@@ -9,6 +9,7 @@ of each batch; rank 0 alone writes.
 
 import dataclasses
 import hashlib
+import math
 import os
 import statistics
 import time
@@ -358,13 +359,16 @@ class TrainRun:
     def overconfidence(self) -> str | None:
         """Say that guesses are surer than the model is right, at the latest evaluation.
 
-        It is said of the second half of a run alone: before, averaged weights lag behind those that
-        guess. Nor is it said of labelled images: the model is trained on them.
+        It is said where the gap is above 0.1 and more than chance explains, which counts where
+        there are fewer than about 100 test images. It is said of the second half of a run alone:
+        before, averaged weights lag behind those that guess. It is not said of labelled images,
+        since the model is trained on them.
         """
         latest = self.metrics[-1]
         confidence, accuracy = latest.get("confidence", 0.0), 1 - latest["error"] / 100
         too_early = 2 * latest["step"] < self.config.steps
-        if self.tested_on != "test" or too_early or confidence - accuracy <= OVERCONFIDENT:
+        most = max(accuracy + OVERCONFIDENT, _upper_bound(accuracy, len(self.test_labels)))
+        if self.tested_on != "test" or too_early or confidence <= most:
             return None
         return overconfidence(confidence, accuracy, "test images")
 
@@ -504,6 +508,15 @@ def _digest(part: TensorDataset | ImageFiles, root: str | None) -> str:
     return found.hexdigest()
 
 
+def _upper_bound(accuracy: float, count: int) -> float:
+    """Return what the true accuracy is at most, where ``accuracy`` of ``count`` images were right.
+
+    It is the end of the interval of Agresti and Coull (1998), of 95 %.
+    """
+    share = (accuracy * count + 2) / (count + 4)
+    return share + 2 * math.sqrt(share * (1 - share) / (count + 4))
+
+
 def train(
     config: TrainConfig,
     out: Path | None = None,
@@ -511,6 +524,7 @@ def train(
     resume: bool = False,
     data: ImageData | FolderData | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
+    on_warning: Callable[[str], None] | None = None,
 ) -> Summary:
     """Train a classifier, evaluate it as it goes, and write what happened.
 
@@ -523,13 +537,12 @@ def train(
         resume: Continue from the checkpoint in ``out``, or begin if there is none yet.
         data: The data set, if it is loaded already.
         on_step: Called after each step with the number of steps taken and the latest metrics.
+        on_warning: Called on rank 0 with what would else be a UserWarning: once, if in the second
+            half of the run guesses are surer than the model is right on test images, by more than
+            0.1.
 
     Returns:
         How the run ended.
-
-    Warns:
-        UserWarning: Once, if in the second half of the run guesses are surer than the model is
-            right on test images, by more than 0.1.
 
     Raises:
         ValueError: If ``out`` exists and ``resume`` is not asked for, or its checkpoint is of
@@ -567,7 +580,11 @@ def train(
                 log.write(run.state_dict())
             notice = run.overconfidence()
             if notice and not warned and rank() == 0:
-                warnings.warn(f"step {run.step}: {notice}", UserWarning, stacklevel=2)
+                notice = f"step {run.step}: {notice}"
+                if on_warning:
+                    on_warning(notice)
+                else:
+                    warnings.warn(notice, UserWarning, stacklevel=2)
             warned = warned or notice is not None
             began = time.perf_counter()
         if on_step:
