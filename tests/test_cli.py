@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from gpu_mixmatch.cli import app, doctor
 from gpu_mixmatch.data.images import file_list
 from gpu_mixmatch.recipes import ablate
-from gpu_mixmatch.recipes.train import Summary, TrainConfig
+from gpu_mixmatch.recipes.train import Summary, TrainConfig, TrainRun
 from tests.image_files import broken_images, write_folder
 
 RUNNER = CliRunner()
@@ -89,6 +89,22 @@ def test_folder_without_test_images_says_what_errors_are_of(tmp_path, folder):
     assert "testerror" not in output
     with pytest.raises(ValueError, match=r"root must hold a folder test to compare on"):
         run("demo", *arguments, "--seeds", "0")
+
+
+def test_train_prints_how_sure_guesses_are_beside_the_accuracy(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(app.console, "width", 200)
+    monkeypatch.setattr(TrainRun, "overconfidence", lambda _: "they are [sure]")
+    arguments = ("train", "--steps", "2", "--batch-size", "4")
+    files = ("--dataset", "folder", "--root", str(folder), "--size", "16")
+    output = run(*arguments, *files, "--out", str(tmp_path / "tested"))
+    assert output.count("warning: step 1: they are [sure]") == 1
+    last = json.loads((tmp_path / "tested" / "metrics.jsonl").read_text().splitlines()[-1])
+    accuracy = 1 - last["error"] / 100
+    assert f"\nguesses {last['confidence']:.2f} sure, test accuracy {accuracy:.2f}\n" in output
+    assert "guesses" not in run(*arguments, "--supervised", "--out", str(tmp_path / "supervised"))
+    (folder / "test").rename(tmp_path / "elsewhere")
+    output = run(*arguments, *files, "--out", str(tmp_path / "untested"))
+    assert re.search(r"labelled accuracy \d\.\d\d, which says little .* are trained on\n", output)
 
 
 def test_digits_keep_forty_labels_by_default(tmp_path):
@@ -220,7 +236,10 @@ def test_module_runs_the_command_line():
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     _, commands = result.stdout.split("Commands")
     names = re.findall(r"^│ ([a-z-]+) ", commands, re.MULTILINE)
-    assert names == ["train", "preview", "check-images", "ablate", "demo", "bench", "doctor"]
+    assert names == [
+        *("train", "predict", "preview", "check-images"),
+        *("ablate", "demo", "bench", "doctor"),
+    ]
 
 
 @pytest.mark.parametrize("seeds", ["", "a", "1,,2"])
@@ -232,7 +251,7 @@ def test_seeds_must_be_integers(seeds):
 def test_comparison_loads_images_at_the_size_of_the_config(folder, monkeypatch):
     shapes = []
 
-    def train(config, *, data, on_step):
+    def train(config, *, data, **_):
         shapes.append(tuple(data.test_images.shape))
         return Summary(error=1.0, median_error=2.0, best_error=0.5, seconds=0.0)
 

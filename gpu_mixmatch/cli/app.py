@@ -1,4 +1,4 @@
-"""The command line: train, preview, ablate, demo, bench, check-images and doctor."""
+"""The command line: train, predict, preview, ablate, demo, bench, check-images and doctor."""
 
 import os
 import sys
@@ -12,6 +12,7 @@ from gpu_mixmatch._extras import missing_package
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -35,6 +36,7 @@ from gpu_mixmatch.recipes import ablate
 from gpu_mixmatch.recipes.choices import choose_filters, choose_preset, make_augment, make_weak
 from gpu_mixmatch.recipes.dataset_preview import preview_dataset
 from gpu_mixmatch.recipes.distributed import process_group
+from gpu_mixmatch.recipes.predict import predict, write_labels
 from gpu_mixmatch.recipes.train import TrainConfig, train
 
 app = typer.Typer(
@@ -171,6 +173,32 @@ def train_command(
     with process_group(config.device):
         console.quiet = rank() > 0
         _train(config, out, resume)
+
+
+@app.command("predict")
+def predict_command(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or its checkpoint.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of images, looked through at any depth.")],
+    out: Annotated[Path, typer.Option(help="CSV to write: file, label, confidence.")],
+    batch_size: Annotated[int, typer.Option(help="Images that are classified at once.")] = 64,
+    device: DeviceOption = "auto",
+) -> None:
+    """Label the images of a folder by a run's model; exit code 1 if any cannot be read."""
+    if out.exists():
+        raise ValueError(f"--out must be a file that does not exist yet, got {out}")
+    predictions = predict(run, folder, batch_size=batch_size, device=_device(device))
+    with _progress() as progress:
+        task = progress.add_task("predicting", total=len(predictions), note="")
+        counts = write_labels(predictions, out, lambda seen: progress.update(task, completed=seen))
+    for reason in predictions.unreadable.values():
+        typer.echo(reason, err=True)
+    found = ", ".join(f"{label} {count}" for label, count in counts.most_common())
+    typer.echo(
+        f"wrote {out}: {counts.total()} images labelled, {len(predictions.unreadable)} not "
+        f"readable; {found or 'no label'}"
+    )
+    if predictions.unreadable:
+        raise typer.Exit(1)
 
 
 @app.command("preview")
@@ -354,15 +382,31 @@ def _train(config: TrainConfig, out: Path, resume: bool) -> None:
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
             note = f"error {metrics['error']:.2f} %" if metrics else ""
+            if "confidence" in metrics:
+                note += f", guesses {metrics['confidence']:.2f} sure"
             progress.update(task, completed=step, note=note)
 
-        summary = train(config, out, resume=resume, on_step=on_step)
+        summary = train(config, out, resume=resume, on_step=on_step, on_warning=_warn)
     console.print(
         f"{tested_on} error {summary.error:.2f} %, median of the last 20 evaluations "
         f"{summary.median_error:.2f} %, {config.steps / max(summary.seconds, 1e-9):.1f} steps/s"
     )
+    if summary.confidence is not None:
+        console.print(_compared(summary.confidence, summary.error, tested_on))
     if rank() == 0:
         typer.echo(f"wrote {out}/curves.png, metrics.jsonl and checkpoint.pt")
+
+
+def _warn(text: str) -> None:
+    console.print(f"[yellow]warning:[/] {escape(text)}")
+
+
+def _compared(confidence: float, error: float, tested_on: str) -> str:
+    """Set the confidence of guesses beside the accuracy that it should not exceed by far."""
+    text = f"guesses {confidence:.2f} sure, {tested_on} accuracy {1 - error / 100:.2f}"
+    if tested_on == "labelled":
+        text += ", which says little of the guesses: the labelled images are trained on"
+    return text
 
 
 def _compare(config: TrainConfig, rows: list[ablate.Row], seeds: str) -> list[ablate.Result]:
@@ -383,7 +427,9 @@ def _compare(config: TrainConfig, rows: list[ablate.Row], seeds: str) -> list[ab
             progress.update(task, completed=step, note=note)
             progress.advance(total)
 
-        results = ablate.compare(config, rows, numbers, on_run=on_run, on_step=on_step)
+        results = ablate.compare(
+            config, rows, numbers, on_run=on_run, on_step=on_step, on_warning=_warn
+        )
     table = Table(
         title=f"Test error in %, {config.dataset}, {_labels_text(config.labels)} labels, "
         f"{config.steps} steps"
