@@ -97,10 +97,21 @@ def test_model_of_a_run_under_way_is_the_one_that_was_tested(tmp_path, fields):
     run.ema.eval()
     with torch.no_grad():
         expected = run.ema(run.normalize(data.test_images))
-    assert torch.equal(model(normalize(data.test_images)), expected)
+    assert torch.equal(normalize(data.test_images), run.normalize(data.test_images))
+    torch.testing.assert_close(model(normalize(data.test_images)), expected)
     assert classes == tuple(run.data["classes"])
     assert len(classes) == 10
     assert (loaded.image, loaded.step) == (shape, 1)
+
+
+def test_weights_of_a_loaded_model_are_the_averaged_ones(of_digits):
+    state = read_checkpoint(of_digits / "checkpoint.pt")
+    model = load_model(of_digits).model
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state["ema"][f"module.{name}"]), name
+        # in torch's own order, which torch.export.save wants
+        assert value.is_contiguous()
+    assert not torch.equal(model.conv1.weight, state["model"]["conv1.weight"])
 
 
 def test_loaded_model_is_plain_frozen_and_leaves_generators_alone(of_digits):

@@ -125,11 +125,9 @@ def load_model(run: str | os.PathLike[str], device: str | torch.device = "cpu") 
         raise ValueError(f"{path} must be a checkpoint of gpu-mixmatch train: {error}") from error
     model.to_empty(device=place)
     model.load_state_dict(weights)
-    # as in training, so that its logits are those that were tested
-    model = model.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
     channels, height, width = data["image"]
     return LoadedModel(
-        model,
+        model.eval().requires_grad_(False),
         tuple(data["classes"]),
         normalize.to(place),
         (channels, height, width),
