@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from gpu_mixmatch.cli import app, doctor
 from gpu_mixmatch.data.images import file_list
 from gpu_mixmatch.recipes import ablate
-from gpu_mixmatch.recipes.train import Summary, TrainConfig, TrainRun
+from gpu_mixmatch.recipes.train import Summary, TrainConfig
 from tests.image_files import broken_images, write_folder
 
 RUNNER = CliRunner()
@@ -91,16 +91,16 @@ def test_folder_without_test_images_says_what_errors_are_of(tmp_path, folder):
         run("demo", *arguments, "--seeds", "0")
 
 
-def test_train_prints_how_sure_guesses_are_beside_the_accuracy(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(app.console, "width", 200)
-    monkeypatch.setattr(TrainRun, "overconfidence", lambda _: "they are [sure]")
+def test_train_prints_how_sure_guesses_are_beside_the_accuracy(tmp_path, folder):
     arguments = ("train", "--steps", "2", "--batch-size", "4")
     files = ("--dataset", "folder", "--root", str(folder), "--size", "16")
     output = run(*arguments, *files, "--out", str(tmp_path / "tested"))
-    assert output.count("warning: step 1: they are [sure]") == 1
-    last = json.loads((tmp_path / "tested" / "metrics.jsonl").read_text().splitlines()[-1])
-    accuracy = 1 - last["error"] / 100
-    assert f"\nguesses {last['confidence']:.2f} sure, test accuracy {accuracy:.2f}\n" in output
+    entries = (tmp_path / "tested" / "metrics.jsonl").read_text().splitlines()
+    for entry in map(json.loads, entries):
+        line = f"error {entry['error']:.2f} %  guesses {entry['confidence']:.2f} sure  loss"
+        assert line in output
+        last = entry["confidence"], 1 - entry["error"] / 100
+    assert f"\nguesses {last[0]:.2f} sure, test accuracy {last[1]:.2f}\n" in output
     assert "guesses" not in run(*arguments, "--supervised", "--out", str(tmp_path / "supervised"))
     (folder / "test").rename(tmp_path / "elsewhere")
     output = run(*arguments, *files, "--out", str(tmp_path / "untested"))
@@ -251,7 +251,7 @@ def test_seeds_must_be_integers(seeds):
 def test_comparison_loads_images_at_the_size_of_the_config(folder, monkeypatch):
     shapes = []
 
-    def train(config, *, data, **_):
+    def train(config, *, data, on_step):
         shapes.append(tuple(data.test_images.shape))
         return Summary(error=1.0, median_error=2.0, best_error=0.5, seconds=0.0)
 

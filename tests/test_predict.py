@@ -310,27 +310,25 @@ def test_command_lists_what_cannot_be_read_and_ends_with_1(of_folder, tmp_path):
 def test_command_refuses_before_it_begins_and_leaves_nothing_half_written(
     of_folder, folder, tmp_path, monkeypatch
 ):
-    out = tmp_path / "labels.csv"
-    out.write_text("mine")
-    with pytest.raises(
-        ValueError, match=r"--out must be a file that does not exist yet, got .*csv"
-    ):
-        command(of_folder, folder / "test", "--out", out)
-    assert out.read_text() == "mine"
-    out.unlink()
+    images, out = folder / "test", tmp_path / "labels.csv"
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="folder must hold at least one image, got none in"):
-        command(of_folder, tmp_path / "empty", "--out", out)
-    with pytest.raises(ValueError, match="must be a folder, got"):
-        command(of_folder, tmp_path / "nowhere", "--out", out)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        command(of_folder, folder / "test", "--out", out, "--batch-size", "0")
-    with pytest.raises(OSError, match=r"labels\.csv cannot be written: No such file or directory"):
-        command(of_folder, folder / "test", "--out", tmp_path / "no" / "labels.csv")
+    (tmp_path / "mine.csv").write_text("mine")
+    for arguments, message in (
+        ((images, "--out", tmp_path / "mine.csv"), "--out must be a file that does not exist yet"),
+        ((tmp_path / "empty", "--out", out), "folder must hold at least one image, got none in"),
+        ((tmp_path / "nowhere", "--out", out), "must be a folder, got"),
+        ((images, "--out", out, "--batch-size", "0"), "--batch-size must be at least 1, got 0"),
+        ((images, "--out", tmp_path / "no" / "labels.csv"), "labels.csv cannot be written: No "),
+    ):
+        result = command(of_folder, *arguments)
+        assert result.exit_code == 2, message
+        assert result.stderr.startswith("error: "), message
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1, message
     monkeypatch.setattr(torch.Tensor, "softmax", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        command(of_folder, folder / "test", "--out", out)
-    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    assert command(of_folder, images, "--out", out).exit_code == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "mine.csv"}
+    assert (tmp_path / "mine.csv").read_text() == "mine"
 
 
 def test_run_is_only_its_checkpoint(of_folder, folder, tmp_path):

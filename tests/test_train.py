@@ -17,6 +17,7 @@ from gpu_mixmatch import DaliAugment, KorniaAugment, WeakAugment
 from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.data.formats.common import ImageData
 from gpu_mixmatch.insight import GuessWatch
+from gpu_mixmatch.recipes.checkpoint import write_checkpoint
 from gpu_mixmatch.recipes.choices import AUGMENTS, LOADERS, PRESET_NAMES, make_augment
 from gpu_mixmatch.recipes.models import SmallCNN, build_model, wideresnet28
 from gpu_mixmatch.recipes.train import TrainConfig, TrainRun, resolved, train
@@ -125,7 +126,7 @@ def test_every_loader_and_engine_resumes_to_the_last_bit(folder, loader, augment
     first, second = take_steps(TrainRun(config), 2), TrainRun(config)
     state = first.state_dict()
     second.load_state_dict(state)
-    assert state["loader"] == {"seed": 0, "step": 2}
+    assert state["loader"].items() >= {"seed": 0, "step": 2}.items()
     assert digest(take_steps(second, 2)) == digest(whole)
 
 
@@ -489,11 +490,10 @@ def test_checkpoint_survives_a_failing_write(tmp_path, monkeypatch):
     before = (out / "checkpoint.pt").read_bytes()
 
     def fails(*_):
-        raise OSError("disk full")
+        raise OSError("the disk has gone")
 
     monkeypatch.setattr(os, "replace", fails)
-    from gpu_mixmatch.recipes.run_log import MetricsLog
-
-    with pytest.raises(OSError, match="disk full"):
-        MetricsLog(out, {}, [], 0, "test")
+    with pytest.raises(OSError, match=r"checkpoint\.pt cannot be written: the disk has gone; its"):
+        write_checkpoint({"step": 1}, out / "checkpoint.pt")
     assert (out / "checkpoint.pt").read_bytes() == before
+    assert not list(out.glob("*.partial"))

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +77,6 @@ def compare(
     *,
     on_run: Callable[[Row, int], None] | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
-    on_warning: Callable[[str], None] | None = None,
 ) -> list[Result]:
     """Train every row with every seed on the same data set.
 
@@ -88,7 +86,6 @@ def compare(
         seeds: Seeds of weights, labelled subset, order and draws.
         on_run: Called before each run.
         on_step: Called after each step of each run.
-        on_warning: Called with each warning of a run, and whose it is; None warns by UserWarning.
 
     Returns:
         A result per row, in order.
@@ -110,15 +107,10 @@ def compare(
             changes = {**row.changes, "seed": seed}
             changes["builder"] = {**config.builder, **row.changes.get("builder", {})}
             run = dataclasses.replace(config, **changes)
-            warn = None if on_warning is None else partial(_warn, on_warning, row, seed)
-            summary: Summary = train(run, data=data, on_step=on_step, on_warning=warn)
+            summary: Summary = train(run, data=data, on_step=on_step)
             errors.append(summary.error)
         results.append(Result(row, errors))
     return results
-
-
-def _warn(on_warning: Callable[[str], None], row: Row, seed: int, text: str) -> None:
-    on_warning(f"{row.label}, seed {seed}, {text}")
 
 
 def choose_rows(keys: str | None) -> list[Row]:

@@ -6,6 +6,7 @@ A file that comes from outside may be damaged, of something else, or made to har
 
 import math
 import os
+import pickle
 import shutil
 import warnings
 import zipfile
@@ -19,7 +20,7 @@ from torch import Tensor
 from gpu_mixmatch._validation import as_integer, as_number, came
 
 FORMAT = 1
-_KINDS: dict[str, type | tuple[type, ...]] = {
+_KINDS: dict[str, type] = {
     "format": int,
     "versions": dict,
     "config": dict,
@@ -34,7 +35,6 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "metrics": list,
 }
 _COUNTS = ("num_classes", "num_labelled", "num_unlabelled", "num_test")
-_ANEW = "take another copy of it, or begin anew in another folder"
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -54,23 +54,22 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path} must be a checkpoint of gpu-mixmatch train, got no file")
     if not path.is_file():  # a pipe would be waited for
-        kind = "folder" if path.is_dir() else "special file"
-        raise ValueError(f"{path} must be a checkpoint of gpu-mixmatch train, got a {kind}")
+        raise _refused(path, "a folder" if path.is_dir() else "a pipe or device")
     size = _check_archive(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what other files of torch are
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file of any content may raise anything
-        raise ValueError(
-            f"{path} must be a checkpoint of gpu-mixmatch train, which holds tensors and plain "
-            f"values alone, got a file that torch does not load as such ({_first_line(error)}); "
-            "nothing of it was run"
+    except pickle.UnpicklingError as error:
+        raise _refused(
+            path, "a file with other objects than tensors and plain values, of which none was run"
         ) from error
+    except Exception as error:  # a file of any content may raise anything
+        raise _refused(path, f"one that torch does not load ({_first_line(error)})") from error
     try:
         check_state(state, size)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} must be a checkpoint of gpu-mixmatch train: {error}") from error
+        raise _refused(path, f"one in which {error}") from error
     checked: dict[str, Any] = state
     return checked
 
@@ -89,28 +88,28 @@ def check_state(state: Any, size: float = math.inf) -> None:
         ValueError: If it is of another format, or an entry is missing or has a wrong value.
     """
     if not isinstance(state, dict) or not {"config", "model"} <= state.keys():
-        raise ValueError(f"it must hold a config and a model, got {_entries(state)}")
+        raise ValueError(f"entries must be config, model and more, got {_entries(state)}")
     if "format" not in state:
         raise ValueError(
-            "its format must be 1, got one of version 0.1, which does not say what data it was "
-            "trained on and cannot be continued; begin anew in another folder"
+            f"format must be {FORMAT}, got none: version 0.1 wrote it, and nothing of the data"
         )
     if state["format"] != FORMAT:
         raise ValueError(
-            f"its format must be {FORMAT}, got {came(state['format'])}, of another version of "
-            "gpu_mixmatch"
+            f"format must be {FORMAT}, got {came(state['format'])}, which another version of "
+            "gpu_mixmatch wrote"
         )
     for name, kind in _KINDS.items():
         if not isinstance(state.get(name), kind) or isinstance(state[name], bool):
-            raise TypeError(f"its {name} must be a {kind.__name__}, got {came(state.get(name))}")  # type: ignore[union-attr]
-    as_integer("its step", state["step"])
+            raise TypeError(f"{name} must be of type {kind.__name__}, got {came(state.get(name))}")
+    as_integer("step", state["step"])
+    _check_config(state["config"])
     _check_data(state["data"])
     _check_normalisation(state["normalisation"], state["data"]["image"][0])
     for entry in state["metrics"]:
         if not isinstance(entry, dict) or not {"step", "error", "seconds"} <= entry.keys():
-            raise ValueError(f"its metrics must have step, error and seconds, got {came(entry)}")
+            raise ValueError(f"metrics must have step, error and seconds, got {came(entry)}")
         for name, value in entry.items():
-            as_number(f"{name} of its metrics", value)
+            as_number(f"{name} of metrics", value)
     optimizer = state["optimizer"]
     groups, states = optimizer.get("param_groups"), optimizer.get("state")
     if (
@@ -118,13 +117,11 @@ def check_state(state: Any, size: float = math.inf) -> None:
         or not isinstance(states, dict)
         or not all(isinstance(entry, dict) for entry in (*groups, *states.values()))
     ):
-        raise TypeError(
-            f"its optimizer must have param_groups and state, got {_entries(optimizer)}"
-        )
+        raise TypeError(f"optimizer must have param_groups and state, got {_entries(optimizer)}")
     for name in ("model", "ema"):
         for key, value in state[name].items():
             if not isinstance(key, str) or not isinstance(value, Tensor):
-                raise TypeError(f"its {name} must hold tensors by name, got {came(key)}")
+                raise TypeError(f"{name} must hold tensors by name, got {came(key)}")
     for name, value in _tensors(state):
         if value.layout != torch.strided or value.numel() * value.element_size() > size:
             raise ValueError(f"{name} must be as large as its file, got {came(value)}")
@@ -266,50 +263,62 @@ def existing(path: Path) -> Path:
 def _check_archive(path: Path) -> int:
     """Raise a ValueError unless a file is a whole archive that unpacks to no more than its size."""
     size = path.stat().st_size
-    wanted = f"{path} must be a checkpoint of gpu-mixmatch train"
     with open(path, "rb") as file:
         start = file.read(4)
     if not start:
-        raise ValueError(f"{wanted}, got an empty file; {_ANEW}")
+        raise _refused(path, "an empty file")
     if start != b"PK\x03\x04":
-        raise ValueError(f"{wanted}, got a file of something else, which begins with {start!r}")
+        raise _refused(path, f"a file of something else, which begins with {start!r}")
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-            if packed or sum(member.file_size for member in members) > size:
-                raise ValueError(f"{wanted}, got an archive of something else, which is compressed")
-            if not any(member.filename.endswith("data.pkl") for member in members):
-                raise ValueError(f"{wanted}, got an archive of something else")
-            damaged = archive.testzip()  # torch compares no checksums
-    except ValueError:
-        raise
+            packed = packed or sum(member.file_size for member in members) > size
+            named = any(member.filename.endswith("data.pkl") for member in members)
+            # torch compares no checksums
+            damaged = archive.testzip() if named and not packed else None
     except Exception as error:  # of a damaged archive, zipfile raises more than it documents
-        raise ValueError(
-            f"{wanted}, got a damaged one, cut short or overwritten ({_first_line(error)}); {_ANEW}"
+        raise _refused(
+            path, f"a damaged one, cut short or overwritten: {_first_line(error)}"
         ) from error
+    if packed or not named:
+        raise _refused(path, "an archive of something else")
     if damaged is not None:
-        raise ValueError(f"{wanted}, got a damaged one: the bytes of {damaged} changed; {_ANEW}")
+        raise _refused(path, f"a damaged one: the bytes of {damaged} in it have changed")
     return size
+
+
+def _refused(path: Path, found: str) -> ValueError:
+    return ValueError(
+        f"{path} must be a checkpoint of gpu-mixmatch train, got {found}. Take another copy of it, "
+        "or begin anew in another folder"
+    )
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    for name, value in config.items():
+        kinds = dict if name == "builder" else str | int | float | None
+        if not isinstance(name, str) or not isinstance(value, kinds):
+            raise TypeError(f"{name} of config must be a plain value, got {came(value)}")
 
 
 def _check_data(data: dict[str, Any]) -> None:
     for name in _COUNTS:
-        as_integer(f"{name} of its data", data.get(name), least=1)
+        as_integer(f"{name} of data", data.get(name), least=1)
     for name in ("name", "digest"):
         if not isinstance(data.get(name), str):
-            raise TypeError(f"{name} of its data must be a text, got {came(data.get(name))}")
+            raise TypeError(f"{name} of data must be a text, got {came(data.get(name))}")
     classes = data.get("classes")
     named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     if not isinstance(classes, list) or not named or len(classes) != data["num_classes"]:
         raise ValueError(
-            f"classes of its data must be {data['num_classes']} names, got {came(classes)}"
+            f"classes of data must be {data['num_classes']} names, got {came(classes)}"
         )
     image = data.get("image")
     if not isinstance(image, list) or len(image) != 3:
-        raise ValueError(f"image of its data must be [C, H, W], got {came(image)}")
+        raise ValueError(f"image of data must be [C, H, W], got {came(image)}")
     for number in image:
-        as_integer("image of its data", number, least=1)
+        as_integer("image of data", number, least=1)
 
 
 def _check_normalisation(values: dict[str, Any], channels: int) -> None:
@@ -317,11 +326,11 @@ def _check_normalisation(values: dict[str, Any], channels: int) -> None:
         numbers = values.get(name)
         if not isinstance(numbers, list) or len(numbers) != channels:
             raise ValueError(
-                f"{name} of its normalisation must be {channels} numbers, one per channel, got "
+                f"{name} of normalisation must be {channels} numbers, one per channel, got "
                 f"{came(numbers)}"
             )
         for number in numbers:
-            as_number(f"{name} of its normalisation", number)
+            as_number(f"{name} of normalisation", number)
 
 
 def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -27,6 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import TensorDataset
 
 from gpu_mixmatch._ranks import positions, rank, world_size
+from gpu_mixmatch._validation import as_flag, as_integer, as_number
 from gpu_mixmatch._version import __version__
 from gpu_mixmatch.data.datasets import FolderData, ImageFiles, load_dataset
 from gpu_mixmatch.data.formats.common import ImageData
@@ -39,6 +40,7 @@ from gpu_mixmatch.recipes.checkpoint import (
     check_optimizer,
     check_state,
     check_weights,
+    check_writable,
     read_checkpoint,
 )
 from gpu_mixmatch.recipes.choices import (
@@ -52,7 +54,7 @@ from gpu_mixmatch.recipes.choices import (
     make_weak,
 )
 from gpu_mixmatch.recipes.models import build_model, kernel_parameters
-from gpu_mixmatch.recipes.run_log import MetricsLog
+from gpu_mixmatch.recipes.run_log import MetricsLog, check_tools
 from gpu_mixmatch.types import SemiSupervisedBatch
 
 
@@ -91,6 +93,8 @@ class TrainConfig:
         ema_teacher: Let the averaged model guess.
         builder: Keyword arguments of `MixMatch` that replace the preset's.
         eval_every: Steps between evaluations; 0 takes a twentieth of the run.
+        planned_steps: Length that a default of ``rampup_steps`` and ``ema_decay`` is for; None
+            takes ``steps``. A run that is resumed with more steps keeps its first length here.
     """
 
     dataset: str = "digits"
@@ -116,6 +120,7 @@ class TrainConfig:
     ema_teacher: bool = False
     builder: dict[str, Any] = dataclasses.field(default_factory=dict)
     eval_every: int = 0
+    planned_steps: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -125,11 +130,14 @@ class TrainConfig:
             ("batch_size", 1),
             ("filters", 1),
             ("num_workers", 0),
+            ("seed", 0),
+            ("rampup_steps", 0),
             ("eval_every", 0),
+            ("planned_steps", 1),
         ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            self._keep(name, as_integer, least=least)
+        for name, below in (("lr", None), ("lambda_u", None), ("ema_decay", 1.0)):
+            self._keep(name, as_number, least=0.0, below=below)
         for name, choices in (
             ("preset", [*PRESET_NAMES]),
             ("augment", [*AUGMENTS]),
@@ -137,15 +145,23 @@ class TrainConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        for name in ("sync_batchnorm", "supervised", "ema_teacher"):
+            as_flag(name, getattr(self, name))
         if self.sync_batchnorm and torch.device(self.device).type != "cuda":
             raise ValueError(
                 "sync_batchnorm must be off where torch's SyncBatchNorm does not run, which is "
                 f"anywhere but on CUDA, got device {self.device!r}"
             )
 
+    def _keep(self, name: str, convert: Callable[..., Any], **limits: Any) -> None:
+        """Check a number if there is one, and keep it as Python's own, which files can hold."""
+        value = getattr(self, name)
+        if value is not None:
+            object.__setattr__(self, name, convert(name, value, **limits))
+
 
 # of the preset, or derived from the number of steps, where a configuration has None
-_RESOLVED = ("filters", "lr", "lambda_u", "rampup_steps", "ema_decay")
+_RESOLVED = ("planned_steps", "filters", "lr", "lambda_u", "rampup_steps", "ema_decay")
 # what the weights after a step do not depend on
 _FREE = frozenset(("root", "steps", "num_workers", "device", "eval_every"))
 _SAME_BATCHES = frozenset(("resident", "dataloader"))
@@ -154,12 +170,14 @@ _SAME_BATCHES = frozenset(("resident", "dataloader"))
 def resolved(config: TrainConfig) -> TrainConfig:
     """Return a configuration with its preset's numbers in place of None."""
     preset = choose_preset(config.preset, config.dataset)
+    planned = config.planned_steps or config.steps
     settings = {
+        "planned_steps": planned,
         "filters": choose_filters(config.model, None, preset),
         "lr": preset.optimizer["lr"],
         "lambda_u": preset.loss["lambda_u"],
-        "rampup_steps": min(preset.loss["rampup_steps"], config.steps // 2),
-        "ema_decay": min(preset.ema_decay, max(0.0, 1 - 10 / config.steps)),
+        "rampup_steps": min(preset.loss["rampup_steps"], planned // 2),
+        "ema_decay": min(preset.ema_decay, max(0.0, 1 - 10 / planned)),
     }
     own = {name: getattr(config, name) for name in _RESOLVED}
     settings |= {name: value for name, value in own.items() if value is not None}
@@ -372,6 +390,18 @@ class TrainRun:
             return None
         return overconfidence(confidence, accuracy, "test images")
 
+    def is_finite(self, values: Mapping[str, float]) -> bool:
+        """Tell whether numbers and all weights are finite; waits for the device."""
+        if not all(map(math.isfinite, values.values())):
+            return False
+        weights = (*self.model.state_dict().values(), *self.ema.state_dict().values())
+        return bool(torch.stack([value.isfinite().all() for value in weights]).all())
+
+    def checkpoint_size(self) -> int:
+        """Estimate the bytes of a checkpoint: the model, its average, and the optimizer's two."""
+        total: int = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return 4 * total
+
     def description(self) -> dict[str, Any]:
         """Return what ``config.json`` says: the configuration, and how large the network is."""
         return {
@@ -517,41 +547,65 @@ def _upper_bound(accuracy: float, count: int) -> float:
     return share + 2 * math.sqrt(share * (1 - share) / (count + 4))
 
 
+class DivergenceError(RuntimeError):
+    """Training has left the numbers that are finite.
+
+    Attributes:
+        step: The step at which it was found, at an evaluation; it began after the one before.
+        values: The losses of that step.
+    """
+
+    def __init__(self, step: int, values: Mapping[str, float], last: str) -> None:
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        super().__init__(
+            f"the run diverged: at step {step} losses or weights are not finite ({shown}). "
+            f"{last}. A lower learning rate, a lower lambda_u or a longer rampup_steps may help"
+        )
+        self.step = step
+        self.values = dict(values)
+
+
 def train(
     config: TrainConfig,
     out: Path | None = None,
     *,
     resume: bool = False,
     data: ImageData | FolderData | None = None,
+    on_start: Callable[[TrainRun], None] | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
-    on_warning: Callable[[str], None] | None = None,
 ) -> Summary:
     """Train a classifier, evaluate it as it goes, and write what happened.
 
-    In a process group every rank calls this alike, and rank 0 alone looks at ``out``.
+    In a process group every rank calls this alike, and rank 0 alone looks at ``out``. The folder is
+    made with the first evaluation: a run that fails before it leaves nothing behind.
 
     Args:
         config: What to train.
         out: Folder for ``checkpoint.pt``, ``metrics.jsonl``, TensorBoard's events, ``curves.png``
             and ``config.json``, which also says how large the network is; None writes nothing.
-        resume: Continue from the checkpoint in ``out``, or begin if there is none yet.
+        resume: Continue from the checkpoint in ``out``, or begin if there is none yet; see
+            `resumed` for what may differ.
         data: The data set, if it is loaded already.
+        on_start: Called before the first step, when all that can be checked has been.
         on_step: Called after each step with the number of steps taken and the latest metrics.
-        on_warning: Called on rank 0 with what would else be a UserWarning: once, if in the second
-            half of the run guesses are surer than the model is right on test images, by more than
-            0.1.
 
     Returns:
         How the run ended.
 
+    Warns:
+        UserWarning: Once, if in the second half of the run guesses are surer than the model is
+            right on test images, by more than 0.1.
+
     Raises:
-        ValueError: If ``out`` exists and ``resume`` is not asked for, or its checkpoint is of
-            another configuration.
+        ValueError: If ``out`` exists and ``resume`` is not asked for, or its checkpoint is damaged,
+            of other data, or of a configuration with other steps.
+        DivergenceError: If a loss or a weight is not finite at an evaluation. The checkpoint of the
+            one before stays.
+        OSError: If something cannot be written; the message names it and the room on its disk.
+        ImportError: If ``out`` needs a package that is not installed.
     """
-    if out is not None and not resume and distributed.from_first_rank(out.exists):
-        raise ValueError(
-            f"out must be a folder that does not exist yet, got {out}; or use --resume"
-        )
+    if out is not None:
+        distributed.from_first_rank(lambda: _check_out(out, resume))
     state = None if out is None else _read_checkpoint(out / "checkpoint.pt")
     if state is not None:
         config = resumed(config, state["config"], state["step"])
@@ -560,7 +614,11 @@ def train(
         run.load_state_dict(state)
     log = None
     if out is not None and rank() == 0:
-        log = MetricsLog(out, run.description(), run.metrics, run.step, run.tested_on)
+        log = MetricsLog(
+            out, run.description(), run.metrics, run.step, run.tested_on, run.checkpoint_size()
+        )
+    if on_start:
+        on_start(run)
     metrics = run.metrics
     eval_every = config.eval_every or max(1, config.steps // 20)
     seconds = metrics[-1]["seconds"] if metrics else 0.0
@@ -572,6 +630,8 @@ def train(
             # waits for the device
             values = distributed.average_values({**losses, **run.confidence()}, run.device)
             seconds += time.perf_counter() - began
+            if not run.is_finite(values):
+                raise DivergenceError(run.step, values, _last_checkpoint(metrics, out))
             # every rank has the same weights and finds the same error
             metrics.append(
                 {"step": run.step, "error": run.test_error(), "seconds": seconds, **values}
@@ -580,11 +640,7 @@ def train(
                 log.write(run.state_dict())
             notice = run.overconfidence()
             if notice and not warned and rank() == 0:
-                notice = f"step {run.step}: {notice}"
-                if on_warning:
-                    on_warning(notice)
-                else:
-                    warnings.warn(notice, UserWarning, stacklevel=2)
+                warnings.warn(f"step {run.step}: {notice}", UserWarning, stacklevel=2)
             warned = warned or notice is not None
             began = time.perf_counter()
         if on_step:
@@ -601,6 +657,22 @@ def train(
     )
 
 
+def _check_out(out: Path, resume: bool) -> None:
+    """Raise if a run cannot end well in a folder; before the data are loaded."""
+    if out.exists() and not resume:
+        raise ValueError(
+            f"out must be a folder that does not exist yet, got {out}; or use --resume"
+        )
+    check_tools()
+    check_writable(out)
+
+
 def _read_checkpoint(path: Path) -> dict[str, Any] | None:
     """Read a checkpoint if there is one; rank 0 does it for all ranks."""
     return distributed.from_first_rank(lambda: read_checkpoint(path) if path.exists() else None)
+
+
+def _last_checkpoint(metrics: list[dict[str, float]], out: Path | None) -> str:
+    if out is None or not metrics:
+        return "Nothing was written" if out is None else "There is no checkpoint yet"
+    return f"The checkpoint of step {int(metrics[-1]['step'])} is in {out}"
