@@ -18,6 +18,7 @@ from gpu_mixmatch.data.formats.common import ImageData
 from gpu_mixmatch.data.images import image_folder
 from gpu_mixmatch.recipes import load_model
 from gpu_mixmatch.recipes.checkpoint import read_checkpoint, write_checkpoint
+from gpu_mixmatch.recipes.models import MODEL_NAMES, build_model
 from gpu_mixmatch.recipes.predict import Normalize, Prediction, predict
 from gpu_mixmatch.recipes.train import TrainConfig, TrainRun, train
 from tests.factories import random_images
@@ -125,6 +126,15 @@ def test_loaded_model_is_plain_frozen_and_leaves_generators_alone(of_digits):
     assert not any("module." in name for name in model.state_dict())
 
 
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_networks_export_with_any_number_of_images(name):
+    model = build_model(name, 3, 1, 2).eval().requires_grad_(False)
+    few, more = random_images(2, (1, 8, 8)) / 255, random_images(5, (1, 8, 8)) / 255
+    batch = {"images": {0: torch.export.Dim("batch")}}
+    exported = torch.export.export(model, (few,), dynamic_shapes=batch).module()
+    torch.testing.assert_close(exported(more), model(more))
+
+
 def test_folder_and_checkpoint_of_a_run_load_alike(of_folder):
     first, second = load_model(of_folder), load_model(of_folder / "checkpoint.pt")
     assert first.classes == second.classes == CLASSES
@@ -183,6 +193,7 @@ def damaged(of_digits: Path, folder: Path) -> dict[str, Path]:
         "old": folder / "old.pt",
         "network": change(of_digits, folder / "network.pt", config={"model": "vgg"}),
         "width": change(of_digits, folder / "width.pt", config={"filters": 16}),
+        "huge": change(of_digits, folder / "huge.pt", config={"filters": 2**40}),
         "kind": change(of_digits, folder / "kind.pt", config={"filters": "wide"}),
         "std": change(of_digits, folder / "std.pt", normalisation={"std": [0.0]}),
     }

@@ -277,8 +277,11 @@ def _network(config: dict[str, Any], num_classes: int, channels: int) -> nn.Modu
     """Build a run's network without memory for its weights."""
     filters = config.get("filters")
     filters = None if filters is None else as_integer("filters of its config", filters, least=1)
-    with torch.device("meta"):
-        return build_model(config.get("model"), num_classes, channels, filters)  # type: ignore[arg-type]
+    try:
+        with torch.device("meta"):
+            return build_model(config.get("model"), num_classes, channels, filters)  # type: ignore[arg-type]
+    except RuntimeError as error:  # more weights than can be counted
+        raise ValueError(f"filters of its config must be fewer, got {filters}") from error
 
 
 def _as_path(name: str, value: Any) -> Path:
