@@ -13,11 +13,11 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gpu_mixmatch._validation import as_integer, came, check_tensor, image_layout
+from gpu_mixmatch._validation import as_integer, came, check_tensor
 from gpu_mixmatch.augment import WeakAugment
 from gpu_mixmatch.data.collate import collate
 from gpu_mixmatch.data.folder import ImageFiles
-from gpu_mixmatch.data.images import ImageIndex, image_folder
+from gpu_mixmatch.data.images import image_folder
 from gpu_mixmatch.recipes.checkpoint import check_weights, read_checkpoint, write_atomically
 from gpu_mixmatch.recipes.models import build_model
 
@@ -59,15 +59,14 @@ class Normalize(nn.Module):
             ValueError: If it is no batch of such images.
         """
         check_tensor("images", images)
-        image_layout("images", images)  # raises if it is no batch of images
-        if self.channels not in (images.shape[1], images.shape[3]):
+        if images.dim() != 4 or self.channels not in (images.shape[1], images.shape[3]):
             raise ValueError(
                 f"images must be [M, C, H, W] or [M, H, W, C] with C = {self.channels} like those "
                 f"of the run, got {list(images.shape)}"
             )
         images = images.to(self._device_anchor.device)
         nhwc = images.shape[1] != self.channels
-        return self.engine.normalize_nchw(images.permute(0, 3, 1, 2) if nhwc else images)
+        return self.engine.normalize(images.permute(0, 3, 1, 2) if nhwc else images)
 
     def extra_repr(self) -> str:
         """Show mean and std."""
@@ -159,13 +158,13 @@ class Predictions:
     """
 
     def __init__(
-        self, loaded: LoadedModel, images: ImageIndex, folder: Path, batch_size: int
+        self, loaded: LoadedModel, images: ImageFiles, folder: Path, batch_size: int
     ) -> None:
         self.loaded = loaded
-        self.files = [Path(path).relative_to(folder).as_posix() for path in images.paths]
+        self.files = [Path(path).relative_to(folder).as_posix() for path in images.index.paths]
         self.batch_size = batch_size
         self.unreadable: dict[str, str] = {}
-        self._images = ImageFiles(images, loaded.image[1])
+        self._images = images
 
     def __len__(self) -> int:
         return len(self.files)
@@ -231,7 +230,8 @@ def predict(
     images = replace(image_folder(place), labels=None, classes=())
     if len(images) == 0:
         raise ValueError(f"folder must hold at least one image, got none in {place}")
-    return Predictions(load_model(run, device), images, place, batch_size)
+    loaded = load_model(run, device)
+    return Predictions(loaded, ImageFiles(images, loaded.image[1]), place, batch_size)
 
 
 def write_labels(
