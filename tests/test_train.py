@@ -94,6 +94,8 @@ def kill_and_resume(out: Path, pauses: tuple[float, ...], **fields) -> int:
     return kills
 
 
+# after a few steps on 12 tiles
+@pytest.mark.filterwarnings("ignore:step .* guesses are .* sure:UserWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("loader", "augment", "pauses"),
