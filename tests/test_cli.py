@@ -1,6 +1,7 @@
 """The command line, through the entry point that a user calls."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -142,6 +143,23 @@ def test_check_images_lists_what_does_not_decode_and_ends_with_1(tmp_path, folde
     assert {place.rpartition("/")[2] for place in reasons} == set(broken_images())
     assert reasons[f"{folder}/labelled/cat/empty.jpg"] == "the file is empty"
     assert sorted(file_list(path).paths) == sorted(map(str, folder.glob("labelled/*/???.jpg")))
+
+
+def test_check_images_keeps_back_what_native_decoders_print(folder, capfd):
+    for name, content in broken_images().items():
+        (folder / "labelled" / "cat" / name).write_bytes(content)
+    result = RUNNER.invoke(app.app, ["check-images", str(folder / "labelled" / "cat")])
+    assert result.exit_code == 1
+    assert capfd.readouterr().err == ""
+    with terminal.quiet_decoders():
+        os.write(2, b"[ERROR] invalid marker\n")
+        print("of ours", file=sys.stderr)
+    assert capfd.readouterr().err == "of ours\n"
+
+
+def test_check_images_of_an_empty_folder_ends_with_2(tmp_path):
+    message = refusal("check-images", str(tmp_path))
+    assert message == f"error: folder must hold at least one image, got none in {tmp_path}"
 
 
 def test_check_images_of_no_folder_ends_with_2(tmp_path):
