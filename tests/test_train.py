@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,10 +19,10 @@ from gpu_mixmatch import DaliAugment, KorniaAugment, WeakAugment
 from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.data.formats.common import ImageData
 from gpu_mixmatch.insight import GuessWatch
-from gpu_mixmatch.recipes.checkpoint import write_checkpoint
+from gpu_mixmatch.recipes.checkpoint import read_checkpoint, write_checkpoint
 from gpu_mixmatch.recipes.choices import AUGMENTS, LOADERS, PRESET_NAMES, make_augment
 from gpu_mixmatch.recipes.models import SmallCNN, build_model, wideresnet28
-from gpu_mixmatch.recipes.train import TrainConfig, TrainRun, resolved, train
+from gpu_mixmatch.recipes.train import DivergenceError, TrainConfig, TrainRun, resolved, train
 from tests.digest import parameter_digest
 from tests.image_files import write_folder
 
@@ -441,6 +443,113 @@ def test_small_cnn_is_the_same_under_every_preset():
         )
         assert num_parameters(run.model) == num_parameters(SmallCNN(100, in_channels=3))
         assert run.description()["filters"] is None
+
+
+def copy_of(folder: Path, root: Path) -> Path:
+    return Path(shutil.copytree(folder, root))
+
+
+def one_more_file(root: Path) -> None:
+    shutil.copy(root / "unlabelled/cat/005.jpg", root / "unlabelled/cat/000a.jpg")
+
+
+def one_less_label(root: Path) -> None:
+    (root / "labelled/cat/003.jpg").unlink()
+
+
+def another_class(root: Path) -> None:
+    for part in ("labelled", "test"):
+        (root / part / "cat").rename(root / part / "cats")
+
+
+def another_name(root: Path) -> None:
+    (root / "unlabelled/cat/000.jpg").rename(root / "unlabelled/cat/008.jpg")
+
+
+def labels_exchanged(root: Path) -> None:
+    for one, other in (("cat/000.jpg", "china/009.jpg"), ("china/000.jpg", "cat/009.jpg")):
+        (root / "labelled" / one).rename(root / "labelled" / other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (one_more_file, r"num_unlabelled: 24 in the checkpoint, 25 now$"),
+        (one_less_label, r"num_labelled: 12 in the checkpoint, 11 now$"),
+        (another_class, r"classes: \['cat'\] in the checkpoint, \['cats'\] now; the labelled part"),
+        (another_name, r"got the unlabelled part has other names or labels of files, or another"),
+        (labels_exchanged, r"got the labelled part has other names or labels of files, or another"),
+    ],
+)
+def test_a_run_goes_on_with_the_files_that_it_began_with_and_no_others(
+    tmp_path, folder, change, message
+):
+    before = copy_of(folder, tmp_path / "before")
+    state = TrainRun(of_folder(before)).state_dict()
+    assert state["data"]["classes"] == ["astronaut", "cat", "china"]
+    moved = copy_of(before, tmp_path / "moved")
+    TrainRun(of_folder(moved)).load_state_dict(state)
+    change(moved)
+    run = TrainRun(of_folder(moved))
+    with pytest.raises(ValueError, match=f"^the data must be those that .*{message}"):
+        run.load_state_dict(state)
+    assert run.step == 0
+
+
+def test_a_run_goes_on_with_the_images_that_it_began_with_and_no_others():
+    data = images_of("cifar10", 10)
+    config = TrainConfig("cifar10", labels=None)
+    state = TrainRun(config, data).state_dict()
+    changed = data.train_images.clone()
+    changed[3, 0, 0, 0] = 1
+    run = TrainRun(config, data._replace(train_images=changed))
+    with pytest.raises(ValueError, match=r"the labelled part has other images, .*; the unlabel"):
+        run.load_state_dict(state)
+
+
+def test_a_run_whose_weights_are_not_finite_ends_and_leaves_its_last_checkpoint(
+    tmp_path, monkeypatch
+):
+    out, step = tmp_path / "run", TrainRun.train_step
+
+    def train_step(run, batch):
+        losses = step(run, batch)
+        if run.step == 3:  # the losses of this step are finite still
+            run.kernels[0].data[0] = torch.inf
+        return losses if run.step < 4 else {name: torch.ones(()) for name in losses}
+
+    monkeypatch.setattr(TrainRun, "train_step", train_step)
+    with pytest.raises(DivergenceError, match=f"at step 4 .*checkpoint of step 2 is in {out}") as e:
+        train(SHORT, out)
+    assert (e.value.step, e.value.values["loss"]) == (4, 1.0)
+    state = read_checkpoint(out / "checkpoint.pt")
+    assert [entry["step"] for entry in state["metrics"]] == [2]
+    with pytest.raises(DivergenceError, match="Nothing was written"):
+        train(SHORT)
+
+
+def test_numbers_of_a_configuration_are_pythons_own():
+    config = TrainConfig(steps=np.int64(3), lambda_u=np.float32(0.5), seed=np.uint8(2))
+    assert [type(value) for value in (config.steps, config.lambda_u, config.seed)] == [
+        int,
+        float,
+        int,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("field", "error", "message"),
+    [
+        ({"steps": 1.5}, TypeError, "steps must be an integer, got 1.5"),
+        ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ({"lr": torch.inf}, ValueError, "lr must be at least 0 and finite, got inf"),
+        ({"ema_decay": 1.0}, ValueError, r"ema_decay must be in \[0, 1\), got 1.0"),
+        ({"supervised": 1}, TypeError, "supervised must be True or False, got 1"),
+    ],
+)
+def test_a_configuration_refuses_numbers_that_none_is_meant_by(field, error, message):
+    with pytest.raises(error, match=message):
+        TrainConfig(**field)
 
 
 def test_teacher_changes_the_guess_and_is_not_saved_twice():

@@ -1,5 +1,6 @@
 """The command line: train, predict, preview, ablate, demo, bench, check-images and doctor."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,7 @@ from gpu_mixmatch.cli.terminal import (
     ended_in_order,
     exit_code,
     progress,
+    quiet_decoders,
     say,
     this_command,
 )
@@ -197,7 +199,8 @@ def train_command(
         rampup_steps=rampup_steps,
         eval_every=eval_every,
     )
-    with process_group(config.device), ended_in_order():
+    decoders = quiet_decoders() if loader == "dali" else nullcontext()
+    with process_group(config.device), ended_in_order(), decoders:
         _train(config, out, resume)
 
 
@@ -268,13 +271,15 @@ def check_images_command(
     ] = None,
 ) -> None:
     """Decode every image of a folder by DALI, and list those that fail; exit code 1 if any do."""
-    with progress() as bars:
+    with progress() as bars, quiet_decoders():
         task = bars.add_task("decoding", total=None, note="")
 
         def on_images(seen: int, total: int) -> None:
             bars.update(task, completed=seen, total=total)
 
         checked = check_images(folder, list_path, progress=on_images)
+    if not checked.good and not checked.bad:
+        raise ValueError(f"folder must hold at least one image, got none in {folder}")
     for path, reason in checked.bad.items():
         typer.echo(f"{path}: {reason}")
     typer.echo(f"{len(checked.good)} images decode, {len(checked.bad)} do not")

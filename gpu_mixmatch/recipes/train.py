@@ -504,11 +504,15 @@ class TrainRun:
         if theirs == mine:
             return
         parts_of_theirs, parts = theirs.get("digests", {}), mine["digests"]
-        found = [
-            f"{name}: {theirs.get(name)} in the checkpoint, {mine[name]} now"
-            for name in mine
-            if not name.startswith("digest") and theirs.get(name) != mine[name]
-        ]
+        found = []
+        for name in mine:
+            was: Any = theirs.get(name)
+            now = mine[name]
+            if name.startswith("digest") or was == now:
+                continue
+            if name == "classes" and set(was) != set(now):  # there may be very many
+                was, now = sorted({*was} - {*now}), sorted({*now} - {*was})
+            found.append(f"{name}: {was} in the checkpoint, {now} now")
         what = "names or labels of files" if isinstance(self._data, FolderData) else "images"
         found += [
             f"the {part} part has other {what}, or another order"
