@@ -1,6 +1,7 @@
 """The command line, through the entry point that a user calls."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -109,6 +110,22 @@ def test_folder_without_test_images_says_what_errors_are_of(tmp_path, folder):
     assert message.startswith("error: --root must hold a folder test to compare on, got none in")
 
 
+def test_train_prints_how_sure_guesses_are_beside_the_accuracy(tmp_path, folder):
+    arguments = ("train", "--steps", "2", "--batch-size", "4")
+    files = ("--dataset", "folder", "--root", str(folder), "--size", "16")
+    output = run(*arguments, *files, "--out", str(tmp_path / "tested"))
+    entries = (tmp_path / "tested" / "metrics.jsonl").read_text().splitlines()
+    for entry in map(json.loads, entries):
+        line = f"error {entry['error']:.2f} %  guesses {entry['confidence']:.2f} sure  loss"
+        assert line in output
+        last = entry["confidence"], 1 - entry["error"] / 100
+    assert f"\nguesses {last[0]:.2f} sure, test accuracy {last[1]:.2f}\n" in output
+    assert "guesses" not in run(*arguments, "--supervised", "--out", str(tmp_path / "supervised"))
+    (folder / "test").rename(tmp_path / "elsewhere")
+    output = run(*arguments, *files, "--out", str(tmp_path / "untested"))
+    assert re.search(r"labelled accuracy \d\.\d\d, which says little .* are trained on\n", output)
+
+
 def test_digits_keep_forty_labels_by_default(tmp_path):
     out = tmp_path / "run"
     run("train", "--out", str(out), "--steps", "1", "--batch-size", "4")
@@ -142,6 +159,23 @@ def test_check_images_lists_what_does_not_decode_and_ends_with_1(tmp_path, folde
     assert {place.rpartition("/")[2] for place in reasons} == set(broken_images())
     assert reasons[f"{folder}/labelled/cat/empty.jpg"] == "the file is empty"
     assert sorted(file_list(path).paths) == sorted(map(str, folder.glob("labelled/*/???.jpg")))
+
+
+def test_check_images_keeps_back_what_native_decoders_print(folder, capfd):
+    for name, content in broken_images().items():
+        (folder / "labelled" / "cat" / name).write_bytes(content)
+    result = RUNNER.invoke(app.app, ["check-images", str(folder / "labelled" / "cat")])
+    assert result.exit_code == 1
+    assert capfd.readouterr().err == ""
+    with terminal.quiet_decoders():
+        os.write(2, b"[ERROR] invalid marker\n")
+        print("of ours", file=sys.stderr)
+    assert capfd.readouterr().err == "of ours\n"
+
+
+def test_check_images_of_an_empty_folder_ends_with_2(tmp_path):
+    message = refusal("check-images", str(tmp_path))
+    assert message == f"error: folder must hold at least one image, got none in {tmp_path}"
 
 
 def test_check_images_of_no_folder_ends_with_2(tmp_path):
@@ -426,7 +460,10 @@ def test_module_runs_the_command_line():
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     _, commands = result.stdout.split("Commands")
     names = re.findall(r"^│ ([a-z-]+) ", commands, re.MULTILINE)
-    assert names == ["train", "preview", "check-images", "ablate", "demo", "bench", "doctor"]
+    assert names == [
+        *("train", "predict", "preview", "check-images"),
+        *("ablate", "demo", "bench", "doctor"),
+    ]
 
 
 @pytest.mark.parametrize("seeds", ["", "a", "1,,2"])

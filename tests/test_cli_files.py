@@ -27,11 +27,11 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
-def test_check_images_of_a_folder_without_images_ends_with_1_and_says_so(tmp_path):
+def test_check_images_of_a_folder_without_images_ends_with_2_and_says_so(tmp_path):
     (tmp_path / "notes.txt").touch()
     result = RUNNER.invoke(app.app, ["check-images", str(tmp_path), "--list", str(tmp_path / "l")])
-    assert result.exit_code == 1
-    assert f"there are no images in {tmp_path}; suffixes that are read: .bmp, " in result.output
+    assert result.exit_code == 2
+    assert f"one image, got none in {tmp_path}. Suffixes that are read: .bmp, " in result.output
     assert "left out: files that are no images: 1" in result.output
     assert not (tmp_path / "l").exists()
 

@@ -18,6 +18,7 @@ import torch
 from gpu_mixmatch import DaliAugment, KorniaAugment, WeakAugment
 from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.data.formats.common import ImageData
+from gpu_mixmatch.insight import GuessWatch
 from gpu_mixmatch.recipes.checkpoint import read_checkpoint, write_checkpoint
 from gpu_mixmatch.recipes.choices import AUGMENTS, LOADERS, PRESET_NAMES, make_augment
 from gpu_mixmatch.recipes.models import SmallCNN, build_model, wideresnet28
@@ -95,6 +96,8 @@ def kill_and_resume(out: Path, pauses: tuple[float, ...], **fields) -> int:
     return kills
 
 
+# after a few steps on 12 tiles
+@pytest.mark.filterwarnings("ignore:step .* guesses are .* sure:UserWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("loader", "augment", "pauses"),
@@ -287,6 +290,80 @@ def test_run_writes_metrics_events_curves_and_its_configuration(tmp_path):
     assert not list(out.glob("*.partial"))
 
 
+WATCHED = TrainConfig(steps=40, batch_size=16, eval_every=10)
+
+
+def test_run_that_is_surer_than_right_on_test_images_warns_once_in_its_second_half():
+    data = load_dataset("digits")
+    wrong = data._replace(test_labels=(data.test_labels + 5) % 10)
+    text = (
+        r"step \d+: guesses are 0\.\d\d sure .* gets 0\.\d\d of the test images right: .*losing\.md"
+    )
+    with pytest.warns(UserWarning, match=text) as caught:
+        summary = train(WATCHED, data=wrong)
+    assert len(caught) == 1
+    assert int(str(caught[0].message).split(":")[0].split()[1]) >= 20
+    assert caught[0].filename == __file__
+    assert summary.confidence > 1 - summary.error / 100 + 0.1
+    right = train(WATCHED, data=data)  # a warning would be an error
+    assert right.confidence == summary.confidence  # what is tested on does not move the weights
+
+
+@pytest.mark.parametrize(
+    ("step", "confidence", "tested_on", "warns"),
+    [
+        (40, 0.81, "test", True),
+        (20, 0.81, "test", True),
+        (19, 0.81, "test", False),
+        (40, 0.79, "test", False),
+        (40, 0.81, "labelled", False),  # trained on
+        (40, None, "test", False),
+    ],
+)
+def test_gap_of_more_than_a_tenth_on_held_images_is_warned_of(step, confidence, tested_on, warns):
+    run = TrainRun(WATCHED)  # 500 test images
+    run.tested_on = tested_on
+    run.metrics = [{"step": step, "error": 30.0}]
+    if confidence is not None:
+        run.metrics[0]["confidence"] = confidence
+    assert bool(run.overconfidence()) is warns
+
+
+@pytest.mark.parametrize(("count", "warns"), [(15, False), (40, False), (80, True), (500, True)])
+def test_gap_that_chance_explains_on_few_test_images_is_not_warned_of(count, warns):
+    data = load_dataset("digits")
+    few = {"test_images": data.test_images[:count], "test_labels": data.test_labels[:count]}
+    run = TrainRun(WATCHED, data._replace(**few))
+    run.metrics = [{"step": 40, "error": 40.0, "confidence": 0.72}]
+    assert bool(run.overconfidence()) is warns
+
+
+def test_confidence_is_that_of_the_guesses_since_the_last_evaluation(tmp_path):
+    out = tmp_path / "run"
+    summary = train(SHORT, out)
+    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    run = TrainRun(SHORT)
+    watch = GuessWatch(run.mixmatch)
+    for entry in entries:
+        take_steps(run, 2)
+        assert entry["confidence"] == pytest.approx(watch.read().confidence)
+    assert summary.confidence == entries[-1]["confidence"]
+
+
+def test_watching_the_guesses_does_not_move_the_weights():
+    watched, plain = TrainRun(SHORT), TrainRun(SHORT)
+    plain.watch.close()
+    assert digest(take_steps(watched, 3)) == digest(take_steps(plain, 3))
+    assert watched.confidence()
+    assert not plain.confidence()
+
+
+def test_supervised_run_has_no_confidence(tmp_path):
+    out = tmp_path / "run"
+    assert train(replace(SHORT, supervised=True), out).confidence is None
+    assert "confidence" not in (out / "metrics.jsonl").read_text()
+
+
 def test_tensorboard_events_hold_the_metrics(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -296,6 +373,7 @@ def test_tensorboard_events_hold_the_metrics(tmp_path):
     errors = events.Scalars("error")
     assert [event.step for event in errors] == [2, 4, 6]
     assert errors[-1].value == pytest.approx(summary.error)
+    assert events.Scalars("confidence")[-1].value == pytest.approx(summary.confidence)
 
 
 def test_weight_ramps_over_half_of_a_short_run(tmp_path):

@@ -1,6 +1,7 @@
-"""The command line: train, preview, ablate, demo, bench, check-images and doctor."""
+"""The command line: train, predict, preview, ablate, demo, bench, check-images and doctor."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, cast, get_args
 
@@ -24,7 +25,9 @@ from gpu_mixmatch.cli.terminal import (
     console,
     ended_in_order,
     exit_code,
+    printable,
     progress,
+    quiet_decoders,
     say,
     this_command,
 )
@@ -33,7 +36,6 @@ from gpu_mixmatch.data.check import DECODERS, Decoder
 from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.data.folder import OnError
 from gpu_mixmatch.data.index import SUFFIXES_READ, describe_left_out
-from gpu_mixmatch.insight.dataset_preview import preview_dataset
 from gpu_mixmatch.recipes import ablate
 from gpu_mixmatch.recipes.checkpoint import check_writable
 from gpu_mixmatch.recipes.choices import (
@@ -44,8 +46,10 @@ from gpu_mixmatch.recipes.choices import (
     make_augment,
     make_weak,
 )
+from gpu_mixmatch.recipes.dataset_preview import preview_dataset
 from gpu_mixmatch.recipes.distributed import process_group
 from gpu_mixmatch.recipes.models import MODEL_NAMES
+from gpu_mixmatch.recipes.predict import predict, write_labels
 from gpu_mixmatch.recipes.train import DivergenceError, TrainConfig, TrainRun, train
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -214,8 +218,37 @@ def train_command(
         on_error=cast(OnError, on_error),
         list_path=None if list_path is None else str(list_path),
     )
-    with process_group(config.device), ended_in_order():
+    decoders = quiet_decoders() if loader == "dali" else nullcontext()
+    with process_group(config.device), ended_in_order(), decoders:
         _train(config, out, resume)
+
+
+@app.command("predict")
+def predict_command(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or its checkpoint.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of images, looked through at any depth.")],
+    out: Annotated[Path, typer.Option(help="CSV to write: file, label, confidence.")],
+    batch_size: Annotated[int, typer.Option(help="Images that are classified at once.")] = 64,
+    device: DeviceOption = "auto",
+) -> None:
+    """Label the images of a folder by a run's model; exit code 1 if any cannot be read."""
+    if out.exists():
+        raise ValueError(f"out must be a file that does not exist yet, got {out}")
+    predictions = predict(run, folder, batch_size=batch_size, device=_device(device))
+    with progress() as bars, ended_in_order():
+        task = bars.add_task("predicting", total=len(predictions), note="")
+        counts = write_labels(predictions, out, lambda seen: bars.update(task, completed=seen))
+    for reason in predictions.unreadable.values():
+        typer.echo(printable(reason), err=True)
+    if predictions.left_out:
+        say(f"left out: {describe_left_out(predictions.left_out)}")
+    found = ", ".join(f"{label} {count}" for label, count in counts.most_common())
+    say(
+        f"wrote {out}: {counts.total()} images labelled, {len(predictions.unreadable)} not "
+        f"readable; {found or 'no label'}"
+    )
+    if predictions.unreadable:
+        raise typer.Exit(1)
 
 
 @app.command("preview")
@@ -264,9 +297,9 @@ def check_images_command(
 ) -> None:
     """Decode every image of a folder, and show those that fail.
 
-    Exit code 0 if all decode, 1 if some do not, there are none, or the list cannot name all.
+    Exit code 0 if all decode, 1 if some do not or the list cannot name all, 2 if there are none.
     """
-    with progress() as bars:
+    with progress() as bars, quiet_decoders():
         task = bars.add_task("decoding", total=None, note="")
 
         def on_images(seen: int, total: int) -> None:
@@ -279,8 +312,10 @@ def check_images_command(
     if checked.left_out:
         say(f"left out: {describe_left_out(checked.left_out)}")
     if not checked.good and not checked.bad:
-        say(f"there are no images in {folder}; suffixes that are read: {SUFFIXES_READ}")
-        raise typer.Exit(1)
+        raise ValueError(
+            f"folder must hold at least one image, got none in {folder}. Suffixes that are read: "
+            f"{SUFFIXES_READ}"
+        )
     say(f"{len(checked.good)} images decode, {len(checked.bad)} do not")
     if list_path is not None and checked.good:
         say(f"wrote {list_path}")
@@ -437,6 +472,8 @@ def _train(config: TrainConfig, out: Path, resume: bool) -> None:
             nonlocal latest, now
             now = step
             note = f"error {metrics['error']:.2f} %" if metrics else ""
+            if "confidence" in metrics:
+                note += f", guesses {metrics['confidence']:.2f} sure"
             bars.update(task, completed=step, note=note)
             if metrics.get("step") == step and not console.is_terminal:
                 say(_evaluation(metrics, latest, config.steps))
@@ -460,8 +497,18 @@ def _train(config: TrainConfig, out: Path, resume: bool) -> None:
         f"{tested_on} error {summary.error:.2f} %, median of the last 20 evaluations "
         f"{summary.median_error:.2f} %, {now / max(summary.seconds, 1e-9):.1f} steps/s"
     )
+    if summary.confidence is not None:
+        say(_compared(summary.confidence, summary.error, tested_on))
     listed = f", skipped.txt ({len(skipped)} files)" if skipped else ""
     say(f"wrote {out}/curves.png, metrics.jsonl{listed} and checkpoint.pt")
+
+
+def _compared(confidence: float, error: float, tested_on: str) -> str:
+    """Set the confidence of guesses beside the accuracy that it should not exceed by far."""
+    text = f"guesses {confidence:.2f} sure, {tested_on} accuracy {1 - error / 100:.2f}"
+    if tested_on == "labelled":
+        text += ", which says little of the guesses: the labelled images are trained on"
+    return text
 
 
 def _about(run: TrainRun) -> list[str]:
@@ -490,8 +537,9 @@ def _evaluation(metrics: dict[str, float], before: dict[str, float], steps: int)
     """Return the line of an evaluation, for logs."""
     taken = metrics["step"] - before.get("step", 0)
     seconds = metrics["seconds"] - before.get("seconds", 0.0)
+    guesses = f"guesses {metrics['confidence']:.2f} sure  " if "confidence" in metrics else ""
     return (
-        f"step {int(metrics['step'])}/{steps}  error {metrics['error']:.2f} %  "
+        f"step {int(metrics['step'])}/{steps}  error {metrics['error']:.2f} %  {guesses}"
         f"loss {metrics['loss']:.4g}  {taken / max(seconds, 1e-9):.1f} steps/s"
     )
 

@@ -10,6 +10,7 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 import warnings
@@ -95,6 +96,41 @@ def progress() -> Iterator[Progress]:
         *columns, console=console, transient=True, disable=not console.is_terminal or rank() > 0
     ) as bars:
         yield bars
+
+
+@contextmanager
+def quiet_decoders() -> Iterator[None]:
+    """Keep back the lines that native decoders print, coloured and without the name of a file.
+
+    Every file that does not decode is named by ours. If anything else fails, they are shown.
+    """
+    sys.stderr.flush()
+    printed = os.dup(2)
+    stderr = sys.stderr
+    with tempfile.TemporaryFile() as kept:
+        try:
+            if _is_file_2(stderr):
+                sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+            os.dup2(kept.fileno(), 2)
+            yield
+        except Exception as error:
+            if _code_of(error) == BUG:
+                kept.seek(0)
+                os.write(printed, kept.read())
+            raise
+        finally:
+            os.dup2(printed, 2)
+            os.close(printed)
+            if sys.stderr is not stderr:
+                sys.stderr.close()
+                sys.stderr = stderr
+
+
+def _is_file_2(stream: Any) -> bool:
+    try:
+        return bool(stream.fileno() == 2)
+    except (OSError, AttributeError, ValueError):  # io.UnsupportedOperation is both
+        return False
 
 
 class Terminated(KeyboardInterrupt):

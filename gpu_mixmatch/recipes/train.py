@@ -13,6 +13,7 @@ import math
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from itertools import islice
@@ -31,6 +32,7 @@ from gpu_mixmatch._version import __version__
 from gpu_mixmatch.data.datasets import FolderData, ImageFiles, load_dataset
 from gpu_mixmatch.data.folder import OnError
 from gpu_mixmatch.data.formats.common import ImageData
+from gpu_mixmatch.insight.guesses import OVERCONFIDENT, GuessWatch, overconfidence
 from gpu_mixmatch.losses import MixMatchLoss
 from gpu_mixmatch.methods.mixmatch import MixMatch
 from gpu_mixmatch.recipes import distributed
@@ -256,12 +258,15 @@ class Summary(NamedTuple):
         median_error: Median of the last 20 evaluations, as the paper reports, in percent.
         best_error: Lowest test error of all evaluations, in percent; chosen with the test set.
         seconds: Duration of the steps, without evaluations, in seconds.
+        confidence: Mean confidence of the guesses between the last two evaluations; None where
+            nothing is guessed. Far above 1 - error / 100 of held images, it is a bad sign.
     """
 
     error: float
     median_error: float
     best_error: float
     seconds: float
+    confidence: float | None = None
 
 
 class TrainRun:
@@ -319,6 +324,7 @@ class TrainRun:
             seed=config.seed,
             **config.builder,
         ).to(self.device)
+        self.watch = None if config.supervised else GuessWatch(self.mixmatch)
         assert config.lambda_u is not None  # resolved
         assert config.rampup_steps is not None
         self.criterion = MixMatchLoss(config.lambda_u, config.rampup_steps)
@@ -391,6 +397,27 @@ class TrainRun:
             wrong += (logits.argmax(dim=1) != labels[part]).sum()
         self.ema.train()  # a teacher guesses in the mode of the student
         return 100 * int(wrong) / len(images)
+
+    def confidence(self) -> dict[str, Tensor]:
+        """Return the mean confidence of the guesses since the last call, if any; waits for them."""
+        quality = self.watch.read() if self.watch else None
+        return {"confidence": torch.tensor(quality.confidence)} if quality else {}
+
+    def overconfidence(self) -> str | None:
+        """Say that guesses are surer than the model is right, at the latest evaluation.
+
+        It is said where the gap is above 0.1 and more than chance explains, which counts where
+        there are fewer than about 100 test images. It is said of the second half of a run alone:
+        before, averaged weights lag behind those that guess. It is not said of labelled images,
+        since the model is trained on them.
+        """
+        latest = self.metrics[-1]
+        confidence, accuracy = latest.get("confidence", 0.0), 1 - latest["error"] / 100
+        too_early = 2 * latest["step"] < self.config.steps
+        most = max(accuracy + OVERCONFIDENT, _upper_bound(accuracy, len(self.test_labels)))
+        if self.tested_on != "test" or too_early or confidence <= most:
+            return None
+        return overconfidence(confidence, accuracy, "test images")
 
     def is_finite(self, values: Mapping[str, float]) -> bool:
         """Tell whether numbers and all weights are finite; waits for the device."""
@@ -544,6 +571,15 @@ def _digest(part: TensorDataset | ImageFiles, root: str | None) -> str:
     return found.hexdigest()
 
 
+def _upper_bound(accuracy: float, count: int) -> float:
+    """Return what the true accuracy is at most, where ``accuracy`` of ``count`` images were right.
+
+    It is the end of the interval of Agresti and Coull (1998), of 95 %.
+    """
+    share = (accuracy * count + 2) / (count + 4)
+    return share + 2 * math.sqrt(share * (1 - share) / (count + 4))
+
+
 class DivergenceError(RuntimeError):
     """Training has left the numbers that are finite.
 
@@ -593,6 +629,10 @@ def train(
     Returns:
         How the run ended.
 
+    Warns:
+        UserWarning: Once, if in the second half of the run guesses are surer than the model is
+            right on test images, by more than 0.1.
+
     Raises:
         ValueError: If ``out`` exists and ``resume`` is not asked for, or its checkpoint is damaged,
             of other data, or of a configuration with other steps.
@@ -625,11 +665,13 @@ def train(
     metrics = run.metrics
     eval_every = config.eval_every or max(1, config.steps // 20)
     seconds = metrics[-1]["seconds"] if metrics else 0.0
+    warned = False
     began = time.perf_counter()
     for batch in islice(run.loader, config.steps - run.step):
         losses = run.train_step(batch)
         if run.step % eval_every == 0 or run.step == config.steps:
-            values = distributed.average_values(losses, run.device)  # waits for the device
+            # waits for the device
+            values = distributed.average_values({**losses, **run.confidence()}, run.device)
             seconds += time.perf_counter() - began
             if not run.is_finite(values):
                 raise DivergenceError(run.step, values, _last_checkpoint(metrics, out))
@@ -639,13 +681,23 @@ def train(
             )
             if log:
                 log.write(run.state_dict())
+            notice = run.overconfidence()
+            if notice and not warned and rank() == 0:
+                warnings.warn(f"step {run.step}: {notice}", UserWarning, stacklevel=2)
+            warned = warned or notice is not None
             began = time.perf_counter()
         if on_step:
             on_step(run.step, metrics[-1] if metrics else {})
     errors = [entry["error"] for entry in metrics]
     if log:
         log.close()
-    return Summary(errors[-1], statistics.median(errors[-20:]), min(errors), seconds)
+    return Summary(
+        errors[-1],
+        statistics.median(errors[-20:]),
+        min(errors),
+        seconds,
+        metrics[-1].get("confidence"),
+    )
 
 
 def _check_out(out: Path, resume: bool) -> None:
