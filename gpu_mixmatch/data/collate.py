@@ -45,7 +45,7 @@ def collate(samples: Sequence[Any]) -> Any:
     Raises:
         TypeError: If ``samples`` are no list, or like one.
         ValueError: If samples differ in structure, size, channels or dtype, or an image has more
-            than 8 bits; the message names the sample by its number in the batch.
+            than 8 bits or does not decode; the message names the sample by its number in the batch.
     """
     # also what is no Sequence by its class and can be indexed, as a batch of Hugging Face's
     is_sequence = hasattr(samples, "__len__") and hasattr(samples, "__getitem__")
@@ -167,7 +167,15 @@ def _stack_pil(images: Sequence[Any], place: str) -> Tensor:
 
 
 def _eight_bits(image: Any, number: int, place: str) -> Any:
-    """Return a PIL image in mode L or RGB."""
+    """Return a PIL image in mode L or RGB, decoded."""
+    try:
+        image.load()
+    except Exception as error:  # a decoder trips over damage in its own way, by any exception
+        name = getattr(image, "filename", "") or "its file"
+        raise ValueError(
+            f"samples[{number}]{place} must be an image that decodes, got {name}: "
+            f"{error or type(error).__name__}"
+        ) from error
     mode = image.mode
     if mode in ("RGB", "L"):
         return image

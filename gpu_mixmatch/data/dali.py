@@ -8,9 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from typing import Any, Literal, NamedTuple, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
@@ -28,7 +26,9 @@ from gpu_mixmatch._validation import (
 from gpu_mixmatch.augment import as_augment
 from gpu_mixmatch.augment.base import Augment
 from gpu_mixmatch.data.check import read_or_error, undecodable
-from gpu_mixmatch.data.images import ImageIndex, PathLike, open_images
+from gpu_mixmatch.data.decoding import Encoded, UndecodableError
+from gpu_mixmatch.data.images import open_images
+from gpu_mixmatch.data.index import ImageIndex, PathLike
 from gpu_mixmatch.data.order import BatchOrder, KeyedLoader
 from gpu_mixmatch.types import SemiSupervisedBatch
 
@@ -143,6 +143,9 @@ class DaliLoader(KeyedLoader):
 
     Threads read and decode two batches ahead; there are no worker processes. Use the loader in a
     ``with`` block or `close` it to end them at once; otherwise they end with the interpreter.
+
+    Images are JPEG, PNG, WebP, BMP or TIFF by their content, of 8 bits per channel and at most 179
+    megapixels; others are refused by their headers, as by `ImageFiles`.
 
     With ``on_error="skip"`` an image that does not decode is left out: the next good sample of this
     rank's order takes its place, and comes again in its own. Which one that is does not depend on
@@ -328,16 +331,17 @@ class DaliLoader(KeyedLoader):
             bad = [(*places[row], reason) for row, reason in images.items()]
             if self.on_error == "raise":
                 names = "; ".join(f"{part.images.name(at)}: {why}" for part, at, why in bad)
-                raise ValueError(
+                raise UndecodableError(
                     f'{len(bad)} of {len(places)} images do not decode, which on_error="skip" '
-                    f"would leave out: {names}"
+                    f"(train --on-error skip) would leave out: {names}. gpu-mixmatch check-images "
+                    "--decoder dali lists all that do not"
                 )
             for part, number, reason in bad:
                 part.bad[number] = reason
 
     def _decode(
         self,
-        encoded: list[NDArray[np.uint8] | OSError],
+        encoded: list[Encoded | Exception],
         step: int,
         ids_x: Tensor,
         ids_u: Tensor,
@@ -350,14 +354,15 @@ class DaliLoader(KeyedLoader):
                 self.order.seed, step, ids_x, ids_u, self.crop_area
             )
         with self._decoding:
-            if any(isinstance(item, OSError) for item in encoded):
+            if any(isinstance(item, Exception) for item in encoded):
                 return undecodable(encoded, device)
             try:
                 (images,) = self._pipeline.run(**inputs)
-            except RuntimeError:
+            except RuntimeError as error:
                 self._pipeline = self._new_pipeline()  # DALI calls the old one no longer valid
                 reasons = undecodable(encoded, device)
                 if not reasons:
+                    error.add_note(f"DALI failed on step {step}, whose images decode one by one")
                     raise
                 return reasons
             return self._as_torch(images).permute(0, 3, 1, 2)

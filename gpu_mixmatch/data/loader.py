@@ -27,6 +27,7 @@ from gpu_mixmatch._validation import (
     check_callable,
 )
 from gpu_mixmatch.data.collate import batched, collate
+from gpu_mixmatch.data.decoding import UndecodableError
 from gpu_mixmatch.data.order import BatchOrder, KeyedLoader
 from gpu_mixmatch.data.upload import Upload
 from gpu_mixmatch.types import SemiSupervisedBatch
@@ -236,6 +237,8 @@ class _Source(NamedTuple):
                 ) from error
             error.add_note(f"while {waiting} was fetched")
             raise
+        except UndecodableError as error:  # of a worker: what torch says is a whole traceback
+            raise UndecodableError(error.reason) from None
         except Exception as error:
             error.add_note(f"while {waiting} was fetched")
             raise
