@@ -452,6 +452,7 @@ NOT_CALLED = {
     "DaliLoader",
     "FoldedBetaQuantile",
     "GuessQuality",
+    "ImageFiles",
     "KeyedLoader",
     "KorniaAugment",
     "LossOutput",

@@ -223,6 +223,12 @@ class _Source(NamedTuple):
         waiting = f"the {self.name} batch of step {step}"
         try:
             images, labels = next(batches)
+        except ConnectionResetError as error:
+            if not self.num_workers or str(error).startswith("Caught"):  # by the data set
+                raise
+            raise RuntimeError(  # in the midst of what it sent
+                f"a worker process died while {waiting} was waited for: {error}"
+            ) from error
         except RuntimeError as error:
             if str(error).startswith("DataLoader timed out"):
                 raise TimeoutError(

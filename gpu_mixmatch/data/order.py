@@ -213,7 +213,7 @@ class KeyedLoader(ABC):
         different = [
             f"{name} = {value} as here, got {state[name]}"
             for name, value in mine.items()
-            if as_integer(f"state['{name}']", state[name]) != value
+            if as_integer(f"state['{name}']", state[name], most=MOST_SEED) != value
         ]
         if different:
             raise ValueError(
