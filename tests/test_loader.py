@@ -759,7 +759,7 @@ def test_a_state_with_a_number_that_is_none_is_refused(name, value):
 @pytest.mark.parametrize("epoch", [-1, 2**70, 1.5, True, float("nan"), None])
 def test_an_epoch_that_is_none_is_refused(epoch):
     error = ValueError if type(epoch) is int else TypeError
-    with pytest.raises(error, match="^epoch must be "):
+    with pytest.raises(error, match=r"^epoch must be "):
         loader_of().set_epoch(epoch)
 
 

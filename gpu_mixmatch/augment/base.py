@@ -331,9 +331,10 @@ class NormalizedViews(nn.Module, Augment):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow to another device; a cast changes nothing, since all is made of numbers anew."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        scale = self._scalings[0].scale
+        assert isinstance(scale, Tensor)
         with torch.no_grad():
-            here = self._scalings[0].scale.device
-            self._scalings = self._made_scalings(fn(torch.empty(0, device=here)).device)
+            self._scalings = self._made_scalings(fn(torch.empty(0, device=scale.device)).device)
         return self
 
     def _made_scalings(self, device: torch.device) -> tuple[Scaling, Scaling]:
