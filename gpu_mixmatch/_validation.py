@@ -72,7 +72,7 @@ def as_integer(name: str, value: Any, *, least: int = 0, most: int | None = None
     """
     if type(value) is not int:
         try:
-            if isinstance(value, bool | np.bool_ | Tensor):
+            if isinstance(value, bool | np.bool_ | np.ndarray | Tensor):
                 raise TypeError
             value = operator.index(value)
         except TypeError:
@@ -460,7 +460,7 @@ def as_plan(plan: Any) -> DrawPlan:
 def check_choice(name: str, choice: object, kind: Any) -> None:
     """Raise a ValueError if ``choice`` is none of the words of a Literal."""
     if not isinstance(choice, str) or choice not in get_args(kind):
-        raise ValueError(f"{name} must be one of {list(get_args(kind))}, got {_repr(choice)}")
+        raise ValueError(f"{name} must be one of {list(get_args(kind))}, got {shown(choice)}")
 
 
 def check_layout(layout: object) -> None:
@@ -469,7 +469,8 @@ def check_layout(layout: object) -> None:
         check_choice("layout", layout, Layout)
 
 
-def _repr(value: object) -> str:
+def shown(value: object) -> str:
+    """A value without its type, of bounded length."""
     text = came(value)
     return text.removesuffix(f" of type {type(value).__name__}")
 
@@ -666,21 +667,21 @@ _DRAWS = (
 )
 
 
-def check_params(params: Any) -> int:
+def check_params(params: Any, called: str = "params") -> int:
     """Raise if ``params`` are not draws of R rows, all on one device; return R."""
-    check_kind("params", params, AugmentParams, "AugmentParams")
-    check_tensor("params.top", params.top)
+    check_kind(called, params, AugmentParams, "AugmentParams")
+    check_tensor(f"{called}.top", params.top)
     rows = params.top.shape[0] if params.top.dim() else -1
     for (name, dtype, row), tensor in zip(_DRAWS, params, strict=True):
-        check_tensor(f"params.{name}", tensor)
+        check_tensor(f"{called}.{name}", tensor)
         if tuple(tensor.shape) != (rows, *row) or tensor.dtype != dtype:
             raise ValueError(
-                f"params.{name} must be {'[R, 4]' if row else '[R]'} {dtype_name(dtype)}"
-                f"{'' if rows < 0 else f' with R = {rows} like params.top'}, "
+                f"{called}.{name} must be {'[R, 4]' if row else '[R]'} {dtype_name(dtype)}"
+                f"{'' if rows < 0 else f' with R = {rows} like {called}.top'}, "
                 f"got {list(tensor.shape)} {dtype_name(tensor.dtype)}"
             )
         if tensor.device != params.top.device:
-            check_device(f"params.{name}", tensor, "params.top", params.top)
+            check_device(f"{called}.{name}", tensor, f"{called}.top", params.top)
     return rows
 
 

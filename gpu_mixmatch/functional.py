@@ -359,6 +359,7 @@ def augment(
         sources, params, geometry, scaling, dtype, mixup, out, layout
     )
     channels_last = as_flag("channels_last", channels_last)
+    scaling = Scaling(*(f if isinstance(f, Tensor) else float(f) for f in scaling))
     if workspace is not None:
         check_kind("workspace", workspace, Workspace, "a Workspace or None")
     if out is None:
@@ -380,6 +381,6 @@ def augment(
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Products stay in float32 where the caller's autocast would make them half precision."""
-    if torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -183,7 +183,11 @@ CALLS: dict[str, Call] = {
         },
     ),
     "mixup": Call(functional.mixup, rows),
-    "interleave": Call(functional.interleave, lambda: {"rows": torch.rand(6, 2), "num_groups": 2}),
+    "interleave": Call(
+        functional.interleave,
+        lambda: {"rows": torch.rand(6, 2), "num_groups": 2},
+        names={"rows": ("num_groups",)},
+    ),
     "linear_rampup": Call(functional.linear_rampup, lambda: {"step": 3, "rampup_steps": 10}),
     "mixmatch_loss": Call(
         functional.mixmatch_loss,
@@ -210,6 +214,7 @@ CALLS: dict[str, Call] = {
             "workspace": Workspace(),
             "impl": "auto",
         },
+        names={"images": ("x must",)},
     ),
     "geometry": Call(
         lambda **fields: functional.augment(
@@ -269,7 +274,9 @@ CALLS: dict[str, Call] = {
     "folded_beta_quantile": Call(sampling.folded_beta_quantile, lambda: {"alpha": 0.75}),
     "shuffle_grid": Call(sampling.shuffle_grid, lambda: {"length": 9}),
     "shuffled_parts": Call(
-        sampling.shuffled_parts, lambda: {"num_rows": 9, "num_labelled": 3, "mix": "all"}
+        sampling.shuffled_parts,
+        lambda: {"num_rows": 9, "num_labelled": 3, "mix": "all"},
+        names={"num_rows": ("num_labelled",)},
     ),
     "pack": Call(
         sampling.pack,

@@ -67,6 +67,9 @@ def draw_preview(
     check_kind("mixmatch", mixmatch, MixMatch, "a MixMatch")
     check_kind("model", model, nn.Module, "an nn.Module")
     check_kind("path", path, (str, PathLike), "a path")
+    path = Path(path)
+    if not path.name:
+        raise ValueError(f"path must name a file, got {str(path)!r}")
     rows = as_integer("rows", rows, least=1, most=MOST_PREVIEWED)
     class_names = as_class_names(class_names, mixmatch.num_classes)
     check_images_alike(x, u)
@@ -76,7 +79,6 @@ def draw_preview(
     names = [name if len(name) <= 14 else f"{name[:13]}…" for name in map(str, class_names)]
     layout = complete(mixmatch.augment).layout
     step = next_step(mixmatch, x, y, u, model, ids_x, ids_u)
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # a user's own style may be dark, and names of classes may hold dollar signs
     with matplotlib.style.context(["default", {"text.parse_math": False}]):

@@ -24,7 +24,7 @@ def pack(augment: AugmentParams | None, mixup: MixUpParams) -> Tensor:
         ValueError: If the draws do not fit each other.
     """
     check_mixup(mixup, as_length("mixup.lam", getattr(mixup, "lam", mixup)), "lam", "mixup")
-    if augment is not None and check_params(augment) != len(mixup.lam):
+    if augment is not None and check_params(augment, "augment") != len(mixup.lam):
         raise ValueError(
             f"augment must have {len(mixup.lam)} rows like mixup, got {len(augment.top)}"
         )
