@@ -536,6 +536,31 @@ def test_options_out_of_range_are_refused(folders, options, message):
         loader_of(folders, **options)
 
 
+def test_a_callable_augments_as_in_the_builder(folders):
+    with loader_of(folders) as plain, loader_of(folders, augment=lambda x: x * 2 - 1) as loader:
+        (x, y, u, *_), (views_x, views_y, views, *_) = next(iter(plain)), next(iter(loader))
+    assert torch.equal(views_x, x.float() / 255 * 2 - 1)
+    assert torch.equal(views_y, y)
+    assert torch.equal(views, (u.float() / 255 * 2 - 1).expand(2, -1, -1, -1, -1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"augment": "cifar10"}, "augment must be an engine such as .* got 'cifar10'"),
+        ({"augment": DaliAugment}, "augment must be an engine such as .* got the class DaliAug"),
+        ({"size": (2, 3.0)}, "size must be an integer, got 3.0"),
+        ({"crop_area": 0.5}, "crop_area must be two numbers, least and most, got 0.5"),
+        ({"num_threads": True}, "num_threads must be an integer, got True"),
+        ({"device_id": "cuda"}, "device_id must be an integer, got 'cuda'"),
+        ({"seed": 1.5}, "seed must be an integer, got 1.5"),
+    ],
+)
+def test_options_of_the_wrong_kind_are_refused(folders, options, message):
+    with pytest.raises(TypeError, match=message):
+        loader_of(folders, **options)
+
+
 def test_labels_are_wanted_of_the_labelled_source_alone(folders, tmp_path):
     (tmp_path / "0.png").write_bytes(encode(tile(), "PNG"))
     with pytest.raises(ValueError, match=r"root must hold a folder of images per class, .* 0\.png"):
