@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_mixmatch import sampling
+from gpu_mixmatch import _streams, sampling
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch._validation import (
     check_augment,
@@ -18,6 +18,8 @@ from gpu_mixmatch._validation import (
     check_loss,
     check_mixup,
     check_mixup_rows,
+    check_no_grad,
+    check_out,
     check_plan,
     check_temperature,
 )
@@ -63,8 +65,16 @@ def draw_batch(
 
     Raises:
         ValueError: If an argument is out of its range.
+        RuntimeError: If a CUDA graph is being captured and there is no ``key``.
     """
     check_plan(plan)
+    if key is None:
+        _streams.refuse_capture(
+            device,
+            "a CUDA graph would draw the same batch in every replay, since seed and step come from "
+            "the host: capture with gpu_mixmatch.capture, or pass key=, seed and step on the "
+            "device, and fill it before each replay",
+        )
     tracing = torch.compiler.is_compiling()
     if not tracing and device.type == "cpu" and resolve_impl(impl, device) != "triton":
         return sampling.draw_batch(seed, int(step), ids_x, ids_u, plan)
@@ -177,26 +187,34 @@ def mixup(
 ) -> tuple[Tensor, Tensor]:
     """Blend each row with its partner: λ'·row + (1 - λ')·row[index], images and targets alike.
 
+    No gradient flows through it.
+
     Args:
         inputs: Images of any layout, ``[N, ...]``, contiguous or channels_last, floating point.
         targets: Distributions, ``[N, L]`` float32.
         params: λ' ``[N]`` and partners ``[N]``, as `sampling.draw_mixup` gives them.
-        out: Where to write the mixed images, like ``inputs`` and apart from it; None allocates.
+        out: Where to write the mixed images, like ``inputs``, in memory of its own; None allocates.
+            A backward pass that still needs what was there raises, as after any in-place write.
 
     Returns:
         Mixed inputs and mixed targets, shapes, dtypes and layout of the arguments.
 
     Raises:
-        ValueError: If the lengths, dtypes, devices or layouts of the arguments do not fit.
+        ValueError: If the lengths, dtypes, devices or layouts of the arguments do not fit, ``out``
+            shares memory with one of them, or a gradient is asked for.
 
     References:
         Berthelot et al. 2019, eq. 8-11.
     """
     check_mixup_rows(inputs, targets, params, out)
-    out = torch.empty_like(inputs) if out is None else out
+    check_no_grad(inputs=inputs, targets=targets)
+    if out is not None:
+        check_out(out, inputs=inputs, targets=targets, **params._asdict())
+    mixed = torch.empty_like(inputs) if out is None else out
     mixed_targets = torch.empty_like(targets)
-    backend(impl, inputs.device).mixup(inputs, targets, params, out, mixed_targets)
-    return out, mixed_targets
+    backend(impl, inputs.device).mixup(inputs, targets, params, mixed, mixed_targets)
+    _count_write(out)
+    return mixed, mixed_targets
 
 
 def interleave(rows: Tensor, num_groups: int) -> Tensor:
@@ -295,6 +313,8 @@ def augment(
 ) -> Tensor:
     """Apply drawn parameters: shift, zoom, flip, blur, then value·scale + bias.
 
+    No gradient flows through it.
+
     Args:
         images: ``[M, C, H, W]`` or ``[M, H, W, C]``, uint8 or floating point; an NHWC tensor is
             known by its last axis of 1, 3 or 4 channels when the second is none of them. A pair
@@ -305,33 +325,47 @@ def augment(
         dtype: Of the result: float32, float16 or bfloat16. The arithmetic is float32.
         channels_last: Memory format of the result.
         mixup: λ' and partners of the R rows, to blend the views by; None leaves them unmixed.
-        out: Where to write; None allocates.
+        out: Where to write, in memory of its own; None allocates. A backward pass that still needs
+            what was there raises, as after any in-place write.
         workspace: Scratch memory that outlives the call; None allocates.
 
     Returns:
         The views, ``[R, C, H, W]``, in one buffer.
 
     Raises:
-        ValueError: If shapes, dtypes or devices do not fit, or an image is too small for its
-            reflection.
+        ValueError: If shapes, dtypes or devices do not fit, an image is too small for its
+            reflection, ``out`` shares memory with an argument, or a gradient is asked for.
     """
     sources = images if isinstance(images, tuple) else (images,)
     channels_last_in, shape = check_augment(sources, params, geometry, scaling, dtype, mixup, out)
+    check_no_grad(**dict(zip(("images", "u"), sources, strict=False)))
     if out is None:
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        out = torch.empty(shape, dtype=dtype, device=sources[0].device, memory_format=layout)
-    with _without_autocast(out.device):
-        backend(impl, out.device).augment(
+        views = torch.empty(shape, dtype=dtype, device=sources[0].device, memory_format=layout)
+    else:
+        check_device("out", out, "images", sources[0])
+        read = dict(zip(("images", "u"), sources, strict=False)) | params._asdict()
+        check_out(out, **read, **scaling._asdict(), **(mixup._asdict() if mixup else {}))
+        views = out
+    with _without_autocast(views.device):
+        backend(impl, views.device).augment(
             sources,
             params,
             geometry,
             scaling,
             channels_last_in=channels_last_in,
-            out=out,
+            out=views,
             workspace=workspace,
             mixup=mixup,
         )
-    return out
+    _count_write(out)
+    return views
+
+
+def _count_write(out: Tensor | None) -> None:
+    """Tell autograd of a write by a kernel or a compiled loop, which it does not see."""
+    if out is not None and not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(out)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
