@@ -120,7 +120,8 @@ class MixMatch(nn.Module):
         self.logits_getter = logits_getter
         self.seed = seed
         self.impl = impl
-        self.step = torch.zeros((), dtype=torch.int64)
+        with torch.inference_mode(False):  # batches may be built outside of it
+            self.step = torch.zeros((), dtype=torch.int64)
         self._teacher = (teacher,)  # a tuple hides the module from registration
         self._workspaces = (Workspace(), Workspace()) if reuse_buffers else None
         # follows .to(device); holds nothing
