@@ -110,9 +110,7 @@ def launches_of(
     x, u = (
         sliced(count, 3, regime.size, regime.size, dtype=torch.uint8) for count in (num_x, num_u)
     )
-    y, ids_x, ids_u = (
-        sliced(count, dtype=torch.int64).zero_() for count in (num_x, num_x, num_u)
-    )
+    y, ids_x, ids_u = (sliced(count, dtype=torch.int64).zero_() for count in (num_x, num_x, num_u))
     ids = {"ids_x": ids_x, "ids_u": ids_u} if start else {}
 
     def model(views: Tensor) -> Tensor:

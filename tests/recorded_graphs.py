@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gpu_mixmatch import _streams, functional, sampling
 
-ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "detach"}
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty"}
 
 
 class Memory:
@@ -51,12 +51,21 @@ class Graph:
 
     def record(self, function, args, kwargs, result):
         held = self.by_address((args, kwargs, result))
-        self.own += [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        read = {storage_of(tensor) for tensor in tensors_in((args, kwargs))}
+        self.own += [tensor for tensor in tensors_in(result) if storage_of(tensor) not in read]
         self.work.append(partial(do_again, function, *held))
 
     def record_whole(self, function, args):
         held = self.by_address(args)
         self.work.append(lambda: function(*tensors(held)))
+
+
+def tensors_in(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def storage_of(tensor):
+    return tensor.untyped_storage().data_ptr()
 
 
 def tensors(tree):
@@ -93,12 +102,12 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        inputs = tensors_in((args, kwargs))
         on_host = bool(inputs) and all(tensor.data_ptr() in self.host() for tensor in inputs)
         if not self.in_kernel and not on_host:
             if function.overloadpacket.__name__ in ALLOCATIONS:
                 self.graph.own.append(result)
-            else:
+            elif function.overloadpacket is not torch.ops.aten.detach:
                 self.graph.record(function, args, kwargs or {}, result)
         return result
 
