@@ -744,12 +744,14 @@ def test_a_graph_without_a_key_is_refused_with_words():
     model, mixmatch = net(), builder("auto")
     x, y, u = data()
     mixmatch(x, y, u, model)
-    with (
-        pytest.raises(RuntimeError, match="would draw the same batch in every replay"),
-        torch.cuda.graph(torch.cuda.CUDAGraph()),
-    ):
-        x.clone()  # a graph of nothing would be warned of
-        mixmatch(x, y, u, model)
+
+    def captured():
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            x.clone()  # a graph of nothing would be warned of
+            mixmatch(x, y, u, model)
+
+    with pytest.raises(RuntimeError, match="would draw the same batch in every replay"):
+        captured()
     torch.cuda.synchronize()
 
 
