@@ -389,7 +389,7 @@ def as_length(name: str, value: Any) -> int:
 def check_rows(name: str, num_rows: int) -> None:
     """Raise a ValueError if a batch has more rows than a kernel can count."""
     if num_rows > MOST_ROWS:
-        raise ValueError(f"{name} must make at most {MOST_ROWS} rows, got {num_rows}")
+        raise ValueError(f"a batch must have at most {MOST_ROWS} rows, got {num_rows} by {name}")
 
 
 def as_views(value: Any) -> tuple[int, ...]:

@@ -85,6 +85,7 @@ def test_a_bad_argument_is_refused_by_its_name(name):
 @pytest.mark.filterwarnings("ignore:model returns rows")
 def test_a_bad_argument_of_a_picture_is_refused_by_its_name(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)  # a text is a path
     for name in ("draw_heading", "draw_guesses", "draw_pairs"):  # the slow part
         monkeypatch.setattr(preview, name, lambda *_, **__: None)
     for call in drawing(tmp_path).values():

@@ -770,7 +770,7 @@ def test_a_state_of_something_else_is_refused(changes, error, message):
 def test_what_is_no_state_is_refused():
     with pytest.raises(ValueError, match=r"state must be of a loader, with seed, .* got nothing"):
         loader_of().load_state_dict({})
-    with pytest.raises(TypeError, match="state must be a mapping, got None"):
+    with pytest.raises(TypeError, match=r"state must be what state_dict\(\) gave, got None"):
         loader_of().load_state_dict(None)
 
 

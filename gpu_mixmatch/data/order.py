@@ -201,7 +201,7 @@ class KeyedLoader(ABC):
                 the loader stays where it was.
         """
         if not isinstance(state, Mapping):
-            raise TypeError(f"state must be a mapping, got {came(state)}")
+            raise TypeError(f"state must be what state_dict() gave, got {came(state)}")
         mine = self._identity()
         if set(state) != {"seed", "step", *mine}:
             raise ValueError(
