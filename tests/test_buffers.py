@@ -245,7 +245,7 @@ def losses_of(mixmatch, model, steps):
     criterion = MixMatchLoss(impl="eager")
     losses = []
     for step in range(steps):
-        batch = mixmatch(*data(seed=step), model)
+        batch = mixmatch(*data(2, 2, seed=step), model)
         losses.append(criterion(model(batch.inputs), batch).loss)
     return losses
 
@@ -263,7 +263,7 @@ def test_a_backward_that_comes_after_its_inputs_were_overwritten_raises(impl, ch
         first.backward()
 
 
-@each_impl
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "triton" or CUDA])
 def test_gradients_accumulated_in_time_are_those_of_fresh_buffers(impl):
     switches = {"mix": "none", "num_augmentations": 1}
     gradients = []
@@ -276,20 +276,6 @@ def test_gradients_accumulated_in_time_are_those_of_fresh_buffers(impl):
         gradients.append([weight.grad for weight in model.parameters()])
     for fresh, reused in zip(*gradients, strict=True):
         torch.testing.assert_close(reused, fresh)
-
-
-def test_a_compiled_builder_counts_its_writes_too():
-    torch.compiler.reset()
-    model = LinearNet(NUM_CLASSES, SHAPE).to(DEVICE)
-    mixmatch = builder("auto", mix="none", reuse_buffers=True)
-    build = torch.compile(
-        lambda x, y, u: mixmatch(x, y, u, model).inputs, fullgraph=True, backend="aot_eager"
-    )
-    losses = [model(build(*data(seed=step))).sum() for step in range(3)]
-    losses[1].backward()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        losses[0].backward()
-    torch.compiler.reset()
 
 
 @each_impl
