@@ -768,9 +768,11 @@ def check_draws(params: AugmentParams, padding: int) -> None:
         return
     offsets = torch.stack([top, left])
     least, most = (int(value) for value in offsets.aminmax())
-    least_cut = int(zoom.min())
-    if least < 0 or most > 2 * padding or least_cut < 0:
-        raise draws_error(2 * padding, least, most, least_cut)
+    if least < 0 or most > 2 * padding:
+        raise draws_error(2 * padding, least, most)
+    least, most = (int(value) for value in zoom.aminmax())
+    if least < 0 or most > MOST_PADDING:
+        raise zoom_error(least, most)
     if int(flip.min()) < 0 or int(flip.max()) > 1:
         raise flip_error(int(flip.min()), int(flip.max()))
     low, high = (float(value) for value in sigma.aminmax())
@@ -778,12 +780,17 @@ def check_draws(params: AugmentParams, padding: int) -> None:
         raise sigma_error(low, high)
 
 
-def draws_error(limit: int, least: int, most: int, least_cut: int) -> ValueError:
-    """Say that offsets or cuts lead out of an image."""
+def draws_error(limit: int, least: int, most: int) -> ValueError:
+    """Say that offsets lead out of an image."""
     return ValueError(
-        f"params.top and params.left must be in 0 .. 2·padding = {limit} and params.zoom at "
-        f"least 0, got offsets in {least} .. {most} and a cut of {least_cut}"
+        f"params.top and params.left must be in 0 .. 2·padding = {limit}, "
+        f"got offsets in {least} .. {most}"
     )
+
+
+def zoom_error(least: int, most: int) -> ValueError:
+    """Say that a cut is none that is drawn."""
+    return ValueError(f"params.zoom must be in 0 .. {MOST_PADDING}, got {least} .. {most}")
 
 
 def flip_error(least: int, most: int) -> ValueError:
