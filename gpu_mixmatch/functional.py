@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_mixmatch import sampling
+from gpu_mixmatch import _streams, sampling
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch._validation import (
     as_device,
@@ -30,6 +30,8 @@ from gpu_mixmatch._validation import (
     check_loss,
     check_mixup,
     check_mixup_rows,
+    check_no_grad,
+    check_out,
     check_rows,
     check_tensor,
 )
@@ -76,11 +78,19 @@ def draw_batch(
     Raises:
         TypeError: If an argument is of the wrong kind.
         ValueError: If an argument is out of its range.
+        RuntimeError: If a CUDA graph is being captured and there is no ``key``.
     """
-    tracing = torch.compiler.is_compiling()
     device = as_device("device", device)
-    if key is not None:
+    if key is None:
+        _streams.refuse_capture(
+            device,
+            "a CUDA graph would draw the same batch in every replay, since seed and step come from "
+            "the host: capture with gpu_mixmatch.capture, or pass key=, seed and step on the "
+            "device, and fill it before each replay",
+        )
+    else:
         check_key_tensor(key)
+    tracing = torch.compiler.is_compiling()
     if not tracing and device.type == "cpu" and resolve_impl(impl, device) != "triton":
         if key is not None:
             raise ValueError("key must be None where kernels do not draw, got a tensor")
@@ -204,28 +214,36 @@ def mixup(
 ) -> tuple[Tensor, Tensor]:
     """Blend each row with its partner: λ'·row + (1 - λ')·row[index], images and targets alike.
 
+    No gradient flows through it.
+
     Args:
         inputs: Images of any layout, ``[N, ...]``, contiguous or channels_last, floating point.
         targets: Distributions, ``[N, L]`` float32.
         params: λ' ``[N]`` and partners ``[N]``, as `sampling.draw_mixup` gives them.
-        out: Where to write the mixed images, like ``inputs`` and apart from it; None allocates.
+        out: Where to write the mixed images, like ``inputs``, in memory of its own; None allocates.
+            A backward pass that still needs what was there raises, as after any in-place write.
 
     Returns:
         Mixed inputs and mixed targets, shapes, dtypes and layout of the arguments.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
-        ValueError: If the lengths, dtypes, devices or layouts of the arguments do not fit, or, on a
-            CPU, λ' or partners are out of range.
+        ValueError: If the lengths, dtypes, devices or layouts of the arguments do not fit, ``out``
+            shares memory with one of them, a gradient is asked for, or, on a CPU, λ' or partners
+            are out of range.
 
     References:
         Berthelot et al. 2019, eq. 8-11.
     """
     check_mixup_rows(inputs, targets, params, out)
-    out = torch.empty_like(inputs) if out is None else out
+    check_no_grad(inputs=inputs, targets=targets)
+    if out is not None:
+        check_out(out, inputs=inputs, targets=targets, **params._asdict())
+    mixed = torch.empty_like(inputs) if out is None else out
     mixed_targets = torch.empty_like(targets)
-    backend(impl, inputs.device).mixup(inputs, targets, params, out, mixed_targets)
-    return out, mixed_targets
+    backend(impl, inputs.device).mixup(inputs, targets, params, mixed, mixed_targets)
+    _count_write(out)
+    return mixed, mixed_targets
 
 
 def interleave(rows: Tensor, num_groups: int) -> Tensor:
@@ -332,6 +350,8 @@ def augment(
 ) -> Tensor:
     """Apply drawn parameters: shift, zoom, flip, blur, then value·scale + bias.
 
+    No gradient flows through it.
+
     Args:
         images: ``[M, C, H, W]`` or ``[M, H, W, C]``, uint8 or floating point. A pair (x, u) draws x
             once and u as often as rows remain.
@@ -343,7 +363,8 @@ def augment(
         mixup: λ' and partners of the R rows, to blend the views by; None leaves them unmixed.
         layout: "NCHW" or "NHWC"; None tells it by the shape, which must then leave no doubt: see
             `WeakAugment`.
-        out: Where to write; None allocates.
+        out: Where to write, in memory of its own; None allocates. A backward pass that still needs
+            what was there raises, as after any in-place write.
         workspace: Scratch memory that outlives the call; None allocates.
 
     Returns:
@@ -352,7 +373,8 @@ def augment(
     Raises:
         TypeError: If an argument is of the wrong kind.
         ValueError: If shapes, dtypes or devices do not fit, the shape leaves the layout in doubt,
-            an image is too small for its reflection, or, on a CPU, draws are out of range.
+            an image is too small for its reflection, ``out`` shares memory with an argument, a
+            gradient is asked for, or, on a CPU, draws are out of range.
     """
     sources = images if isinstance(images, tuple) else (images,)
     channels_last_in, shape = check_augment(
@@ -362,21 +384,33 @@ def augment(
     scaling = Scaling(*(f if isinstance(f, Tensor) else float(f) for f in scaling))
     if workspace is not None:
         check_kind("workspace", workspace, Workspace, "a Workspace or None")
+    check_no_grad(**dict(zip(("images", "u"), sources, strict=False)))
     if out is None:
         order = torch.channels_last if channels_last else torch.contiguous_format
-        out = torch.empty(shape, dtype=dtype, device=sources[0].device, memory_format=order)
-    with _without_autocast(out.device):
-        backend(impl, out.device).augment(
+        views = torch.empty(shape, dtype=dtype, device=sources[0].device, memory_format=order)
+    else:
+        read = dict(zip(("images", "u"), sources, strict=False)) | params._asdict()
+        check_out(out, **read, **scaling._asdict(), **(mixup._asdict() if mixup else {}))
+        views = out
+    with _without_autocast(views.device):
+        backend(impl, views.device).augment(
             sources,
             params,
             geometry,
             scaling,
             channels_last_in=channels_last_in,
-            out=out,
+            out=views,
             workspace=workspace,
             mixup=mixup,
         )
-    return out
+    _count_write(out)
+    return views
+
+
+def _count_write(out: Tensor | None) -> None:
+    """Tell autograd of a write by a kernel or a compiled loop, which it does not see."""
+    if out is not None and not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(out)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -2,8 +2,15 @@
 
 from torch import Tensor, nn
 
-from gpu_mixmatch import functional
-from gpu_mixmatch._validation import MOST_STEP, as_integer, as_number, check_batch, check_choice
+from gpu_mixmatch import _streams, functional
+from gpu_mixmatch._validation import (
+    MOST_STEP,
+    as_integer,
+    as_number,
+    check_batch,
+    check_choice,
+    check_tensor,
+)
 from gpu_mixmatch.types import Impl, LossOutput, MixMatchBatch
 
 
@@ -48,8 +55,17 @@ class MixMatchLoss(nn.Module):
         Raises:
             TypeError: If an argument is of the wrong kind.
             ValueError: If ``logits`` are not ``[N, L]``.
+            RuntimeError: If a CUDA graph is being captured, which would keep this step's weight.
         """
         check_batch(batch)
+        check_tensor("logits", logits)
+        if self.rampup_steps and batch.step.device.type == "cpu":
+            _streams.refuse_capture(
+                logits.device,
+                "a CUDA graph would keep the weight of this step, since batch.step is on the CPU: "
+                "pass batch._replace(step=...) with a step on the device, which is filled before "
+                "each replay, or rampup_steps=0",
+            )
         weight_u = self.lambda_u * functional.linear_rampup(batch.step, self.rampup_steps)
         return functional.mixmatch_loss(
             logits, batch.targets, batch.num_labelled, weight_u, impl=self.impl

@@ -445,6 +445,7 @@ def drawing(folder: Path) -> dict[str, Call]:
 # What is public and no call with arguments of its own: tuples, protocols, modules, and what needs
 # another package and has a table in the tests of that package
 NOT_CALLED = {
+    "ImageFiles",
     "Augment",
     "AugmentParams",
     "AugmentedBatch",
@@ -452,7 +453,6 @@ NOT_CALLED = {
     "DaliLoader",
     "FoldedBetaQuantile",
     "GuessQuality",
-    "ImageFiles",
     "KeyedLoader",
     "KorniaAugment",
     "LossOutput",

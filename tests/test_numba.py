@@ -219,16 +219,6 @@ def test_a_workspace_is_used_again_for_other_shapes():
         torch.testing.assert_close(found, wanted, atol=4e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("field", "value"), [("top", 5), ("left", -1), ("left", 5), ("zoom", -1)])
-@pytest.mark.parametrize("impl", ["numba", "eager"])
-def test_draws_that_leave_the_image_are_refused(field, value, impl):
-    augment = WeakAugment(padding=2, zoom_px=(0, 2), impl=impl)
-    params = augment.draw(seed=0, step=0, ids=3)
-    params = params._replace(**{field: torch.full_like(getattr(params, field), value)})
-    with pytest.raises(ValueError, match=rf"params.top and params.left .* got .*{value}"):
-        augment.apply(random_images(3, (3, 9, 7)), params)
-
-
 @pytest.mark.parametrize("index", [-1, 3])
 def test_partners_that_do_not_exist_are_refused(index):
     params = MixUpParams(torch.ones(3), torch.tensor([0, 1, index]))

@@ -275,7 +275,11 @@ BAD_DRAWS = {
     "one sigma": (lambda p: {"sigma": p.sigma[:1].clone()}, "params.sigma must be"),
     "far below": (lambda p: {"top": p.top + 10**6}, r"params.top and params.left must be in 0"),
     "far left": (lambda p: {"left": p.left - 10**6}, r"params.top and params.left must be in 0"),
-    "negative cut": (lambda p: {"zoom": p.zoom - 9}, "params.zoom at least 0"),
+    "negative cut": (
+        lambda p: {"zoom": p.zoom - 9},
+        r"params.zoom must be in 0 \.\. 32768, got -9",
+    ),
+    "cut of a million": (lambda p: {"zoom": p.zoom + 10**6}, "params.zoom must be in 0"),
     "flip of 2": (lambda p: {"flip": p.flip + 2}, r"params.flip must be 0 or 1, got 2"),
     "flip of -1": (lambda p: {"flip": p.flip - 5}, r"params.flip must be 0 or 1, got -5"),
     "sigma of nan": (lambda p: {"sigma": p.sigma * torch.nan}, "params.sigma must be at least 0"),

@@ -210,10 +210,13 @@ class KeyedLoader(ABC):
             )
         seed = as_integer("state['seed']", state["seed"], most=MOST_SEED)
         step = as_integer("state['step']", state["step"], most=MOST_STEP)
+        theirs = {
+            name: as_integer(f"state['{name}']", state[name], most=MOST_SEED) for name in mine
+        }
         different = [
-            f"{name} = {value} as here, got {state[name]}"
+            f"{name} = {value} as here, got {theirs[name]}"
             for name, value in mine.items()
-            if as_integer(f"state['{name}']", state[name], most=MOST_SEED) != value
+            if theirs[name] != value
         ]
         if different:
             raise ValueError(

@@ -57,6 +57,9 @@ class Traced:
         flat = (num_augmentations, flat_policy(policy), *switches)
         draw_batch(seed, torch.as_tensor(step), *tensors, *counts, *flat, out, self.impl)
 
+    def prepare(self, plan: DrawPlan, device: torch.device) -> None:
+        """See `Implementation.prepare`; ops make it themselves."""
+
     def augment(
         self,
         sources: tuple[Tensor, ...],

@@ -1,12 +1,12 @@
 """MixMatch: Algorithm 1 of the paper as a batch builder."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from gpu_mixmatch import functional, sampling
+from gpu_mixmatch import _streams, functional, sampling
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch._ranks import ids_or_positions
 from gpu_mixmatch._validation import (
@@ -79,7 +79,8 @@ class MixMatch(nn.Module):
         label_smoothing: Share of the uniform distribution in labelled targets, in [0, 1).
         logits_getter: Takes the logits out of what the model returns; None if it returns them.
         reuse_buffers: Write inputs into two alternating buffers: a batch is overwritten two calls
-            later. On a CPU this saves the page faults of fresh memory.
+            later. On a CPU this saves the page faults of fresh memory. A backward pass that comes
+            after that raises.
         seed: The key of all draws, 0 ≤ seed < 2^63.
         impl: Implementation of the operations on tensors.
 
@@ -143,7 +144,8 @@ class MixMatch(nn.Module):
         self.logits_getter = logits_getter
         self.seed = as_seed(seed)
         self.impl = impl
-        self.step = torch.zeros((), dtype=torch.int64, device="cpu")
+        with torch.inference_mode(False):  # batches may be built outside of it
+            self.step = torch.zeros((), dtype=torch.int64, device="cpu")
         self._teacher = (teacher,)  # a tuple hides the module from registration
         reuse_buffers = as_flag("reuse_buffers", reuse_buffers)
         self._workspaces = (Workspace(), Workspace()) if reuse_buffers else None
@@ -151,6 +153,7 @@ class MixMatch(nn.Module):
         # follows .to(device); holds nothing
         self.register_buffer("_device_anchor", torch.empty(0), persistent=False)
         implementation(impl, self.device)  # raises now if it cannot run
+        self._prepare()
 
     @property
     def device(self) -> torch.device:
@@ -231,7 +234,8 @@ class MixMatch(nn.Module):
         if draws is None:
             draws = engine.draw_batch(self.seed, int(self.step), *ids, self.num_augmentations)
         scratch = self._workspaces[0] if self._workspaces else None
-        views = engine.views(x, u, draws, self.num_augmentations, scratch)
+        with torch.no_grad():
+            views = engine.views(x, u, draws, self.num_augmentations, scratch)
         return self._guess_and_mix(views, y, model, mixup)
 
     def from_views(
@@ -365,11 +369,32 @@ class MixMatch(nn.Module):
         if tensor.device == self.device:
             return tensor
         if tensor.device.type == "cpu":
+            _streams.refuse_capture(
+                self.device,
+                f"{name} must be on {self.device} while a CUDA graph is captured: the graph would "
+                "not read it from the host again. Fill a tensor on the device before each replay",
+            )
             return tensor.to(self.device, non_blocking=True)
         raise ValueError(
             f"{name} must be on the CPU or on {self.device} like this module, got it on "
             f"{tensor.device}; move the module with .to({str(tensor.device)!r})"
         )
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow to another device, with what a batch needs there and no buffers of the last."""
+        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
+        if self._workspaces is not None:
+            self._workspaces = (Workspace(), Workspace())
+        self._prepare()
+        return self
+
+    def _prepare(self) -> None:
+        """Make the constants of the draws now: a CUDA graph that needs them cannot."""
+        try:
+            running = implementation(self.impl, self.device)
+        except RuntimeError:  # it cannot run there, and says so when a batch is built
+            return
+        running.prepare(self.plan, self.device)
 
     def _output(self, num_rows: int, like: Tensor) -> Tensor | None:
         """Where the next inputs go, rows like ``like``: one of two buffers in turn, or nowhere."""
@@ -378,7 +403,8 @@ class MixMatch(nn.Module):
         workspace = self._workspaces[int(self.step) % 2]
         if like.is_contiguous():
             shape = (num_rows, *like.shape[1:])
-            return workspace.empty("inputs", shape, like.dtype, like.device)
+            # an alias: whoever asks it for a gradient does not ask the buffer
+            return workspace.empty("inputs", shape, like.dtype, like.device).detach()
         shape = (num_rows, *like.shape[2:], like.shape[1])
         return workspace.empty("inputs", shape, like.dtype, like.device).permute(0, 3, 1, 2)
 

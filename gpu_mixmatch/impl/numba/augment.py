@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gpu_mixmatch._buffers import Workspace
-from gpu_mixmatch._validation import draws_error, flip_error, sigma_error
+from gpu_mixmatch._validation import MOST_PADDING, draws_error, flip_error, sigma_error, zoom_error
 from gpu_mixmatch.impl.constants import constant
 from gpu_mixmatch.impl.eager.filters import gaussian
 from gpu_mixmatch.impl.numba.loops import (
@@ -167,10 +167,11 @@ def _mix_all(task: _Task, target: Tensor, mixup: MixUpParams, workspace: Workspa
 def _check_draws(draws: tuple[Any, ...], most: int) -> None:
     """Raise before a compiled loop, which checks nothing, reads beyond an image."""
     top, left, flip, zoom, sigma = draws
-    least_cut = zoom.min(initial=0)
-    if not (lie_within(top, most) and lie_within(left, most) and least_cut >= 0):
+    if not (lie_within(top, most) and lie_within(left, most)):
         offsets = np.concatenate([top, left])
-        raise draws_error(most, offsets.min(), offsets.max(), least_cut)
+        raise draws_error(most, offsets.min(), offsets.max())
+    if not lie_within(zoom.reshape(-1), MOST_PADDING):
+        raise zoom_error(zoom.min(), zoom.max())
     if not lie_within(flip, 1):
         raise flip_error(flip.min(), flip.max())
     if not lie_within(sigma, _MOST_FLOAT):
