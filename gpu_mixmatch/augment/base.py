@@ -1,7 +1,6 @@
 """Engines: what a method asks of one, and what engines share."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -189,7 +188,7 @@ def complete(engine: Any) -> Augment:
 
 
 class DrawsForeign(Augment):
-    """What engines share that draw from torch's global generators, by position in the batch."""
+    """What engines share that draw from global generators, by position in the batch."""
 
     def draw_batch(
         self,
@@ -201,19 +200,6 @@ class DrawsForeign(Augment):
     ) -> int:
         """Return the seed of the call: of (seed, step) and the first ids of x and u."""
         return sampling.batch_seed(seed, step, ids_x, ids_u)
-
-
-@contextlib.contextmanager
-def seeded_generators(seed: int) -> Iterator[None]:
-    """Seed torch's global generators for a while, of the CPU and of all CUDA devices in use."""
-    # torch.manual_seed would also leave a seed to devices that are not in use yet
-    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = range(torch.cuda.device_count() if in_use else 0)
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)
-        for device in devices:
-            torch.cuda.default_generators[device].manual_seed(seed)
-        yield
 
 
 class NormalizedViews(nn.Module, Augment):

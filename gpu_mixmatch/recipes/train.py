@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from gpu_mixmatch._generators import seeded_generators
 from gpu_mixmatch._ranks import positions, rank, world_size
 from gpu_mixmatch.data.datasets import FolderData, load_dataset
 from gpu_mixmatch.data.formats.common import ImageData
@@ -196,8 +197,7 @@ class TrainRun:
 
     def _new_model(self, num_classes: int, channels: int) -> nn.Module:
         config = self.config
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+        with seeded_generators(config.seed):
             filters = choose_filters(config.model, config.filters, self.preset)
             model = build_model(config.model, num_classes, channels, filters)
         if config.sync_batchnorm:
