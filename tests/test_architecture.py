@@ -26,6 +26,7 @@ FLOORS = (
         "_timing",
         "_validation",
         "_version",
+        "_writes",
     },
     {"sampling"},
     {"impl"},

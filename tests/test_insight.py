@@ -194,6 +194,7 @@ def test_watching_reads_nothing_back_in_the_step(monkeypatch, with_truth):
     # labels on a device are not checked
     monkeypatch.setattr(_validation, "check_classes", lambda *_: None)
     monkeypatch.setattr(_validation, "check_draws", lambda *_: None)
+    monkeypatch.setattr("gpu_mixmatch.methods.mixmatch.seen_to_differ", lambda *_: False)
     mixmatch, model = builder_of(), new_net()
     watch = GuessWatch(mixmatch, truth_of() if with_truth else None)
     x, y, u = data()
@@ -217,6 +218,7 @@ def test_watching_reads_nothing_back_in_the_step(monkeypatch, with_truth):
 def test_watching_takes_a_few_small_operations_and_no_second_guess(monkeypatch):
     monkeypatch.setattr(_validation, "check_classes", lambda *_: None)
     monkeypatch.setattr(_validation, "check_draws", lambda *_: None)
+    monkeypatch.setattr("gpu_mixmatch.methods.mixmatch.seen_to_differ", lambda *_: False)
     mixmatch, model, (x, y, u) = builder_of(), new_net(), data()
     passes = []
     model.register_forward_hook(lambda *_: passes.append(1))

@@ -27,8 +27,9 @@ pytestmark = pytest.mark.usefixtures("without_numba")
 
 @pytest.fixture(autouse=True)
 def no_look_at_draws(monkeypatch):
-    """Draws on a CPU are looked at, those on a device are not."""
+    """Draws and views on a CPU are looked at, those on a device are not."""
     monkeypatch.setattr(_validation, "check_draws", lambda *_: None)
+    monkeypatch.setattr("gpu_mixmatch.methods.mixmatch.seen_to_differ", lambda *_: False)
 
 
 NUM_CLASSES = 5

@@ -22,6 +22,13 @@ class Views(Protocol):
     def unlabelled(self) -> Tensor:
         """The views of u, which the model guesses on, ``[K·M, C, H, W]``, view-major."""
 
+    @property
+    def mixes_unlabelled(self) -> bool:
+        """Whether `mix` reads what `unlabelled` gave: a model may have written into it."""
+
+    def copy(self) -> "Views":
+        """Return the same views in memory of their own, as far as `mix` reads them."""
+
     def mix(
         self, params: MixUpParams, make_targets: MakeTargets, out: Tensor | None, impl: Impl
     ) -> tuple[Tensor, Tensor]:
@@ -53,6 +60,15 @@ class BuiltViews(NamedTuple):
     def unlabelled(self) -> Tensor:
         """The views of u; see `Views`."""
         return self.images[self.num_labelled :]
+
+    @property
+    def mixes_unlabelled(self) -> bool:
+        """True: they lie in the buffer that is mixed; see `Views`."""
+        return True
+
+    def copy(self) -> "BuiltViews":
+        """Copy the buffer; see `Views`."""
+        return self._replace(images=self.images.clone())
 
     def mix(
         self, params: MixUpParams, make_targets: MakeTargets, out: Tensor | None, impl: Impl

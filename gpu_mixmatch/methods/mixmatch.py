@@ -18,6 +18,7 @@ from gpu_mixmatch._validation import (
     check_plan,
     check_seed,
 )
+from gpu_mixmatch._writes import count_of_writes, seen_to_differ
 from gpu_mixmatch.augment import as_augment
 from gpu_mixmatch.augment.base import BuiltViews, Views, complete
 from gpu_mixmatch.impl import implementation, resolve_impl
@@ -121,6 +122,8 @@ class MixMatch(nn.Module):
         self.impl = impl
         self.step = torch.zeros((), dtype=torch.int64)
         self._teacher = (teacher,)  # a tuple hides the module from registration
+        # whether a guess was seen to write into its views; None before the first
+        self._model_writes: bool | None = None
         self._workspaces = (Workspace(), Workspace()) if reuse_buffers else None
         # follows .to(device); holds nothing
         self.register_buffer("_device_anchor", torch.empty(0), persistent=False)
@@ -189,12 +192,28 @@ class MixMatch(nn.Module):
 
         # Algorithm 1: whatever is random, then lines 3-6, the views of x and u; the rest is below
         engine = complete(self.augment)
-        draws, mixup = self._draw(self.plan, ids, key)
-        if draws is None:
-            draws = engine.draw_batch(self.seed, int(self.step), *ids, self.num_augmentations)
-        scratch = self._workspaces[0] if self._workspaces else None
-        views = engine.views(x, u, draws, self.num_augmentations, scratch)
-        return self._guess_and_mix(views, y, model, mixup)
+
+        def draw() -> tuple[Any, MixUpParams]:
+            draws, mixup = self._draw(self.plan, ids, key)
+            if draws is None:
+                draws = engine.draw_batch(self.seed, int(self.step), *ids, self.num_augmentations)
+            return draws, mixup
+
+        def build(draws: Any) -> Views:
+            scratch = self._workspaces[0] if self._workspaces else None
+            before = [count_of_writes(images) for images in (x, u)]
+            views = engine.views(x, u, draws, self.num_augmentations, scratch)
+            if [count_of_writes(images) for images in (x, u)] != before:
+                raise RuntimeError(
+                    "augment must leave x and u as they came, since they are read again, got an "
+                    f"engine that writes into them: {type(self.augment).__name__}.build must copy "
+                    "what it changes"
+                )
+            return views
+
+        draws, mixup = draw()
+        # an engine of the user's may have written into its draws: drawn again to build again
+        return self._guess_and_mix(build(draws), lambda: build(draw()[0]), y, model, mixup)
 
     def from_views(
         self,
@@ -239,11 +258,15 @@ class MixMatch(nn.Module):
                     f"x and views must be of one floating point dtype, got {x.dtype} and "
                     f"{view.dtype}"
                 )
-        images = torch.cat([self._moved("x", x), *(self._moved("views", view) for view in views)])
+        sources = [self._moved("x", x), *(self._moved("views", view) for view in views)]
+
+        def build() -> Views:
+            return BuiltViews(torch.cat(sources), len(x))
+
         y = self._labels(y, len(x))
         ids = _ids(ids_x, ids_u, len(x), len(views[0]))
         _, mixup = self._draw(self.plan._replace(policy=None), ids, None)
-        return self._guess_and_mix(BuiltViews(images, len(x)), y, model, mixup)
+        return self._guess_and_mix(build(), build, y, model, mixup)
 
     def _draw(
         self, plan: DrawPlan, ids: tuple[Tensor | int, Tensor | int], key: Tensor | None
@@ -253,10 +276,15 @@ class MixMatch(nn.Module):
         )
 
     def _guess_and_mix(
-        self, views: Views, y: Tensor, model: Model, mixup: MixUpParams
+        self,
+        views: Views,
+        build_again: Callable[[], Views],
+        y: Tensor,
+        model: Model,
+        mixup: MixUpParams,
     ) -> MixMatchBatch:
         """Lines 7-14 of Algorithm 1: guess, sharpen, label all rows, shuffle and mix them."""
-        logits = self._guess_logits(views.unlabelled, model)  # line 7
+        views, logits = self._guess(views, build_again, model)  # line 7
 
         def targets(params: MixUpParams | None) -> Tensor:  # lines 8, 10 and 11
             return functional.batch_targets(
@@ -275,12 +303,38 @@ class MixMatch(nn.Module):
         self.step += 1
         return MixMatchBatch(inputs, mixed_targets, len(y), step, mixup)
 
+    def _guess(
+        self, views: Views, build_again: Callable[[], Views], model: Model
+    ) -> tuple[Views, Tensor]:
+        """Guess on the views; return them as they were before, whatever the model wrote into them.
+
+        The first guess and those of a model that was seen to write keep a copy. Else tensors count
+        what is written into them, and views that are found changed are built again.
+        """
+        shown = views.unlabelled
+        if not views.mixes_unlabelled:
+            return views, self._guess_logits(shown, model)
+        count = count_of_writes(shown)
+        kept = None if count is not None and self._model_writes is False else views.copy()
+        logits = self._guess_logits(shown, model)
+        written = count is not None and count_of_writes(shown) != count
+        if kept is None and written:
+            # logits may lie in the views, which may be built again in the same memory
+            logits, kept, self._model_writes = logits.clone(), build_again(), True
+        elif kept is not None and count is not None and self._model_writes is None:
+            self._model_writes = written or seen_to_differ(shown, kept.unlabelled)
+        return views if kept is None else kept, logits
+
     def _guess_logits(self, views: Tensor, model: Model) -> Tensor:
         """Logits of all views, ``[K, M, L]``, without gradients."""
         guesser = model if self.teacher is None else self.teacher
         passes = 1 if self.guess_forward == "joint" else self.num_augmentations
         with torch.no_grad(), guess_mode(guesser, self.guess_bn):
-            parts = [get_logits(guesser(part), self.logits_getter) for part in views.chunk(passes)]
+            parts: list[Tensor] = []
+            for number, part in enumerate(views.chunk(passes), 1):
+                logits = get_logits(guesser(part), self.logits_getter)
+                # a model may return the same memory every time
+                parts.append(logits if number == passes else logits.clone())
             logits = parts[0] if len(parts) == 1 else torch.cat(parts)
         if tuple(logits.shape) != (len(views), self.num_classes):
             raise ValueError(
