@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gpu_mixmatch.methods.mixmatch import MixMatch
-from gpu_mixmatch.methods.passes import get_logits
 
 
 class GuessQuality(NamedTuple):
@@ -29,7 +28,7 @@ class GuessQuality(NamedTuple):
 class GuessWatch:
     """Watch what a builder guesses; only `read` waits for the device.
 
-    The guess is read off the model's own passes, so that only a softmax is computed twice. Each
+    The guess is read off the builder's own passes, so that only a softmax is computed twice. Each
     step leaves a few small tensors on the device, until the next `read`.
 
     Args:
@@ -42,7 +41,6 @@ class GuessWatch:
 
     Raises:
         ValueError: If ``truth`` is not ``[n]`` integers; in a step, if ``ids_u`` is missing.
-        TypeError: In a step, if the model that guesses is not an ``nn.Module``.
     """
 
     def __init__(self, mixmatch: MixMatch, truth: Tensor | None = None) -> None:
@@ -53,8 +51,8 @@ class GuessWatch:
         self._confidences: list[Tensor] = []  # [M] of each step, on the device
         self._guesses: list[Tensor] = []  # [M] int64, likewise
         self._ids: list[Tensor] = []  # [M] int64, as they were given
-        self._outputs: list[Any] = []  # of the model, in the step under way
-        self._model_hook: RemovableHandle | None = None
+        self._guess: tuple[Tensor, Tensor] | None = None  # of the step under way, both [M]
+        self._guess_hook: RemovableHandle | None = None
         self.paused = False
         self._handles: list[RemovableHandle] = [
             mixmatch.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -88,39 +86,31 @@ class GuessWatch:
         if self.paused:
             return
         call = call_arguments(args, kwargs)
-        guesser = call["model"] if self.mixmatch.teacher is None else self.mixmatch.teacher
-        if not isinstance(guesser, nn.Module):
-            raise TypeError(
-                "model must be an nn.Module for its guesses to be watched, got "
-                f"{type(guesser).__name__}"
-            )
         if self.truth is not None:
             if call.get("ids_u") is None:
                 raise ValueError(
                     "ids_u must be passed to the builder where the truth is known: "
                     "mixmatch(x, y, u, model, ids_u=ids_u)"
                 )
-            self._ids.append(call["ids_u"])
-        self._model_hook = guesser.register_forward_hook(
-            lambda _module, _inputs, output: self._outputs.append(output)
-        )
+            self._ids.append(call["ids_u"].clone())  # a loader may use that memory again
+        self._guess_hook = self.mixmatch.register_guess_hook(self._look)
+
+    def _look(self, logits: Tensor) -> None:
+        probs = logits.float().softmax(dim=-1).mean(dim=0)  # [M, L]
+        confidence, guess = probs.max(dim=-1)
+        self._guess = confidence, guess
 
     def _after(self, mixmatch: nn.Module, args: Any, kwargs: Any, batch: Any) -> None:
         if self.paused:
             return
-        if self._model_hook is not None:
-            self._model_hook.remove()
-        outputs, self._outputs = self._outputs, []
-        if batch is None:  # an error is on its way to the caller
+        if self._guess_hook is not None:
+            self._guess_hook.remove()
+        guess, self._guess = self._guess, None
+        if batch is None or guess is None:  # an error is on its way to the caller
             del self._ids[len(self._guesses) :]
             return
-        with torch.no_grad():
-            logits = torch.cat([get_logits(o, self.mixmatch.logits_getter) for o in outputs])
-            views = logits.float().view(self.mixmatch.num_augmentations, -1, logits.shape[-1])
-            probs = views.softmax(dim=-1).mean(dim=0)  # [M, L]
-            confidence, guess = probs.max(dim=-1)
-        self._confidences.append(confidence)
-        self._guesses.append(guess)
+        self._confidences.append(guess[0])
+        self._guesses.append(guess[1])
 
 
 _SIGNATURE = inspect.signature(MixMatch.forward)

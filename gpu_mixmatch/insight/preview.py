@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpu_mixmatch._extras import need
 from gpu_mixmatch.augment.base import float_images
@@ -11,6 +11,7 @@ from gpu_mixmatch.insight.canvas import DPI, MOST_NAMED, ROW_PITCH, TO_HEADS, TO
 from gpu_mixmatch.insight.next_step import next_step
 from gpu_mixmatch.insight.page import draw_guesses, draw_heading, draw_pairs
 from gpu_mixmatch.methods.mixmatch import MixMatch
+from gpu_mixmatch.methods.passes import Model
 from gpu_mixmatch.types import MixMatchBatch
 
 
@@ -19,7 +20,7 @@ def draw_preview(
     x: Tensor,
     y: Tensor,
     u: Tensor,
-    model: nn.Module,
+    model: Model,
     path: str | Path,
     *,
     class_names: Sequence[str] | None = None,

@@ -55,18 +55,18 @@ def norm_flags(
 
 
 @contextlib.contextmanager
-def buffers_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+def buffers_kept(modules: Sequence[nn.Module], *, of_batch_norm: bool = False) -> Iterator[None]:
     """Put the buffers of a model back at the end, whatever wrote into them or replaced them.
-
-    Those of torch's own BatchNorm layers are left out: `norm_flags` keeps them from moving.
 
     Args:
         modules: All modules of a model.
+        of_batch_norm: Whether those of torch's own BatchNorm layers are among them, which
+            `norm_flags` keeps from moving.
     """
-    # which sends rank 0's buffers to the others in every forward pass
-    replicated = any(isinstance(module, DistributedDataParallel) for module in modules)
+    # DDP sends rank 0's buffers to the others in every forward pass
+    of_all = of_batch_norm or any(isinstance(m, DistributedDataParallel) for m in modules)
     owners = [
-        module for module in modules if module._buffers and (replicated or not _obeys_flags(module))
+        module for module in modules if module._buffers and (of_all or not _obeys_flags(module))
     ]
     kept: list[_Kept] = []
 

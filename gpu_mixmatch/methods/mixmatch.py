@@ -1,10 +1,12 @@
 """MixMatch: Algorithm 1 of the paper as a batch builder."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gpu_mixmatch import functional, sampling
 from gpu_mixmatch._buffers import Workspace
@@ -122,6 +124,7 @@ class MixMatch(nn.Module):
         self.impl = impl
         self.step = torch.zeros((), dtype=torch.int64)
         self._teacher = (teacher,)  # a tuple hides the module from registration
+        self._guess_hooks: OrderedDict[int, Callable[[Tensor], None]] = OrderedDict()
         # whether a guess was seen to write into its views; None before the first
         self._model_writes: bool | None = None
         self._workspaces = (Workspace(), Workspace()) if reuse_buffers else None
@@ -268,6 +271,15 @@ class MixMatch(nn.Module):
         _, mixup = self._draw(self.plan._replace(policy=None), ids, None)
         return self._guess_and_mix(build(), build, y, model, mixup)
 
+    def register_guess_hook(self, hook: Callable[[Tensor], None]) -> RemovableHandle:
+        """Call ``hook(logits)`` with the logits of all views, ``[K, M, L]``, of every guess.
+
+        They may lie in memory of the model: a hook copies what it keeps, and writes nothing.
+        """
+        handle = RemovableHandle(self._guess_hooks)
+        self._guess_hooks[handle.id] = hook
+        return handle
+
     def _draw(
         self, plan: DrawPlan, ids: tuple[Tensor | int, Tensor | int], key: Tensor | None
     ) -> tuple[AugmentParams | None, MixUpParams]:
@@ -341,7 +353,10 @@ class MixMatch(nn.Module):
                 f"model must return logits [{len(views)}, {self.num_classes}] "
                 f"(num_classes = {self.num_classes}), got {list(logits.shape)}"
             )
-        return logits.view(self.num_augmentations, -1, self.num_classes)
+        logits = logits.view(self.num_augmentations, -1, self.num_classes)
+        for hook in self._guess_hooks.values():
+            hook(logits)
+        return logits
 
     def _labels(self, y: Tensor, length: int) -> Tensor:
         if y.dim() == 0 or len(y) != length:

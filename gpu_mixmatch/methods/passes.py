@@ -65,7 +65,7 @@ def interleaved_forward(
     parts = [get_logits(model(first), logits_getter)]
     with contextlib.ExitStack() as stack:
         if running_stats == "first":
-            modules = list(model.modules())
+            modules = modules_of(model)
             stack.enter_context(norm_flags(modules, tracking=False))
             stack.enter_context(buffers_kept(modules))
         for group in others:
@@ -87,8 +87,7 @@ def guess_mode(model: Model, guess_bn: GuessBatchNorm) -> Iterator[None]:
     Raises:
         ValueError: If a layer was traced or exported in the other mode; the message names it.
     """
-    module = module_of(model)
-    modules = [] if module is None else list(module.modules())
+    modules = modules_of(model)
     check_guessable(modules, guess_bn)
     tracking = False if guess_bn == "batch" else None
     flags = norm_flags(modules, training=guess_bn != "eval", tracking=tracking)
@@ -96,12 +95,12 @@ def guess_mode(model: Model, guess_bn: GuessBatchNorm) -> Iterator[None]:
         yield
 
 
-def module_of(model: Model) -> nn.Module | None:
-    """Return the module behind what is called, as far as it can be seen; a function has none."""
+def modules_of(model: Model) -> list[nn.Module]:
+    """Return all modules behind what is called, as far as they can be seen; a function has none."""
     while isinstance(model, functools.partial):
         model = model.func
     owner = getattr(model, "__self__", model)  # of a bound method, such as model.forward
-    return owner if isinstance(owner, nn.Module) else None
+    return list(owner.modules()) if isinstance(owner, nn.Module) else []
 
 
 def get_logits(output: Any, logits_getter: Callable[[Any], Tensor] | None) -> Tensor:
