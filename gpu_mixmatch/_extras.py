@@ -1,8 +1,11 @@
 """What each part needs and how to install it: errors, the doctor and skipped tests read this."""
 
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
+
+_ROOT = Path(__file__).parents[1]
 
 
 class Package(NamedTuple):
@@ -32,7 +35,7 @@ PACKAGES = (
         "NVIDIA DALI",
         "nvidia.dali",
         {"dali": "nvidia-dali-cuda130", "dali-cu12": "nvidia-dali-cuda120"},
-        "DaliAugment, DaliLoader and check-images",
+        "DaliAugment, DaliLoader and check-images --decoder dali",
     ),
     Package("Lightning", "lightning", {"lightning": "lightning"}, "integrations.lightning"),
     Package(
@@ -47,7 +50,7 @@ PACKAGES = (
     Package("TensorBoard", "tensorboard", {"cli": "tensorboard"}, "logs of gpu-mixmatch train"),
     Package("matplotlib", "matplotlib", {"cli": "matplotlib"}, "previews and charts"),
     Package("scikit-learn", "sklearn", {"cli": "scikit-learn"}, "the digits data set"),
-    Package("Pillow", "PIL", {"cli": "pillow"}, "folders of images"),
+    Package("Pillow", "PIL", {"cli": "pillow"}, "folders of images and check-images"),
 )
 
 
@@ -88,7 +91,10 @@ def missing_package(error: ImportError, module: str, user: str) -> ImportError:
 
 
 def install_hint(module: str) -> str:
-    """Return the command that installs a package, for a checkout of this project.
+    """Return the command that installs a package.
+
+    In a checkout of this project that is an extra of it; elsewhere, where the command could not
+    find it, it is the package itself.
 
     Args:
         module: A module of a package of the table.
@@ -97,7 +103,7 @@ def install_hint(module: str) -> str:
     extra = next(iter(package.distributions))
     if "dali-cu12" in package.distributions and _is_built_for_cuda_12():
         extra = "dali-cu12"
-    if extra is None:
+    if extra is None or not (_ROOT / "pyproject.toml").is_file():
         return f"pip install {package.distributions[extra]}"
     return f'pip install -e ".[{extra}]"' if extra else "pip install -e ."
 

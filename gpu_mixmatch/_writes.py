@@ -1,4 +1,4 @@
-"""Whether code of others wrote into a tensor that it was given."""
+"""How often a tensor was written to: whether code of others changed what it was given."""
 
 import torch
 from torch import Tensor
@@ -13,8 +13,3 @@ def count_of_writes(tensor: Tensor) -> int | None:
     if torch.compiler.is_compiling() or tensor.is_inference():
         return None
     return tensor._version
-
-
-def seen_to_differ(tensor: Tensor, other: Tensor) -> bool:
-    """Whether values differ, where that can be told without waiting for a device."""
-    return tensor.device.type == "cpu" and not torch.equal(tensor, other)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from gpu_mixmatch._ranks import positions
-from gpu_mixmatch._validation import check_labels
+from gpu_mixmatch._validation import as_labels, check_images_alike, check_kind, check_labels
 from gpu_mixmatch.methods.mixmatch import MixMatch
-from gpu_mixmatch.methods.passes import Model
+from gpu_mixmatch.methods.passes import Model, check_model
 from gpu_mixmatch.types import MixMatchBatch
 
 _WARM_UP = 3  # calls before the capture, as torch's own wrappers make them
@@ -36,7 +36,9 @@ def capture(
 
     Raises:
         RuntimeError: If the builder is not on a CUDA device, or has no kernels there.
-        TypeError: If the engine draws on the host, which a graph cannot repeat.
+        TypeError: If the engine draws on the host, which a graph cannot repeat, or an argument is
+            of the wrong kind.
+        ValueError: If images or labels do not fit each other.
     """
     return CapturedMixMatch(mixmatch, model, x, y, u)
 
@@ -49,6 +51,11 @@ class CapturedMixMatch:
     """
 
     def __init__(self, mixmatch: MixMatch, model: Model, x: Tensor, y: Tensor, u: Tensor) -> None:
+        check_kind("mixmatch", mixmatch, MixMatch, "a MixMatch")
+        check_model(model)
+        check_images_alike(x, u)
+        y = as_labels("y", y)
+        check_labels(y, mixmatch.num_classes)
         check_capturable(mixmatch)
         self.mixmatch = mixmatch
         self.model = model
@@ -95,10 +102,13 @@ class CapturedMixMatch:
         Raises:
             ValueError: If labels or ids are none; see `MixMatch.forward`.
         """
+        check_images_alike(x, u)
+        y = as_labels("y", y)
         inputs = ((x, self._x), (y, self._y), (u, self._u))
         if not all(fits(new, held) for new, held in inputs):
             batch: MixMatchBatch = self.mixmatch(x, y, u, self.model, ids_x=ids_x, ids_u=ids_u)
             return batch
+        self.mixmatch.look_at(x, u)
         check_labels(y, self.mixmatch.num_classes)
         for new, held in inputs:
             held.copy_(new, non_blocking=True)
@@ -119,6 +129,7 @@ class CapturedMixMatch:
 
     def _send_ids(self, number: int, name: str, ids: Tensor | None) -> None:
         held = self._ids[number]
+        ids = None if ids is None else as_labels(name, ids)
         if ids is None and not self._ids_given[number]:
             return  # the positions are there already
         if ids is not None and not fits(ids, held):

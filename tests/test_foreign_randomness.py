@@ -14,7 +14,7 @@ from tests.batches import assert_same_mixed
 from tests.factories import LinearNet, random_data
 
 NUM_CLASSES = 4
-SHAPE = (1, 4, 4)
+SHAPE = (1, 5, 5)
 MODEL = LinearNet(NUM_CLASSES, SHAPE)
 
 

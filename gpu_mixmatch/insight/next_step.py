@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gpu_mixmatch import functional, sampling
 from gpu_mixmatch._generators import kept_generators
+from gpu_mixmatch._validation import as_labels
 from gpu_mixmatch.methods.layers import buffers_kept
 from gpu_mixmatch.methods.mixmatch import MixMatch
 from gpu_mixmatch.methods.passes import Model, modules_of
@@ -52,6 +53,11 @@ def next_step(
         RuntimeError: If the parts, mixed, do not give the batch.
     """
     views, step = mixmatch.num_augmentations, int(mixmatch.step)
+    y = as_labels("y", y)
+    ids_x, ids_u = (
+        None if ids is None else as_labels(name, ids)
+        for name, ids in (("ids_x", ids_x), ("ids_u", ids_u))
+    )
     guesser = model if mixmatch.teacher is None else mixmatch.teacher
     device = mixmatch.device
     guesses: list[Tensor] = []

@@ -12,19 +12,40 @@ from gpu_mixmatch import functional, sampling
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch._ranks import ids_or_positions
 from gpu_mixmatch._validation import (
+    MOST_SEED,
+    MOST_STEP,
+    as_flag,
+    as_integer,
+    as_labels,
+    as_plan,
+    as_seed,
+    as_smoothing,
+    as_temperature,
+    came,
+    check_callable,
     check_choice,
+    check_finite,
     check_images_alike,
+    check_key_tensor,
+    check_kind,
     check_labels,
-    check_least,
     check_not_empty,
-    check_plan,
-    check_seed,
+    check_tensor,
+    is_integer,
 )
-from gpu_mixmatch._writes import count_of_writes, seen_to_differ
+from gpu_mixmatch._writes import count_of_writes
 from gpu_mixmatch.augment import as_augment
 from gpu_mixmatch.augment.base import BuiltViews, Views, complete
 from gpu_mixmatch.impl import implementation, resolve_impl
-from gpu_mixmatch.methods.passes import GuessBatchNorm, GuessForward, Model, get_logits, guess_mode
+from gpu_mixmatch.methods.looks import Looks
+from gpu_mixmatch.methods.passes import (
+    GuessBatchNorm,
+    GuessForward,
+    Model,
+    check_model,
+    get_logits,
+    guess_mode,
+)
 from gpu_mixmatch.types import (
     AugmentParams,
     DrawPlan,
@@ -45,7 +66,7 @@ class MixMatch(nn.Module):
 
     Args:
         augment: An engine such as `WeakAugment`, or any callable from float images to float images.
-        num_classes: L.
+        num_classes: L, at least 2.
         num_augmentations: K, views per unlabelled image.
         temperature: T of the sharpening.
         alpha: α of Beta(α, α).
@@ -70,6 +91,7 @@ class MixMatch(nn.Module):
             depend on it.
 
     Raises:
+        TypeError: If an argument is of the wrong kind.
         ValueError: If an argument is out of its range.
 
     References:
@@ -97,37 +119,41 @@ class MixMatch(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        check_least("num_classes", num_classes, 1)
-        check_least("num_augmentations", num_augmentations, 1)
-        for name, value in (("temperature", temperature), ("alpha", alpha)):
-            if not value > 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
-        check_plan(DrawPlan(lam=lam, mix=mix))
+        if as_integer("num_classes", num_classes, least=1, most=2**31 - 1) == 1:
+            raise ValueError(
+                "num_classes must be at least 2, got 1: of one class nothing is learnt, since "
+                "every target is 1. For two classes give the model two logits"
+            )
+        plan = as_plan(DrawPlan(num_augmentations, None, alpha, lam, mix))
         check_choice("guess_bn", guess_bn, GuessBatchNorm)
         check_choice("guess_forward", guess_forward, GuessForward)
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-        check_seed(seed)
-        sampling.folded_beta_quantile(alpha)  # raises now if α is out of range
+        if teacher is not None:
+            check_kind("teacher", teacher, nn.Module, "an nn.Module or None")
+        if logits_getter is not None:
+            check_callable("logits_getter", logits_getter, "a function or None")
+        check_choice("impl", impl, Impl)
+        sampling.folded_beta_quantile(plan.alpha)  # takes a moment, once
         self.augment = as_augment(augment)
-        self.num_classes = num_classes
-        self.num_augmentations = num_augmentations
-        self.temperature = temperature
-        self.alpha = alpha
+        self.num_classes = int(num_classes)
+        self.num_augmentations = plan.num_augmentations
+        self.temperature = as_temperature(temperature)
+        self.alpha = plan.alpha
         self.lam = lam
         self.mix = mix
         self.guess_bn = guess_bn
         self.guess_forward = guess_forward
-        self.label_smoothing = label_smoothing
+        self.label_smoothing = as_smoothing(label_smoothing)
         self.logits_getter = logits_getter
-        self.seed = seed
+        self.seed = as_seed(seed)
         self.impl = impl
-        self.step = torch.zeros((), dtype=torch.int64)
+        self.step = torch.zeros((), dtype=torch.int64, device="cpu")
         self._teacher = (teacher,)  # a tuple hides the module from registration
+        reuse_buffers = as_flag("reuse_buffers", reuse_buffers)
         self._guess_hooks: OrderedDict[int, Callable[[Tensor], None]] = OrderedDict()
         # whether a guess was seen to write into its views; None before the first
         self._model_writes: bool | None = None
         self._workspaces = (Workspace(), Workspace()) if reuse_buffers else None
+        self._looks = Looks()
         # follows .to(device); holds nothing
         self.register_buffer("_device_anchor", torch.empty(0), persistent=False)
         implementation(impl, self.device)  # raises now if it cannot run
@@ -172,12 +198,13 @@ class MixMatch(nn.Module):
         Args:
             x: Labelled images, ``[B, C, H, W]`` or ``[B, H, W, C]``, uint8 or float in [0, 1], on
                 the CPU or on this module's device.
-            y: Labels, ``[B]`` integers or ``[B, L]`` distributions.
+            y: Labels, ``[B]`` integers or ``[B, L]`` distributions, a tensor or a numpy array.
             u: Unlabelled images, like x; M of them, which may differ from B.
             model: Maps ``[n, C, H, W]`` to logits ``[n, L]``. Its mode and its BatchNorm are left
                 as they came, and no gradient flows through the guess.
-            ids_x: Sample ids of x, ``[B]`` int64; None takes positions in the global batch. With a
-                data set's own indices the draws do not depend on batch size, order or world size.
+            ids_x: Sample ids of x, ``[B]`` int64, or a numpy array of integers; None takes
+                positions in the global batch. With a data set's own indices the draws do not depend
+                on batch size, order or world size.
             ids_u: Sample ids of u, ``[M]`` int64.
             key: Seed and step, ``[2]`` int64 on this module's device, to draw by in place of this
                 module's own: a CUDA graph reads them anew. Kernels only; see `capture`.
@@ -186,9 +213,20 @@ class MixMatch(nn.Module):
             The mixed batch of N = B + K·M rows.
 
         Raises:
-            ValueError: If images, labels, ids or the model's logits do not fit each other.
+            TypeError: If an argument is of the wrong kind.
+            ValueError: If images, labels, ids or the model's logits do not fit each other, floats
+                lie far outside of [0, 1], or a shape leaves the layout in doubt. On CUDA floats are
+                looked at in the first batch alone, and nothing waits for it: a later call raises.
+
+        Warns:
+            UserWarning: Once, if the model's logits are probabilities; likewise.
         """
         check_images_alike(x, u)
+        check_model(model)
+        if key is None:  # what is built while a graph is captured is made of any images
+            self.look_at(x, u)
+        else:
+            check_key_tensor(key)
         x, u = self._moved("x", x), self._moved("u", u)
         y = self._labels(y, len(x))
         ids = _ids(ids_x, ids_u, len(x), len(u))
@@ -242,8 +280,18 @@ class MixMatch(nn.Module):
             The mixed batch of N = B + K·M rows.
 
         Raises:
-            ValueError: If there are not K views, or shapes or dtypes differ.
+            TypeError: If an argument is of the wrong kind.
+            ValueError: If there are not K views, shapes or dtypes differ, or, on a CPU, images are
+                not finite.
         """
+        check_tensor("x", x)
+        check_model(model)
+        self._looks.judge()
+        check_kind("views", views, (Tensor, list, tuple), "[K, M, C, H, W] or K tensors")
+        if isinstance(views, Tensor) and views.dim() == 0:
+            raise ValueError("views must be [K, M, C, H, W] or K tensors, got a single number")
+        for number, view in enumerate(views):
+            check_tensor(f"views[{number}]", view)
         if len(views) != self.num_augmentations:
             raise ValueError(
                 f"views must hold num_augmentations = {self.num_augmentations} views, "
@@ -261,6 +309,11 @@ class MixMatch(nn.Module):
                     f"x and views must be of one floating point dtype, got {x.dtype} and "
                     f"{view.dtype}"
                 )
+        if x.dim() != 4:
+            raise ValueError(f"x must be [B, C, H, W], got {list(x.shape)}")
+        check_finite("x", x)
+        for view in views:
+            check_finite("views", view)
         sources = [self._moved("x", x), *(self._moved("views", view) for view in views)]
 
         def build() -> Views:
@@ -279,6 +332,16 @@ class MixMatch(nn.Module):
         handle = RemovableHandle(self._guess_hooks)
         self._guess_hooks[handle.id] = hook
         return handle
+
+    def look_at(self, x: Tensor, u: Tensor) -> None:
+        """Look at the range of images, on a CPU now, on CUDA once and later, without waiting.
+
+        Raises:
+            ValueError: If floats lie far outside of [0, 1].
+        """
+        self._looks.judge()
+        self._looks.images("x", x)
+        self._looks.images("u", u)
 
     def _draw(
         self, plan: DrawPlan, ids: tuple[Tensor | int, Tensor | int], key: Tensor | None
@@ -320,22 +383,33 @@ class MixMatch(nn.Module):
     ) -> tuple[Views, Tensor]:
         """Guess on the views; return them as they were before, whatever the model wrote into them.
 
-        The first guess and those of a model that was seen to write keep a copy. Else tensors count
-        what is written into them, and views that are found changed are built again.
+        Guesses keep a copy until a first one was looked at, and if any was seen to write. Else
+        tensors count what is written into them, and views that were changed are built again.
         """
         shown = views.unlabelled
         if not views.mixes_unlabelled:
             return views, self._guess_logits(shown, model)
         count = count_of_writes(shown)
-        kept = None if count is not None and self._model_writes is False else views.copy()
+        kept = views.copy() if count is None or self._keeps_views(shown) else None
         logits = self._guess_logits(shown, model)
-        written = count is not None and count_of_writes(shown) != count
-        if kept is None and written:
-            # logits may lie in the views, which may be built again in the same memory
-            logits, kept, self._model_writes = logits.clone(), build_again(), True
-        elif kept is not None and count is not None and self._model_writes is None:
-            self._model_writes = written or seen_to_differ(shown, kept.unlabelled)
+        if count is not None and count_of_writes(shown) != count:
+            self._model_writes = True
+            if kept is None:
+                # logits may lie in the views, which may be built again in the same memory
+                logits, kept = logits.clone(), build_again()
+        elif count is not None and kept is not None and self._model_writes is None:
+            self._looks.difference(shown, kept.unlabelled, self._judge_model)
         return views if kept is None else kept, logits
+
+    def _keeps_views(self, views: Tensor) -> bool:
+        if self._model_writes is None and views.is_cuda:
+            # the warm-up has looked; a graph would copy for ever what is looked at once
+            return not torch.cuda.is_current_stream_capturing()
+        return self._model_writes is not False
+
+    def _judge_model(self, writes: bool) -> None:
+        """Take in whether the first guess wrote into its views past torch's count."""
+        self._model_writes = self._model_writes or writes
 
     def _guess_logits(self, views: Tensor, model: Model) -> Tensor:
         """Logits of all views, ``[K, M, L]``, without gradients."""
@@ -353,12 +427,14 @@ class MixMatch(nn.Module):
                 f"model must return logits [{len(views)}, {self.num_classes}] "
                 f"(num_classes = {self.num_classes}), got {list(logits.shape)}"
             )
+        self._looks.logits(logits)
         logits = logits.view(self.num_augmentations, -1, self.num_classes)
         for hook in self._guess_hooks.values():
             hook(logits)
         return logits
 
-    def _labels(self, y: Tensor, length: int) -> Tensor:
+    def _labels(self, y: Any, length: int) -> Tensor:
+        y = as_labels("y", y)
         if y.dim() == 0 or len(y) != length:
             came = len(y) if y.dim() else "a single number"
             raise ValueError(f"y must have a label per image of x, {length}, got {came}")
@@ -389,7 +465,7 @@ class MixMatch(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        destination[prefix + "seed"] = torch.tensor(self.seed, dtype=torch.int64)
+        destination[prefix + "seed"] = torch.tensor(self.seed, dtype=torch.int64, device="cpu")
         destination[prefix + "step"] = self.step.clone()
 
     def _load_from_state_dict(
@@ -408,10 +484,19 @@ class MixMatch(nn.Module):
             first = key.removeprefix(prefix).split(".", 1)
             if key.startswith(prefix) and (len(first) == 1 or first[0] not in self._modules):
                 unexpected_keys.append(key)
-        if prefix + "seed" in state_dict:
-            self.seed = int(state_dict[prefix + "seed"])
-        if prefix + "step" in state_dict:
-            self.step = torch.tensor(int(state_dict[prefix + "step"]), dtype=torch.int64)
+        try:
+            seed, step = (
+                _integer_of_state(prefix + name, state_dict.get(prefix + name, mine), most)
+                for name, mine, most in (
+                    ("seed", self.seed, MOST_SEED),
+                    ("step", self.step, MOST_STEP),
+                )
+            )
+        except (TypeError, ValueError) as error:  # the module raises them, together
+            error_msgs.append(str(error))
+            return
+        self.seed = seed
+        self.step = torch.tensor(step, dtype=torch.int64, device="cpu")
 
     def extra_repr(self) -> str:
         """Show every switch, the step and the implementation that runs."""
@@ -438,6 +523,14 @@ class MixMatch(nn.Module):
         running = resolve_impl(self.impl, self.device)
         shown += [f"step={int(self.step)}", f"impl={self.impl!r} -> {running} on {self.device}"]
         return ", ".join(shown)
+
+
+def _integer_of_state(name: str, value: Any, most: int) -> int:
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not is_integer(value.dtype) or value.device.type == "meta":
+            raise ValueError(f"{name} must be an integer, got {came(value)}")
+        value = value.item()
+    return as_integer(name, value, most=most)
 
 
 def _ids(
