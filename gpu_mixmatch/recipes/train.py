@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import TensorDataset
 
+from gpu_mixmatch._generators import seeded_generators
 from gpu_mixmatch._ranks import positions, rank, world_size
 from gpu_mixmatch._validation import as_flag, as_integer, as_number, came
 from gpu_mixmatch._version import __version__
@@ -336,8 +337,7 @@ class TrainRun:
 
     def _new_model(self, num_classes: int, channels: int) -> nn.Module:
         config = self.config
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+        with seeded_generators(config.seed):
             model = build_model(config.model, num_classes, channels, config.filters)
         if config.sync_batchnorm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
