@@ -175,7 +175,7 @@ def test_check_images_keeps_back_what_native_decoders_print(folder, capfd):
 
 def test_check_images_of_an_empty_folder_ends_with_2(tmp_path):
     message = refusal("check-images", str(tmp_path))
-    assert message == f"error: folder must hold at least one image, got none in {tmp_path}"
+    assert message.startswith(f"error: folder must hold at least one image, got none in {tmp_path}")
 
 
 def test_check_images_of_no_folder_ends_with_2(tmp_path):
