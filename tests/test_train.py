@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.optim.swa_utils import update_bn
 
 from gpu_mixmatch import DaliAugment, KorniaAugment, WeakAugment
 from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.data.formats.common import ImageData
+from gpu_mixmatch.recipes import train as recipe
 from gpu_mixmatch.recipes.choices import AUGMENTS, LOADERS, PRESET_NAMES, make_augment
 from gpu_mixmatch.recipes.models import SmallCNN, build_model, wideresnet28
 from gpu_mixmatch.recipes.train import TrainConfig, TrainRun, train
@@ -351,6 +353,38 @@ def test_filters_of_the_config_replace_those_of_the_preset(preset, model):
     run = TrainRun(config, images_of("cifar100", 100))
     assert num_parameters(run.model) == num_parameters(build_model(model, 100, 3, 4))
     assert run.description()["filters"] == 4
+
+
+@pytest.mark.parametrize(
+    ("model", "steps", "momentum"),
+    [
+        ("wrn-28-2", 1, 1.0),
+        ("wrn-28-2", 150, 10 / 150),
+        ("wrn-28-2", 10_000, 0.001),
+        ("wrn-28-2", 20_000, 0.001),
+        ("cnn", 50, 0.2),
+        ("cnn", 150, 0.1),
+    ],
+)
+def test_batch_norm_of_a_run_moves_as_fast_as_its_length_asks(model, steps, momentum):
+    run = TrainRun(TrainConfig(model=model, filters=2, steps=steps))
+    norms = [module for module in run.model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert {norm.momentum for norm in norms} == {momentum}
+    assert len(norms) == (25 if model == "wrn-28-2" else 3)
+
+
+def test_short_run_is_evaluated_with_statistics_that_it_has_filled(monkeypatch):
+    data = load_dataset("digits")
+    fields = {"model": "wrn-28-2", "filters": 8, "steps": 40, "lr": 0.01}
+    config = TrainConfig(labels=400, supervised=True, **fields)
+    run = take_steps(TrainRun(config, data), 40)
+    error = run.test_error()
+    update_bn([run.normalize(images) for images in data.train_images.split(64)], run.ema)
+    assert error == pytest.approx(run.test_error(), abs=1.5)
+
+    monkeypatch.setattr(recipe, "fill_statistics_in", lambda model, steps: None)
+    papers = take_steps(TrainRun(config, data), 40)
+    assert papers.test_error() > error + 50
 
 
 def test_small_cnn_is_the_same_under_every_preset():

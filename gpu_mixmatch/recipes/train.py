@@ -34,7 +34,7 @@ from gpu_mixmatch.recipes.choices import (
     make_loader,
     make_weak,
 )
-from gpu_mixmatch.recipes.models import build_model, kernel_parameters
+from gpu_mixmatch.recipes.models import build_model, fill_statistics_in, kernel_parameters
 from gpu_mixmatch.recipes.run_log import MetricsLog
 from gpu_mixmatch.types import SemiSupervisedBatch
 
@@ -50,7 +50,8 @@ class TrainConfig:
         labels: Number of labelled images, balanced over the classes; None takes all there are.
         steps: Length of the run in batches.
         batch_size: B, and M = B, of each process.
-        model: A name that `build_model` knows.
+        model: A name that `build_model` knows. Its BatchNorm's running statistics move by at
+            least 10 / steps a step, so that a short run fills them; see `fill_statistics_in`.
         filters: Channels of the network's first stage; None takes the preset's for "wrn-28-2",
             135 for CIFAR-100 and else 32, and for "cnn" its own.
         preset: "paper", "yu1ut" or "usb"; "fast" is the paper's with one joint guess and one
@@ -200,6 +201,7 @@ class TrainRun:
             torch.manual_seed(config.seed)
             filters = choose_filters(config.model, config.filters, self.preset)
             model = build_model(config.model, num_classes, channels, filters)
+        fill_statistics_in(model, config.steps)
         if config.sync_batchnorm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         return model
