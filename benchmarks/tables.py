@@ -1,6 +1,7 @@
 """Results as Markdown tables, a function per suite."""
 
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 from benchmarks.common import Row
@@ -243,6 +244,41 @@ def trained_tables(content: Content) -> Tables:
     return [("", "\n".join(lines) + "\n")]
 
 
+def learning_tables(content: Content) -> Tables:
+    """Test errors, contenders below each other and data sets beside each other.
+
+    Where guesses were watched, a second table has how sure they were and how many were right.
+    """
+    rows = content["rows"]
+    seeds = {row["case"]: len(row["seeds"]) for row in rows}
+    parts = [
+        (
+            "",
+            pivot(
+                rows,
+                lambda row: f"{row['case']} ({seeds[row['case']]} seeds)",
+                lambda row: f"{row['mean']:.2f} ± {row['deviation']:.2f}",
+                "error in %: mean ± sd",
+            ),
+        )
+    ]
+    watched = [row for row in rows if row["confidences"] is not None]
+    if content["command"].endswith(" guesses"):
+        parts.append(("", _guesses_table(watched)))
+    return parts
+
+
+def _guesses_table(rows: list[Row]) -> str:
+    """How sure guesses are, and how many are right, at the end of runs."""
+    lines = ["| MixMatch on | confidence | accuracy | excess |", "|---|---|---|---|"]
+    for row in rows:
+        confidence = fmean(row["confidences"])
+        accuracy = 1 - row["mean"] / 100
+        excess = f"{confidence - accuracy:+.2f}"
+        lines.append(f"| {row['case']} | {confidence:.2f} | {accuracy:.2f} | {excess} |")
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[Content], Tables]] = {
     "augment": augment_tables,
     "batch": batch_tables,
@@ -252,4 +288,5 @@ TABLES: dict[str, Callable[[Content], Tables]] = {
     "claims": claims_tables,
     "demo": trained_tables,
     "ablation": trained_tables,
+    "learning": learning_tables,
 }
