@@ -130,9 +130,13 @@ class Part:
         return [Trial(case, self.on, length, seed, contender.settings) for seed in seeds]
 
     def all_trials(self) -> list[Trial]:
-        """The runs of all rows."""
-        cells = [(case, contender) for case in self.cases for contender in self.contenders]
-        return [trial for cell in cells for trial in self.trials(*cell)]
+        """The runs of all rows, those of one data set and seed together."""
+        rows = [self.trials(case, who) for case in self.cases for who in self.contenders]
+        places = {case: place for place, case in enumerate(self.cases)}
+        return sorted(
+            (trial for row in rows for trial in row),
+            key=lambda trial: (places[trial.case], self.cases[trial.case][0].index(trial.seed)),
+        )
 
 
 def pooled(images: Tensor) -> Tensor:
@@ -216,7 +220,7 @@ def weight(lambda_u: float, ramp: float) -> Contender:
     """λ_U, ramped over a share of the run."""
     span = f"ramp over {ramp:.0%}".replace("%", " %") if ramp else "no ramp"
     label = f"λ_U {lambda_u:g}, {span}"
-    return Contender(f"{lambda_u:g}-{ramp:g}", label, {"lambda_u": lambda_u, "ramp": ramp})
+    return Contender(f"{lambda_u:g}-{ramp:g}", label, {"lambda_u": float(lambda_u), "ramp": ramp})
 
 
 OURS = Contender("ours", "defaults")
@@ -366,11 +370,11 @@ PARTS: dict[str, tuple[Part, ...]] = {
                 },
                 ((75, 0.5), (50, 0.5), (25, 0.25), (25, 0.5), (25, 1.0), (10, 0.5)),
             ),
-            ({"fashion-28": (SELECTION_SEEDS[:2], None)}, ((75, 0.5), (25, 0.5), (25, 1.0))),
             (
-                {"digits": (SELECTION_SEEDS, 200), "fashion-14": (SELECTION_SEEDS[:1], 4000)},
-                ((75, 0.5), (50, 0.5), (25, 0.5)),
+                {"digits": (SELECTION_SEEDS, 200), "fashion-28": (SELECTION_SEEDS[:2], None)},
+                ((75, 0.5), (25, 0.5)),
             ),
+            ({"fashion-14": (SELECTION_SEEDS[:1], 4000)}, ((75, 0.5), (25, 0.5))),
         )
     ),
     "goal": (Part(_seeded(TEST_SEEDS, "digits", "fashion-28"), (OURS, YU1UT)),),

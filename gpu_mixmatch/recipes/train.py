@@ -30,6 +30,7 @@ from gpu_mixmatch.recipes.choices import (
     PRESET_NAMES,
     choose_filters,
     choose_preset,
+    choose_weight,
     make_augment,
     make_loader,
     make_weak,
@@ -65,7 +66,8 @@ class TrainConfig:
         sync_batchnorm: Take BatchNorm's statistics over the batches of all processes; on CUDA.
         supervised: Train on the labelled images alone, augmented but not mixed.
         lr: Learning rate; None takes the preset's.
-        lambda_u: λ_U; None takes the preset's.
+        lambda_u: λ_U; None takes the preset's, and less in a run of under 32,768 steps; see
+            `choose_weight`.
         rampup_steps: Of λ_U; None takes the preset's, and at most half of the run.
         ema_decay: Of the evaluated weights; None takes the preset's, and at most 1 - 10 / steps,
             so that a short run forgets its start.
@@ -212,12 +214,9 @@ class TrainRun:
         return min(self.preset.ema_decay, max(0.0, 1 - 10 / self.config.steps))
 
     def _criterion(self) -> MixMatchLoss:
-        config, settings = self.config, self.preset.loss
-        lambda_u = settings["lambda_u"] if config.lambda_u is None else config.lambda_u
-        rampup_steps = config.rampup_steps
-        if rampup_steps is None:
-            rampup_steps = min(settings["rampup_steps"], config.steps // 2)
-        return MixMatchLoss(lambda_u, rampup_steps)
+        config = self.config
+        given = config.lambda_u, config.rampup_steps
+        return MixMatchLoss(*choose_weight(self.preset, config.steps, *given))
 
     def _optimizer(self) -> torch.optim.Optimizer:
         settings = self.preset.optimizer
