@@ -303,6 +303,27 @@ def test_weight_ramps_over_half_of_a_short_run(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("fields", "lambda_u", "rampup_steps"),
+    [
+        ({"steps": 512}, 75 / 4, 256),
+        ({"steps": 4096}, 75 / 2, 2048),
+        ({"steps": 32_767}, 75.0, 16_383),
+        ({"steps": 32_768}, 75.0, 16_384),
+        ({"steps": 1_048_576}, 75.0, 16_384),
+        ({"steps": 512, "preset": "usb"}, 100 / 4, 256),
+        ({"steps": 512, "lambda_u": 75.0}, 75.0, 256),
+        ({"steps": 512, "rampup_steps": 0}, 75 / 4, 0),
+    ],
+)
+def test_weight_of_the_unlabelled_loss_follows_the_length_of_the_run(
+    fields, lambda_u, rampup_steps
+):
+    criterion = TrainRun(TrainConfig(**fields)).criterion
+    assert criterion.lambda_u == pytest.approx(lambda_u, rel=1e-4)
+    assert criterion.rampup_steps == rampup_steps
+
+
+@pytest.mark.parametrize(
     ("preset", "model"), [*((name, "cnn") for name in PRESET_NAMES), ("paper", "wrn-28-2")]
 )
 def test_a_step_of_every_preset_moves_every_kernel(preset, model):
