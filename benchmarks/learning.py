@@ -54,6 +54,7 @@ class Case:
         labels: Number of labels.
         steps: Length of a run.
         held: Training images that are held out to choose on.
+        size: Pixels that the images of a folder are brought to.
     """
 
     title: str
@@ -61,6 +62,7 @@ class Case:
     labels: int
     steps: int
     held: int
+    size: int = 32
 
 
 @dataclass(frozen=True)
@@ -189,10 +191,10 @@ def texture_tiles() -> ImageData:
 
 
 def photograph_tiles(folder: Path) -> FolderData:
-    """The photograph tiles as the demonstration reads them, JPEG files written to a folder."""
+    """The photograph tiles as the demonstration has them, JPEG files written to a folder."""
     if not folder.exists():
         tiles.write_tiles(folder)
-    data = load_dataset("folder", folder)
+    data = load_dataset("folder", folder, CASES["photographs"].size)
     assert isinstance(data, FolderData)
     return data
 
@@ -212,7 +214,7 @@ CASES = {
     "fashion-28": Case("Fashion-MNIST, 28 px, 100 labels", "fashion-mnist", 100, 1200, 5000),
     "fashion-14": Case("Fashion-MNIST, 14 px, 100 labels", "fashion-mnist", 100, 1200, 5000),
     "textures": Case("texture tiles, 16 px, 28 labels", "folder", 28, 800, 210),
-    "photographs": Case("photograph tiles, 32 px, 24 labels", "folder", 24, 800, 0),
+    "photographs": Case("photograph tiles, 16 px, 24 labels", "folder", 24, 800, 0, size=16),
 }
 
 
@@ -364,7 +366,7 @@ PARTS: dict[str, tuple[Part, ...]] = {
         for cases, candidates in (
             (
                 {
-                    "digits": (SELECTION_SEEDS, None),
+                    "digits": (range(10, 18), None),
                     "textures": (SELECTION_SEEDS[:1], None),
                     "fashion-14": (SELECTION_SEEDS[:2], None),
                 },
@@ -397,7 +399,12 @@ PARTS: dict[str, tuple[Part, ...]] = {
             ),
         ),
     ),
-    "guesses": (Part(_seeded(TEST_SEEDS[:3], "digits", "textures", "photographs"), (OURS,)),),
+    "guesses": (
+        Part(
+            _seeded(TEST_SEEDS[:3], "digits", "textures", "fashion-28", "photographs"),
+            (SUPERVISED, OURS),
+        ),
+    ),
     "remedies": (
         Part(
             _seeded(TEST_SEEDS[:3], "photographs"),
