@@ -33,7 +33,6 @@ from benchmarks import schema, tiles
 from benchmarks.common import RESULTS, ROOT, Row, commit
 from gpu_mixmatch import _machine
 from gpu_mixmatch.data.datasets import FolderData, ImageData, load_dataset
-from gpu_mixmatch.insight.guesses import GuessWatch
 from gpu_mixmatch.recipes.train import TrainConfig, TrainRun
 from gpu_mixmatch.sampling import epoch_order
 
@@ -247,7 +246,7 @@ class LearningRun(TrainRun):
     def __init__(self, config: TrainConfig, data: Data, semantics: Semantics) -> None:
         super().__init__(config, data)
         if semantics.average_statistics:
-            average = get_ema_multi_avg_fn(self._ema_decay())  # type: ignore[no-untyped-call]
+            average = get_ema_multi_avg_fn(self.config.ema_decay)  # type: ignore[no-untyped-call]
             self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
         if semantics.decay == "parameters":
             self.kernels = list(self.model.parameters())
@@ -274,11 +273,12 @@ def run(trial: Trial, data: Data) -> dict[str, Any]:
         assert isinstance(data, ImageData)
         data = held_out(data, case.held)
     training = LearningRun(config, data, semantics)
-    watch = GuessWatch(training.mixmatch)
+    watch = training.watch
     for batch in islice(training.loader, trial.steps):
-        watch.paused = training.step < trial.steps - WATCHED
+        if watch:
+            watch.paused = training.step < trial.steps - WATCHED
         training.train_step(batch)
-    quality = watch.read()
+    quality = watch.read() if watch else None
     return {
         "error": training.test_error(),
         "confidence": None if quality is None else quality.confidence,

@@ -1,8 +1,11 @@
 """What each part needs and how to install it: errors, the doctor and skipped tests read this."""
 
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
+
+_ROOT = Path(__file__).parents[1]
 
 
 class Package(NamedTuple):
@@ -88,7 +91,10 @@ def missing_package(error: ImportError, module: str, user: str) -> ImportError:
 
 
 def install_hint(module: str) -> str:
-    """Return the command that installs a package, for a checkout of this project.
+    """Return the command that installs a package.
+
+    In a checkout of this project that is an extra of it; elsewhere, where the command could not
+    find it, it is the package itself.
 
     Args:
         module: A module of a package of the table.
@@ -97,7 +103,7 @@ def install_hint(module: str) -> str:
     extra = next(iter(package.distributions))
     if "dali-cu12" in package.distributions and _is_built_for_cuda_12():
         extra = "dali-cu12"
-    if extra is None:
+    if extra is None or not (_ROOT / "pyproject.toml").is_file():
         return f"pip install {package.distributions[extra]}"
     return f'pip install -e ".[{extra}]"' if extra else "pip install -e ."
 

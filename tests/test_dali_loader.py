@@ -313,7 +313,7 @@ def test_two_batches_are_made_while_another_is_worked_on(folders, monkeypatch):
         wait_until(lambda: len(read) >= 3 * 9)
         time.sleep(0.1)
         assert len(read) == 3 * 9
-        assert loader.state_dict() == {"seed": 4, "step": 1}
+        assert loader.state_dict()["step"] == 1
 
 
 # Images that do not decode
@@ -406,7 +406,7 @@ def test_skip_resumes_bit_for_bit_whatever_was_known_before(damaged):
         assert_same(list(loader), expected)  # with all of them known
     for stop in (2, 5):
         with loader_of(folders, **options) as loader:
-            loader.load_state_dict({"seed": 4, "step": stop})
+            loader.load_state_dict({**loader.state_dict(), "step": stop})
             assert_same(list(loader), expected[stop:])
 
 

@@ -340,7 +340,8 @@ def test_a_killed_job_resumes_to_the_last_bit(folder, found, killed):
         torch.load(path / "checkpoint.pt", weights_only=True) for path in (folder / "run-0", out)
     )
     assert whole["config"] == resumed["config"]
-    assert whole["loader"] == resumed["loader"] == {"seed": 0, "step": 60}
+    assert whole["loader"] == resumed["loader"]
+    assert resumed["loader"]["step"] == 60
     for part in ("model", "ema"):
         assert whole[part].keys() == resumed[part].keys()
         for name, value in whole[part].items():

@@ -76,6 +76,13 @@ def test_the_command_works_in_a_checkout(module, command):
     assert install_hint(module) == command
 
 
+def test_elsewhere_the_command_names_the_package_itself(monkeypatch, tmp_path):
+    monkeypatch.setattr(_extras, "_ROOT", tmp_path)
+    assert install_hint("matplotlib") == "pip install matplotlib"
+    assert install_hint("sklearn") == "pip install scikit-learn"
+    assert install_hint("numba") == "pip install numba"
+
+
 @pytest.mark.parametrize(
     ("cuda", "extra"), [("12.8", "dali-cu12"), ("13.0", "dali"), (None, "dali")]
 )

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, _validation
-from gpu_mixmatch.insight import GuessWatch, TensorBoardInsight, draw_preview
+from gpu_mixmatch.insight import GuessQuality, GuessWatch, TensorBoardInsight, draw_preview
 from tests.digest import parameter_digest
-from tests.factories import ConvNet, random_data
+from tests.factories import ConstantNet, ConvNet, random_data
 from tests.no_sync import NoExport, NoSync
 from tests.skips import skip_without
 
@@ -229,6 +229,80 @@ def test_watching_takes_a_few_small_operations_and_no_second_guess(monkeypatch):
         counts.append(mode.calls)
     assert len(passes) == 2
     assert counts[1] - counts[0] <= 6
+
+
+def test_watch_without_the_truth_keeps_one_number_however_long_it_is_not_read():
+    mixmatch, model = builder_of(), new_net()
+    watch = GuessWatch(mixmatch)
+    train(mixmatch, model)
+    kept = [value for value in vars(watch).values() if isinstance(value, torch.Tensor | list)]
+    tensors = [value for value in kept if isinstance(value, torch.Tensor)]
+    assert [tensor.numel() for tensor in tensors] == [1]
+    assert not any(value for value in kept if isinstance(value, list) and value != watch._handles)
+
+
+def watch_of(confidence, truth=None):
+    """A watch of three steps whose guesses are so sure of the last class, and their builder."""
+    # a softmax over one odd logit z has the share e^z / (e^z + L - 1)
+    odd = torch.tensor(confidence * (NUM_CLASSES - 1) / (1 - confidence)).log().item()
+    mixmatch, model = builder_of(), ConstantNet([0.0] * (NUM_CLASSES - 1) + [odd])
+    watch = GuessWatch(mixmatch, truth)
+    for step in range(3):
+        x, y, u = data()
+        mixmatch(x, y, u, model, ids_u=ids_of(step))
+    return watch
+
+
+def test_gap_is_confidence_less_accuracy():
+    assert GuessQuality(0.75, None, 8).gap(0.5) == 0.25
+    assert GuessQuality(0.75, None, 8).gap(1) == -0.25
+    assert GuessQuality(0.75, 0.5, 8).gap() == 0.25
+    assert GuessQuality(0.75, 0.5, 8).gap(0.25) == 0.5  # held labels come first
+
+
+@pytest.mark.parametrize("with_truth", [False, True])
+def test_overconfident_guesses_are_warned_of_once_with_both_numbers(with_truth):
+    truth = torch.arange(NUM_UNLABELLED) % 2 * (NUM_CLASSES - 1)
+    watch = watch_of(0.93, truth if with_truth else None)
+    images = "unlabelled" if with_truth else "held"
+    text = rf"0\.93 sure .* gets 0\.50 of the {images} images right: .*docs/losing\.md"
+    with pytest.warns(UserWarning, match=text) as caught:
+        quality = watch.compare(None if with_truth else 0.5)
+    assert caught[0].filename == __file__
+    assert quality == (pytest.approx(0.93), 0.5 if with_truth else None, 18)
+    x, y, u = data()
+    watch.mixmatch(x, y, u, ConstantNet([0.0, 0.0, 0.0, 0.0, 9.0]), ids_u=ids_of(0))
+    assert watch.compare(0.5).num_guesses == 6  # no second warning
+    assert watch.compare(0.5) is None
+
+
+@pytest.mark.parametrize(
+    ("confidence", "accuracy", "most"), [(0.93, 0.84, 0.1), (0.6, 0.95, 0.1), (0.93, 0.5, 0.45)]
+)
+def test_guesses_that_are_about_as_right_as_sure_are_not_warned_of(confidence, accuracy, most):
+    assert watch_of(confidence).compare(accuracy, most=most).confidence == pytest.approx(confidence)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((86.5,), {}, ValueError, r"held_accuracy must be in \[0, 1\], got 86\.5"),
+        ((float("nan"),), {}, ValueError, r"held_accuracy must be in \[0, 1\], got nan"),
+        (("0.9",), {}, TypeError, "held_accuracy must be a number, got '0.9'"),
+        ((), {}, ValueError, "held_accuracy must be given where the truth .* got None"),
+        ((0.9,), {"most": 10}, ValueError, r"most must be in \[0, 1\], got 10"),
+    ],
+)
+def test_accuracy_that_is_no_share_is_refused_and_the_guesses_are_kept(
+    arguments, options, error, message
+):
+    watch = watch_of(0.93)
+    with pytest.raises(error, match=message):
+        watch.compare(*arguments, **options)
+    if not options:
+        with pytest.raises(error, match=message):
+            GuessQuality(0.5, None, 8).gap(*arguments)
+    assert watch.read().num_guesses == 18
 
 
 @pytest.mark.parametrize("insight", ["watch", "tensorboard"])

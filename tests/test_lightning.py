@@ -332,6 +332,38 @@ def test_one_stream_alone_is_refused(stream):
         fit(Classifier(), two_dataloaders()[stream], num_sanity_val_steps=0)
 
 
+def test_bases_in_the_wrong_order_are_refused_where_the_class_is_made():
+    message = r"Wrong must name MixMatchMixin before LightningModule .* got LightningModule, MixM"
+    with pytest.raises(TypeError, match=message):
+        type("Wrong", (L.LightningModule, MixMatchMixin), {})
+    with pytest.raises(TypeError, match="Later must name MixMatchMixin before LightningModule"):
+        type("Later", (type("Own", (L.LightningModule,), {}), MixMatchMixin), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "mixmatch",
+            None,
+            r"self\.mixmatch must be such as MixMatch.* of Classifier, got nothing",
+        ),
+        (
+            "criterion",
+            75.0,
+            r"self\.criterion must be such as MixMatchLoss.* got 75\.0 of type",
+        ),
+    ],
+)
+def test_a_module_that_lacks_a_part_is_told_which(name, value, message):
+    module = Classifier()
+    delattr(module, name)
+    if value is not None:
+        setattr(module, name, value)
+    with pytest.raises(TypeError, match=message):
+        fit(module, semi_supervised(), num_sanity_val_steps=0)
+
+
 def test_loader_of_another_rank_is_refused():
     with pytest.raises(RuntimeError, match="must be of rank 0 of 1 processes, got rank 1 of 2"):
         fit(Classifier(), semi_supervised(rank=1, world_size=2))

@@ -21,9 +21,9 @@ from gpu_mixmatch import DaliAugment, MixMatch, WeakAugment, presets
 from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.data.formats.common import ImageData
 from gpu_mixmatch.insight.canvas import DPI, IMAGE_SIDE, MARGIN, TO_HEADS, TO_ROWS
-from gpu_mixmatch.insight.dataset_preview import CLASS_NAMES, preview_dataset
 from gpu_mixmatch.insight.preview import draw_preview
 from gpu_mixmatch.recipes.choices import make_augment
+from gpu_mixmatch.recipes.dataset_preview import CLASS_NAMES, preview_dataset
 from gpu_mixmatch.recipes.models import SmallCNN
 from tests.factories import ConstantNet, random_images
 from tests.image_files import CLASSES, write_folder

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.optim.swa_utils import update_bn
@@ -17,10 +19,12 @@ from torch.optim.swa_utils import update_bn
 from gpu_mixmatch import DaliAugment, KorniaAugment, WeakAugment
 from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.data.formats.common import ImageData
+from gpu_mixmatch.insight import GuessWatch
 from gpu_mixmatch.recipes import train as recipe
+from gpu_mixmatch.recipes.checkpoint import read_checkpoint, write_checkpoint
 from gpu_mixmatch.recipes.choices import AUGMENTS, LOADERS, PRESET_NAMES, make_augment
 from gpu_mixmatch.recipes.models import SmallCNN, build_model, wideresnet28
-from gpu_mixmatch.recipes.train import TrainConfig, TrainRun, train
+from gpu_mixmatch.recipes.train import DivergenceError, TrainConfig, TrainRun, resolved, train
 from tests.digest import parameter_digest
 from tests.image_files import write_folder
 
@@ -94,6 +98,8 @@ def kill_and_resume(out: Path, pauses: tuple[float, ...], **fields) -> int:
     return kills
 
 
+# after a few steps on 12 tiles
+@pytest.mark.filterwarnings("ignore:step .* guesses are .* sure:UserWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("loader", "augment", "pauses"),
@@ -126,7 +132,7 @@ def test_every_loader_and_engine_resumes_to_the_last_bit(folder, loader, augment
     first, second = take_steps(TrainRun(config), 2), TrainRun(config)
     state = first.state_dict()
     second.load_state_dict(state)
-    assert state["loader"] == {"seed": 0, "step": 2}
+    assert state["loader"].items() >= {"seed": 0, "step": 2}.items()
     assert digest(take_steps(second, 2)) == digest(whole)
 
 
@@ -251,8 +257,9 @@ def test_existing_folder_is_refused(tmp_path):
 def test_checkpoint_of_another_configuration_is_refused(tmp_path):
     out = tmp_path / "run"
     train(SHORT, out)
-    other = TrainConfig(steps=8, eval_every=2, batch_size=8, seed=3)
-    with pytest.raises(ValueError, match=r"seed: 0 in the checkpoint, 3 now; steps: 6 in the"):
+    other = replace(SHORT, seed=3, batch_size=4)
+    message = r"got batch_size: 8 in the checkpoint, 4 now; seed: 0 in the checkpoint, 3 now$"
+    with pytest.raises(ValueError, match=message):
         train(other, out, resume=True)
 
 
@@ -280,8 +287,84 @@ def test_run_writes_metrics_events_curves_and_its_configuration(tmp_path):
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list(out.glob("events.out.tfevents.*"))
     config = json.loads((out / "config.json").read_text())
-    assert config == {**asdict(SHORT), "filters": None, "num_parameters": 56_554}
+    assert config == {**asdict(resolved(SHORT)), "num_parameters": 56_554}
+    assert config["lambda_u"] == pytest.approx(75 * (6 / 32_768) ** (1 / 3))
+    assert (config["rampup_steps"], config["ema_decay"]) == (3, 0.0)
     assert not list(out.glob("*.partial"))
+
+
+WATCHED = TrainConfig(steps=40, batch_size=16, eval_every=10)
+
+
+def test_run_that_is_surer_than_right_on_test_images_warns_once_in_its_second_half():
+    data = load_dataset("digits")
+    wrong = data._replace(test_labels=(data.test_labels + 5) % 10)
+    text = (
+        r"step \d+: guesses are 0\.\d\d sure .* gets 0\.\d\d of the test images right: .*losing\.md"
+    )
+    with pytest.warns(UserWarning, match=text) as caught:
+        summary = train(WATCHED, data=wrong)
+    assert len(caught) == 1
+    assert int(str(caught[0].message).split(":")[0].split()[1]) >= 20
+    assert caught[0].filename == __file__
+    assert summary.confidence > 1 - summary.error / 100 + 0.1
+    right = train(WATCHED, data=data)  # a warning would be an error
+    assert right.confidence == summary.confidence  # what is tested on does not move the weights
+
+
+@pytest.mark.parametrize(
+    ("step", "confidence", "tested_on", "warns"),
+    [
+        (40, 0.81, "test", True),
+        (20, 0.81, "test", True),
+        (19, 0.81, "test", False),
+        (40, 0.79, "test", False),
+        (40, 0.81, "labelled", False),  # trained on
+        (40, None, "test", False),
+    ],
+)
+def test_gap_of_more_than_a_tenth_on_held_images_is_warned_of(step, confidence, tested_on, warns):
+    run = TrainRun(WATCHED)  # 500 test images
+    run.tested_on = tested_on
+    run.metrics = [{"step": step, "error": 30.0}]
+    if confidence is not None:
+        run.metrics[0]["confidence"] = confidence
+    assert bool(run.overconfidence()) is warns
+
+
+@pytest.mark.parametrize(("count", "warns"), [(15, False), (40, False), (80, True), (500, True)])
+def test_gap_that_chance_explains_on_few_test_images_is_not_warned_of(count, warns):
+    data = load_dataset("digits")
+    few = {"test_images": data.test_images[:count], "test_labels": data.test_labels[:count]}
+    run = TrainRun(WATCHED, data._replace(**few))
+    run.metrics = [{"step": 40, "error": 40.0, "confidence": 0.72}]
+    assert bool(run.overconfidence()) is warns
+
+
+def test_confidence_is_that_of_the_guesses_since_the_last_evaluation(tmp_path):
+    out = tmp_path / "run"
+    summary = train(SHORT, out)
+    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    run = TrainRun(SHORT)
+    watch = GuessWatch(run.mixmatch)
+    for entry in entries:
+        take_steps(run, 2)
+        assert entry["confidence"] == pytest.approx(watch.read().confidence)
+    assert summary.confidence == entries[-1]["confidence"]
+
+
+def test_watching_the_guesses_does_not_move_the_weights():
+    watched, plain = TrainRun(SHORT), TrainRun(SHORT)
+    plain.watch.close()
+    assert digest(take_steps(watched, 3)) == digest(take_steps(plain, 3))
+    assert watched.confidence()
+    assert not plain.confidence()
+
+
+def test_supervised_run_has_no_confidence(tmp_path):
+    out = tmp_path / "run"
+    assert train(replace(SHORT, supervised=True), out).confidence is None
+    assert "confidence" not in (out / "metrics.jsonl").read_text()
 
 
 def test_tensorboard_events_hold_the_metrics(tmp_path):
@@ -293,6 +376,7 @@ def test_tensorboard_events_hold_the_metrics(tmp_path):
     errors = events.Scalars("error")
     assert [event.step for event in errors] == [2, 4, 6]
     assert errors[-1].value == pytest.approx(summary.error)
+    assert events.Scalars("confidence")[-1].value == pytest.approx(summary.confidence)
 
 
 def test_weight_ramps_over_half_of_a_short_run(tmp_path):
@@ -313,6 +397,7 @@ def test_weight_ramps_over_half_of_a_short_run(tmp_path):
         ({"steps": 512, "preset": "usb"}, 100 / 4, 256),
         ({"steps": 512, "lambda_u": 75.0}, 75.0, 256),
         ({"steps": 512, "rampup_steps": 0}, 75 / 4, 0),
+        ({"steps": 4096, "planned_steps": 512}, 75 / 4, 256),
     ],
 )
 def test_weight_of_the_unlabelled_loss_follows_the_length_of_the_run(
@@ -377,18 +462,19 @@ def test_filters_of_the_config_replace_those_of_the_preset(preset, model):
 
 
 @pytest.mark.parametrize(
-    ("model", "steps", "momentum"),
+    ("model", "steps", "planned", "momentum"),
     [
-        ("wrn-28-2", 1, 1.0),
-        ("wrn-28-2", 150, 10 / 150),
-        ("wrn-28-2", 10_000, 0.001),
-        ("wrn-28-2", 20_000, 0.001),
-        ("cnn", 50, 0.2),
-        ("cnn", 150, 0.1),
+        ("wrn-28-2", 1, None, 1.0),
+        ("wrn-28-2", 150, None, 10 / 150),
+        ("wrn-28-2", 10_000, None, 0.001),
+        ("wrn-28-2", 20_000, None, 0.001),
+        ("wrn-28-2", 20_000, 150, 10 / 150),  # resumed with more steps
+        ("cnn", 50, None, 0.2),
+        ("cnn", 150, None, 0.1),
     ],
 )
-def test_batch_norm_of_a_run_moves_as_fast_as_its_length_asks(model, steps, momentum):
-    run = TrainRun(TrainConfig(model=model, filters=2, steps=steps))
+def test_batch_norm_of_a_run_moves_as_fast_as_its_length_asks(model, steps, planned, momentum):
+    run = TrainRun(TrainConfig(model=model, filters=2, steps=steps, planned_steps=planned))
     norms = [module for module in run.model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert {norm.momentum for norm in norms} == {momentum}
     assert len(norms) == (25 if model == "wrn-28-2" else 3)
@@ -415,6 +501,113 @@ def test_small_cnn_is_the_same_under_every_preset():
         )
         assert num_parameters(run.model) == num_parameters(SmallCNN(100, in_channels=3))
         assert run.description()["filters"] is None
+
+
+def copy_of(folder: Path, root: Path) -> Path:
+    return Path(shutil.copytree(folder, root))
+
+
+def one_more_file(root: Path) -> None:
+    shutil.copy(root / "unlabelled/cat/005.jpg", root / "unlabelled/cat/000a.jpg")
+
+
+def one_less_label(root: Path) -> None:
+    (root / "labelled/cat/003.jpg").unlink()
+
+
+def another_class(root: Path) -> None:
+    for part in ("labelled", "test"):
+        (root / part / "cat").rename(root / part / "cats")
+
+
+def another_name(root: Path) -> None:
+    (root / "unlabelled/cat/000.jpg").rename(root / "unlabelled/cat/008.jpg")
+
+
+def labels_exchanged(root: Path) -> None:
+    for one, other in (("cat/000.jpg", "china/009.jpg"), ("china/000.jpg", "cat/009.jpg")):
+        (root / "labelled" / one).rename(root / "labelled" / other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (one_more_file, r"num_unlabelled: 24 in the checkpoint, 25 now$"),
+        (one_less_label, r"num_labelled: 12 in the checkpoint, 11 now$"),
+        (another_class, r"classes: \['cat'\] in the checkpoint, \['cats'\] now; the labelled part"),
+        (another_name, r"got the unlabelled part has other names or labels of files, or another"),
+        (labels_exchanged, r"got the labelled part has other names or labels of files, or another"),
+    ],
+)
+def test_a_run_goes_on_with_the_files_that_it_began_with_and_no_others(
+    tmp_path, folder, change, message
+):
+    before = copy_of(folder, tmp_path / "before")
+    state = TrainRun(of_folder(before)).state_dict()
+    assert state["data"]["classes"] == ["astronaut", "cat", "china"]
+    moved = copy_of(before, tmp_path / "moved")
+    TrainRun(of_folder(moved)).load_state_dict(state)
+    change(moved)
+    run = TrainRun(of_folder(moved))
+    with pytest.raises(ValueError, match=f"^the data must be those that .*{message}"):
+        run.load_state_dict(state)
+    assert run.step == 0
+
+
+def test_a_run_goes_on_with_the_images_that_it_began_with_and_no_others():
+    data = images_of("cifar10", 10)
+    config = TrainConfig("cifar10", labels=None)
+    state = TrainRun(config, data).state_dict()
+    changed = data.train_images.clone()
+    changed[3, 0, 0, 0] = 1
+    run = TrainRun(config, data._replace(train_images=changed))
+    with pytest.raises(ValueError, match=r"the labelled part has other images, .*; the unlabel"):
+        run.load_state_dict(state)
+
+
+def test_a_run_whose_weights_are_not_finite_ends_and_leaves_its_last_checkpoint(
+    tmp_path, monkeypatch
+):
+    out, step = tmp_path / "run", TrainRun.train_step
+
+    def train_step(run, batch):
+        losses = step(run, batch)
+        if run.step == 3:  # the losses of this step are finite still
+            run.kernels[0].data[0] = torch.inf
+        return losses if run.step < 4 else {name: torch.ones(()) for name in losses}
+
+    monkeypatch.setattr(TrainRun, "train_step", train_step)
+    with pytest.raises(DivergenceError, match=f"at step 4 .*checkpoint of step 2 is in {out}") as e:
+        train(SHORT, out)
+    assert (e.value.step, e.value.values["loss"]) == (4, 1.0)
+    state = read_checkpoint(out / "checkpoint.pt")
+    assert [entry["step"] for entry in state["metrics"]] == [2]
+    with pytest.raises(DivergenceError, match="Nothing was written"):
+        train(SHORT)
+
+
+def test_numbers_of_a_configuration_are_pythons_own():
+    config = TrainConfig(steps=np.int64(3), lambda_u=np.float32(0.5), seed=np.uint8(2))
+    assert [type(value) for value in (config.steps, config.lambda_u, config.seed)] == [
+        int,
+        float,
+        int,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("field", "error", "message"),
+    [
+        ({"steps": 1.5}, TypeError, "steps must be an integer, got 1.5"),
+        ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ({"lr": torch.inf}, ValueError, "lr must be at least 0 and finite, got inf"),
+        ({"ema_decay": 1.0}, ValueError, r"ema_decay must be in \[0, 1\), got 1.0"),
+        ({"supervised": 1}, TypeError, "supervised must be True or False, got 1"),
+    ],
+)
+def test_a_configuration_refuses_numbers_that_none_is_meant_by(field, error, message):
+    with pytest.raises(error, match=message):
+        TrainConfig(**field)
 
 
 def test_teacher_changes_the_guess_and_is_not_saved_twice():
@@ -466,11 +659,10 @@ def test_checkpoint_survives_a_failing_write(tmp_path, monkeypatch):
     before = (out / "checkpoint.pt").read_bytes()
 
     def fails(*_):
-        raise OSError("disk full")
+        raise OSError("the disk has gone")
 
     monkeypatch.setattr(os, "replace", fails)
-    from gpu_mixmatch.recipes.run_log import MetricsLog
-
-    with pytest.raises(OSError, match="disk full"):
-        MetricsLog(out, {}, [], 0, "test")
+    with pytest.raises(OSError, match=r"checkpoint\.pt cannot be written: the disk has gone; its"):
+        write_checkpoint({"step": 1}, out / "checkpoint.pt")
     assert (out / "checkpoint.pt").read_bytes() == before
+    assert not list(out.glob("*.partial"))

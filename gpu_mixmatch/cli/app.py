@@ -1,25 +1,13 @@
-"""The command line: train, preview, ablate, demo, bench, check-images and doctor."""
+"""The command line: train, predict, preview, ablate, demo, bench, check-images and doctor."""
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from gpu_mixmatch._extras import missing_package
+from gpu_mixmatch._extras import missing_package, need
 
 try:
     import typer
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
     from rich.table import Table
     from rich.text import Text
 except ImportError as error:
@@ -27,27 +15,43 @@ except ImportError as error:
 
 import torch
 
-from gpu_mixmatch._ranks import is_launched, rank
+from gpu_mixmatch._ranks import is_launched
+from gpu_mixmatch._version import __version__
 from gpu_mixmatch.cli import bench, doctor
+from gpu_mixmatch.cli.terminal import (
+    Commands,
+    choice,
+    console,
+    ended_in_order,
+    exit_code,
+    progress,
+    quiet_decoders,
+    say,
+    this_command,
+)
 from gpu_mixmatch.data import check_images
 from gpu_mixmatch.data.datasets import load_dataset
-from gpu_mixmatch.insight.dataset_preview import preview_dataset
 from gpu_mixmatch.recipes import ablate
-from gpu_mixmatch.recipes.choices import choose_filters, choose_preset, make_augment, make_weak
-from gpu_mixmatch.recipes.distributed import process_group
-from gpu_mixmatch.recipes.train import TrainConfig, train
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="MixMatch batches for PyTorch: train, look at the batches, repeat the paper's ablation.",
+from gpu_mixmatch.recipes.checkpoint import check_writable
+from gpu_mixmatch.recipes.choices import (
+    AUGMENTS,
+    LOADERS,
+    PRESET_NAMES,
+    choose_preset,
+    make_augment,
+    make_weak,
 )
-console = Console()
+from gpu_mixmatch.recipes.dataset_preview import preview_dataset
+from gpu_mixmatch.recipes.distributed import process_group
+from gpu_mixmatch.recipes.models import MODEL_NAMES
+from gpu_mixmatch.recipes.predict import predict, write_labels
+from gpu_mixmatch.recipes.train import DivergenceError, TrainConfig, TrainRun, train
 
-DatasetOption = Annotated[
-    str, typer.Option(help="digits, mnist, fashion-mnist, cifar10, cifar100 or folder.")
-]
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
+
+DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "folder")
+
+DatasetOption = Annotated[str, choice(DATASETS, "The data set; digits come with scikit-learn.")]
 RootOption = Annotated[
     str | None,
     typer.Option(
@@ -64,16 +68,18 @@ SizeOption = Annotated[
 ]
 AugmentOption = Annotated[
     str,
-    typer.Option(
-        help="Engine of the preset's augmentation: weak (this package's), dali (the same views) "
-        "or kornia (the same policy, other draws)."
+    choice(
+        AUGMENTS,
+        "Engine of the preset's augmentation: this package's, the same views by DALI, or the same "
+        "policy with other draws by Kornia.",
     ),
 ]
 LoaderOption = Annotated[
     str,
-    typer.Option(
-        help="resident (all images on the device), dataloader (worker processes) or dali (decodes "
-        "a folder's files)."
+    choice(
+        LOADERS,
+        "What batches come from: all images on the device, worker processes, or DALI, which "
+        "decodes a folder's files.",
     ),
 ]
 FiltersOption = Annotated[
@@ -87,18 +93,40 @@ StepsOption = Annotated[int, typer.Option(help="Length of a run in batches.")]
 BatchOption = Annotated[
     int, typer.Option(help="Labelled images of a step and process, and as many unlabelled ones.")
 ]
-ModelOption = Annotated[str, typer.Option(help="cnn (small and quick) or wrn-28-2 (the paper's).")]
+ModelOption = Annotated[
+    str, choice(MODEL_NAMES, "The network: the paper's, or a small and quick one.")
+]
 PresetOption = Annotated[
     str,
-    typer.Option(
-        help="fast (one forward pass), paper (its separate guesses and interleaved forward), "
-        "yu1ut or usb."
+    choice(
+        PRESET_NAMES,
+        "Whose settings: the paper's in one forward pass; the paper's, with its separate guesses "
+        "and interleaved forward; or those of a port.",
     ),
 ]
 DeviceOption = Annotated[
-    str, typer.Option(help="cpu, cuda, cuda:1; auto takes cuda if it is there.")
+    str,
+    typer.Option(metavar="[auto|cpu|cuda|cuda:N]", help="auto takes cuda if it is there."),
 ]
 SeedsOption = Annotated[str, typer.Option(help="Seeds, comma-separated.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gpu-mixmatch {__version__}, torch {torch.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def gpu_mixmatch(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """MixMatch batches for PyTorch: train, look at the batches, repeat the paper's ablation."""
 
 
 @app.command("train")
@@ -149,6 +177,9 @@ def train_command(
     """Train a classifier with MixMatch, or supervised only, and draw its curves.
 
     Under torchrun, in several processes: torchrun --nproc-per-node=2 -m gpu_mixmatch.cli train ...
+
+    With --resume, repeat the options of the run; --steps may be more, and --workers, --device,
+    --eval-every and --root others.
     """
     config = TrainConfig(
         dataset=dataset,
@@ -171,9 +202,35 @@ def train_command(
         rampup_steps=rampup_steps,
         eval_every=eval_every,
     )
-    with process_group(config.device):
-        console.quiet = rank() > 0
+    decoders = quiet_decoders() if loader == "dali" else nullcontext()
+    with process_group(config.device), ended_in_order(), decoders:
         _train(config, out, resume)
+
+
+@app.command("predict")
+def predict_command(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or its checkpoint.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of images, looked through at any depth.")],
+    out: Annotated[Path, typer.Option(help="CSV to write: file, label, confidence.")],
+    batch_size: Annotated[int, typer.Option(help="Images that are classified at once.")] = 64,
+    device: DeviceOption = "auto",
+) -> None:
+    """Label the images of a folder by a run's model; exit code 1 if any cannot be read."""
+    if out.exists():
+        raise ValueError(f"out must be a file that does not exist yet, got {out}")
+    predictions = predict(run, folder, batch_size=batch_size, device=_device(device))
+    with progress() as bars, ended_in_order():
+        task = bars.add_task("predicting", total=len(predictions), note="")
+        counts = write_labels(predictions, out, lambda seen: bars.update(task, completed=seen))
+    for reason in predictions.unreadable.values():
+        typer.echo(reason, err=True)
+    found = ", ".join(f"{label} {count}" for label, count in counts.most_common())
+    say(
+        f"wrote {out}: {counts.total()} images labelled, {len(predictions.unreadable)} not "
+        f"readable; {found or 'no label'}"
+    )
+    if predictions.unreadable:
+        raise typer.Exit(1)
 
 
 @app.command("preview")
@@ -188,6 +245,8 @@ def preview_command(
     augment: AugmentOption = "weak",
 ) -> None:
     """Draw one batch: originals, views, guesses, and the mixed pairs with their weights."""
+    need("matplotlib.figure", "a preview")
+    check_writable(out.parent)
     config = TrainConfig(
         dataset=dataset, root=root, size=size, labels=_labels(dataset, labels), augment=augment
     )
@@ -204,7 +263,7 @@ def preview_command(
         num_augmentations=k,
         labels=config.labels,
     )
-    typer.echo(f"wrote {path}")
+    say(f"wrote {path}")
 
 
 @app.command("check-images")
@@ -215,13 +274,15 @@ def check_images_command(
     ] = None,
 ) -> None:
     """Decode every image of a folder by DALI, and list those that fail; exit code 1 if any do."""
-    with _progress() as progress:
-        task = progress.add_task("decoding", total=None, note="")
+    with progress() as bars, quiet_decoders():
+        task = bars.add_task("decoding", total=None, note="")
 
         def on_images(seen: int, total: int) -> None:
-            progress.update(task, completed=seen, total=total)
+            bars.update(task, completed=seen, total=total)
 
         checked = check_images(folder, list_path, progress=on_images)
+    if not checked.good and not checked.bad:
+        raise ValueError(f"folder must hold at least one image, got none in {folder}")
     for path, reason in checked.bad.items():
         typer.echo(f"{path}: {reason}")
     typer.echo(f"{len(checked.good)} images decode, {len(checked.bad)} do not")
@@ -260,11 +321,12 @@ def ablate_command(
         device=_device(device),
     )
     chosen = ablate.choose_rows(rows)
+    _check_pictures(out)
     results = _compare(config, chosen, seeds)
-    ablate.save_results(results, config, _seeds(seeds), _command_line(), out / "ablation.json")
+    ablate.save_results(results, config, _seeds(seeds), this_command(), out / "ablation.json")
     title = f"{dataset}, {_labels_text(config.labels)} labels, {model}, {len(_seeds(seeds))} seeds"
     picture = ablate.draw_bars(results, title, out / "ablation.png", with_paper=True)
-    typer.echo(f"wrote {picture} and ablation.json")
+    say(f"wrote {picture} and ablation.json")
 
 
 @app.command("demo")
@@ -289,14 +351,15 @@ def demo_command(
         model=model,
         device=_device(device),
     )
+    _check_pictures(out)
     results = _compare(config, [ablate.SUPERVISED, ablate.FULL], seeds)
     supervised, mixmatch = (result.mean for result in results)
-    console.print(f"MixMatch: {mixmatch / max(supervised, 1e-9):.2f} × the supervised error")
+    say(f"MixMatch: {mixmatch / max(supervised, 1e-9):.2f} × the supervised error")
     if out:
-        ablate.save_results(results, config, _seeds(seeds), _command_line(), out / "demo.json")
+        ablate.save_results(results, config, _seeds(seeds), this_command(), out / "demo.json")
         title = f"{dataset}, {_labels_text(config.labels)} labels, {model}"
         ablate.draw_bars(results, title, out / "demo.png")
-        typer.echo(f"wrote {out}/demo.json and demo.png")
+        say(f"wrote {out}/demo.json and demo.png")
 
 
 @app.command("bench")
@@ -308,83 +371,161 @@ def bench_command(
     device: DeviceOption = "auto",
 ) -> None:
     """Time the engines on this machine: what a batch costs, and its share of a training step."""
-    with _progress() as progress:
-        task = progress.add_task("bench", total=None, note="")
+    with progress() as bars:
+        task = bars.add_task("bench", total=None, note="")
         result = bench.bench(
             size,
             batch_size,
             k,
             model,
             _device(device),
-            on_part=lambda part: progress.update(task, note=part),
+            on_part=lambda part: bars.update(task, note=part),
         )
     typer.echo(bench.as_text(result))
 
 
 @app.command("doctor")
 def doctor_command() -> None:
-    """Show which engines and devices are usable here, and why the others are not."""
+    """Show what is usable here, why the rest is not, and what one is ready for.
+
+    Exit code 1 if something is missing that everyone needs.
+    """
+    findings = doctor.examine()
     table = Table(title="gpu-mixmatch doctor")
     for heading in ("", "what", "state", "remedy"):
         table.add_column(heading, overflow="fold")
-    for finding in doctor.examine():
-        mark = "[green]ok[/]" if finding.usable else "[yellow]no[/]"
+    for finding in findings:
+        absent = "[dim]optional[/]" if doctor.is_optional(finding) else "[yellow]no[/]"
+        mark = "[green]ok[/]" if finding.usable else absent
         # Text: an extra's brackets are not markup
         table.add_row(mark, finding.name, Text(finding.detail), Text(finding.remedy or ""))
     console.print(table)
+    verdicts = doctor.conclude(findings)
+    for verdict in verdicts:
+        say(str(verdict))
+    if any(verdict.missing and not verdict.optional for verdict in verdicts):
+        raise typer.Exit(1)
 
 
 def main() -> None:
-    """Run the command line; wrong input ends in one line and exit code 2."""
-    try:
-        app()
-    except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
-        where = f" on rank {os.environ['RANK']}" if is_launched() else ""
-        typer.echo(f"error{where}: {error}", err=True)
-        sys.exit(2)
+    """Run the command line; `terminal.Commands` says how it ends."""
+    app()
 
 
 def _train(config: TrainConfig, out: Path, resume: bool) -> None:
-    tested_on = "test" if _has_test(config.dataset, config.root) else "labelled"
-    if tested_on == "labelled":
-        console.print(f"There is no {config.root}/test: errors are those on the labelled images.")
-    preset = choose_preset(config.preset, config.dataset)
-    filters = choose_filters(config.model, config.filters, preset)
-    if filters is not None:
-        console.print(f"{config.model} with {filters} filters in its first stage")
-    with _progress() as progress:
-        task = progress.add_task("training", total=config.steps, note="")
+    latest: dict[str, float] = {}  # of the last evaluation, which the checkpoint is of
+    now = 0
+    tested_on = ""
+    with progress() as bars:
+        task = bars.add_task("training", total=config.steps, note="")
+
+        def on_start(run: TrainRun) -> None:
+            nonlocal latest, now, tested_on
+            now, tested_on = run.step, run.tested_on
+            latest = run.metrics[-1] if run.metrics else {}
+            for line in _about(run):
+                say(line)
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
+            nonlocal latest, now
+            now = step
             note = f"error {metrics['error']:.2f} %" if metrics else ""
-            progress.update(task, completed=step, note=note)
+            if "confidence" in metrics:
+                note += f", guesses {metrics['confidence']:.2f} sure"
+            bars.update(task, completed=step, note=note)
+            if metrics.get("step") == step and not console.is_terminal:
+                say(_evaluation(metrics, latest, config.steps))
+            latest = metrics
 
-        summary = train(config, out, resume=resume, on_step=on_step)
-    console.print(
+        try:
+            summary = train(config, out, resume=resume, on_start=on_start, on_step=on_step)
+        except KeyboardInterrupt as interrupt:
+            bars.stop()
+            _say_how_to_go_on(out, now, latest)
+            raise typer.Exit(exit_code(interrupt)) from interrupt
+        except DivergenceError:
+            raise
+        except (OSError, RuntimeError) as error:
+            if latest:
+                error.add_note(f"{out}/checkpoint.pt of step {int(latest['step'])} is whole")
+            raise
+    say(
         f"{tested_on} error {summary.error:.2f} %, median of the last 20 evaluations "
-        f"{summary.median_error:.2f} %, {config.steps / max(summary.seconds, 1e-9):.1f} steps/s"
+        f"{summary.median_error:.2f} %, {now / max(summary.seconds, 1e-9):.1f} steps/s"
     )
-    if rank() == 0:
-        typer.echo(f"wrote {out}/curves.png, metrics.jsonl and checkpoint.pt")
+    if summary.confidence is not None:
+        say(_compared(summary.confidence, summary.error, tested_on))
+    say(f"wrote {out}/curves.png, metrics.jsonl and checkpoint.pt")
+
+
+def _compared(confidence: float, error: float, tested_on: str) -> str:
+    """Set the confidence of guesses beside the accuracy that it should not exceed by far."""
+    text = f"guesses {confidence:.2f} sure, {tested_on} accuracy {1 - error / 100:.2f}"
+    if tested_on == "labelled":
+        text += ", which says little of the guesses: the labelled images are trained on"
+    return text
+
+
+def _about(run: TrainRun) -> list[str]:
+    """Say what a user may not expect of a run, before its first step."""
+    config, order = run.config, run.loader.order
+    lines = []
+    if run.step:
+        lines.append(f"going on after step {run.step} of {config.steps}")
+    if run.tested_on == "labelled":
+        lines.append(f"There is no {config.root}/test: errors are those on the labelled images.")
+    if config.filters is not None:
+        lines.append(f"{config.model} with {config.filters} filters in its first stage")
+    per_step = order.world_size * order.ratio * order.batch_size
+    if per_step > order.num_unlabelled and not config.supervised:
+        lines.append(
+            f"A step takes {per_step} unlabelled images and there are {order.num_unlabelled}, so "
+            f"that each comes {per_step / order.num_unlabelled:.1f} times in it; a --batch-size of "
+            f"{max(1, order.num_unlabelled // (order.world_size * order.ratio))} takes each once."
+        )
+    return lines
+
+
+def _evaluation(metrics: dict[str, float], before: dict[str, float], steps: int) -> str:
+    """Return the line of an evaluation, for logs."""
+    taken = metrics["step"] - before.get("step", 0)
+    seconds = metrics["seconds"] - before.get("seconds", 0.0)
+    guesses = f"guesses {metrics['confidence']:.2f} sure  " if "confidence" in metrics else ""
+    return (
+        f"step {int(metrics['step'])}/{steps}  error {metrics['error']:.2f} %  {guesses}"
+        f"loss {metrics['loss']:.4g}  {taken / max(seconds, 1e-9):.1f} steps/s"
+    )
+
+
+def _say_how_to_go_on(out: Path, step: int, latest: dict[str, float]) -> None:
+    again = f"Go on with: {this_command('--resume')}"
+    if is_launched():
+        again = "Go on with the same torchrun command and --resume"
+    if not latest:
+        say(f"stopped after step {step}, before the first checkpoint. {again}")
+        return
+    say(f"stopped after step {step}; {out}/checkpoint.pt is of step {int(latest['step'])}. {again}")
 
 
 def _compare(config: TrainConfig, rows: list[ablate.Row], seeds: str) -> list[ablate.Result]:
     numbers = _seeds(seeds)
     if not _has_test(config.dataset, config.root):
         raise ValueError(f"root must hold a folder test to compare on, got none in {config.root}")
-    with _progress() as progress:
-        total = progress.add_task(
-            "all runs", total=len(rows) * len(numbers) * config.steps, note=""
-        )
-        task = progress.add_task("", total=config.steps, note="")
+    with progress() as bars, ended_in_order():
+        total = bars.add_task("all runs", total=len(rows) * len(numbers) * config.steps, note="")
+        task = bars.add_task("", total=config.steps, note="")
+        running = [""]
 
         def on_run(row: ablate.Row, seed: int) -> None:
-            progress.update(task, completed=0, description=f"{row.label}, seed {seed}", note="")
+            running[0] = f"{row.label}, seed {seed}"
+            bars.update(task, completed=0, description=running[0], note="")
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
             note = f"error {metrics['error']:.2f} %" if metrics else ""
-            progress.update(task, completed=step, note=note)
-            progress.advance(total)
+            bars.update(task, completed=step, note=note)
+            bars.advance(total)
+            if step == config.steps and not console.is_terminal:
+                say(f"{running[0]}: {note} after {step} steps")
 
         results = ablate.compare(config, rows, numbers, on_run=on_run, on_step=on_step)
     table = Table(
@@ -431,24 +572,18 @@ def _seeds(text: str) -> list[int]:
 def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if torch.device(name).type == "cuda" and not torch.cuda.is_available():
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type != "cpu" and (device.type != "cuda" or (device.index or 0) >= count):
         raise ValueError(f"device must be usable here, got {name!r}; see gpu-mixmatch doctor")
     return name
 
 
-def _command_line() -> str:
-    return " ".join(["gpu-mixmatch", *sys.argv[1:]])
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    columns: list[Any] = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    ]
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield progress
+def _check_pictures(out: Path | None) -> None:
+    """Raise now if what a comparison ends with cannot be drawn or written."""
+    if out is not None:
+        need("matplotlib.figure", "a chart of the errors")
+        check_writable(out)

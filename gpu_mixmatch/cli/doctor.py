@@ -18,10 +18,28 @@ import torch
 from gpu_mixmatch._extras import PACKAGES, Package, install_hint
 from gpu_mixmatch.impl import implementation, resolve_impl
 
-__all__ = ["Finding", "examine"]
+__all__ = ["Finding", "Verdict", "conclude", "examine", "is_optional"]
 
 _BY_MODULE = {package.module: package for package in PACKAGES}
 _OWN_FINDINGS = ("torch", "numba", "triton")  # modules of which more is said than a version
+# what one may want to do, the findings that it takes, and whether everyone needs it
+_PURPOSES = (
+    (
+        "MixMatch in a training loop",
+        ("torch", "impl eager", "impl numba", "NumPy", "Kornia"),
+        True,
+    ),
+    (
+        "gpu-mixmatch train, demo, ablate and preview",
+        ("Typer", "Rich", "TensorBoard", "matplotlib", "scikit-learn", "Pillow"),
+        True,
+    ),
+    ("a GPU", ("CUDA device", "impl triton"), False),
+    ("DALI", ("NVIDIA DALI",), False),
+    ("Lightning", ("Lightning",), False),
+    ("Accelerate", ("Accelerate",), False),
+    ("the Hugging Face Trainer", ("transformers", "Accelerate"), False),
+)
 
 
 class Finding(NamedTuple):
@@ -38,6 +56,44 @@ class Finding(NamedTuple):
     usable: bool
     detail: str
     remedy: str | None
+
+
+class Verdict(NamedTuple):
+    """Whether one is ready to do something.
+
+    Attributes:
+        purpose: What for.
+        missing: Names of the findings that stand in the way; none if one is ready.
+        optional: Whether one may well do without it.
+    """
+
+    purpose: str
+    missing: tuple[str, ...]
+    optional: bool
+
+    def __str__(self) -> str:
+        found = f"no, needs {', '.join(self.missing)}" if self.missing else "yes"
+        optional = " (optional)" if self.optional and self.missing else ""
+        return f"ready for {self.purpose}: {found}{optional}"
+
+
+def conclude(findings: Sequence[Finding]) -> list[Verdict]:
+    """Say what one is ready for."""
+    usable = {_kind(finding) for finding in findings if finding.usable}
+    return [
+        Verdict(purpose, tuple(name for name in names if name not in usable), not needed)
+        for purpose, names, needed in _PURPOSES
+    ]
+
+
+def is_optional(finding: Finding) -> bool:
+    """Tell whether nothing that everyone needs takes this."""
+    return not any(needed and _kind(finding) in names for _, names, needed in _PURPOSES)
+
+
+def _kind(finding: Finding) -> str:
+    """The name of a finding, without the number of a device."""
+    return "CUDA device" if finding.name.startswith("CUDA device") else finding.name
 
 
 def examine() -> list[Finding]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gpu_mixmatch import sampling
 from gpu_mixmatch._ranks import rank_and_world_size
-from gpu_mixmatch._validation import check_seed
+from gpu_mixmatch._validation import as_integer, came, check_seed
 from gpu_mixmatch.types import SemiSupervisedBatch
 
 
@@ -154,23 +154,56 @@ class KeyedLoader(ABC):
         self.order.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the seed and the number of batches handed out so far."""
-        return {"seed": self.order.seed, "step": self.order.step}
+        """Return the position: the seed, the number of batches handed out, and what they are of.
+
+        ``labelled_per_step`` and ``unlabelled_per_step`` count the samples that all ranks take.
+        """
+        return {"seed": self.order.seed, "step": self.order.step, **self._identity()}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on after the last batch that was handed out when ``state`` was taken.
 
-        The batches are the same if the lengths of the data sets, the batch size, the ratio and the
-        world size are; ``num_workers``, the kind of loader and ``steps_per_epoch`` may differ.
+        A step is a place in the order only where lengths and samples per step are those of the
+        state. ``num_workers``, the kind of loader and ``steps_per_epoch`` may differ, and as many
+        processes as take the same samples together.
 
         Raises:
-            ValueError: If ``state`` is not of a loader.
+            TypeError: If ``state`` is no mapping, or an entry no integer.
+            ValueError: If ``state`` is not of a loader, or of one whose steps take other samples;
+                the loader stays where it was.
         """
-        if set(state) != {"seed", "step"} or state["step"] < 0:
-            raise ValueError(f"state must have a seed and a step of at least 0, got {dict(state)}")
-        check_seed(state["seed"])
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a mapping, got {came(state)}")
+        mine = self._identity()
+        if set(state) != {"seed", "step", *mine}:
+            raise ValueError(
+                f"state must be of a loader, with {', '.join(['seed', 'step', *mine])}, got "
+                f"{', '.join(map(str, state)) or 'nothing'}"
+            )
+        seed = as_integer("state['seed']", state["seed"], most=2**63 - 1)
+        step = as_integer("state['step']", state["step"])
+        different = [
+            f"{name} = {value} as here, got {state[name]}"
+            for name, value in mine.items()
+            if as_integer(f"state['{name}']", state[name]) != value
+        ]
+        if different:
+            raise ValueError(
+                "state must be of a loader whose steps take the same samples, with "
+                + "; ".join(different)
+            )
         self.order.generation += 1
-        self.order.seed, self.order.step = state["seed"], state["step"]
+        self.order.seed, self.order.step = seed, step
+
+    def _identity(self) -> dict[str, int]:
+        order = self.order
+        per_step = order.world_size * order.batch_size
+        return {
+            "num_labelled": order.num_labelled,
+            "num_unlabelled": order.num_unlabelled,
+            "labelled_per_step": per_step,
+            "unlabelled_per_step": order.ratio * per_step,
+        }
 
     def __iter__(self) -> Iterator[SemiSupervisedBatch]:
         self.order.generation += 1

@@ -1,14 +1,18 @@
 """GuessWatch: how sure a builder's guesses are, and how many are right."""
 
 import inspect
+import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gpu_mixmatch._validation import as_number
 from gpu_mixmatch.methods.mixmatch import MixMatch
 from gpu_mixmatch.methods.passes import get_logits
+
+OVERCONFIDENT = 0.1  # a gap above it went with sets where MixMatch loses to the labels alone
 
 
 class GuessQuality(NamedTuple):
@@ -25,12 +29,45 @@ class GuessQuality(NamedTuple):
     accuracy: float | None
     num_guesses: int
 
+    def gap(self, held_accuracy: float | None = None) -> float:
+        """Return how far confidence lies above accuracy; below 0 where it lies under it.
+
+        Args:
+            held_accuracy: Share of held images, which have labels and are not trained on, that the
+                model gets right, in [0, 1]; None takes the guesses' own accuracy.
+
+        Raises:
+            ValueError: If ``held_accuracy`` is not in [0, 1], or is None where the truth is not
+                known.
+        """
+        if held_accuracy is None and self.accuracy is not None:
+            return self.confidence - self.accuracy
+        return self.confidence - _as_accuracy(held_accuracy)
+
+
+def overconfidence(confidence: float, accuracy: float, images: str) -> str:
+    """Say that guesses are surer than the model is right on some images, and where to read on."""
+    return (
+        f"guesses are {confidence:.2f} sure on average, but the model gets {accuracy:.2f} of the "
+        f"{images} right: MixMatch may be training on wrong guesses, and may lose to training on "
+        "the labels alone; see docs/losing.md, when MixMatch loses"
+    )
+
+
+def _as_accuracy(held_accuracy: Any) -> float:
+    if held_accuracy is None:
+        raise ValueError(
+            "held_accuracy must be given where the truth of the unlabelled images is not known, "
+            "got None"
+        )
+    return as_number("held_accuracy", held_accuracy, least=0, most=1)
+
 
 class GuessWatch:
     """Watch what a builder guesses; only `read` waits for the device.
 
-    The guess is read off the model's own passes, so that only a softmax is computed twice. Each
-    step leaves a few small tensors on the device, until the next `read`.
+    The guess is read off the model's own passes, so that only a softmax is computed twice. Where
+    the truth is known each step leaves two small tensors, until the next `read`.
 
     Args:
         mixmatch: The builder.
@@ -50,9 +87,11 @@ class GuessWatch:
             raise ValueError(f"truth must be [n] integers, got {list(truth.shape)} {truth.dtype}")
         self.mixmatch = mixmatch
         self.truth = None if truth is None else truth.cpu()
-        self._confidences: list[Tensor] = []  # [M] of each step, on the device
-        self._guesses: list[Tensor] = []  # [M] int64, likewise
+        self._confidence: Tensor | None = None  # mean so far, 0-d, on the device
+        self._num_guesses = 0
+        self._guesses: list[Tensor] = []  # [M] int64 of each step, on the device
         self._ids: list[Tensor] = []  # [M] int64, as they were given
+        self._warned = False
         self._outputs: list[Any] = []  # of the model, in the step under way
         self._model_hook: RemovableHandle | None = None
         self.paused = False
@@ -67,17 +106,48 @@ class GuessWatch:
 
         Only this call waits for the device.
         """
-        if not self._guesses:
+        if self._confidence is None:
             return None
-        confidence = torch.cat(self._confidences).mean().item()
-        guesses = torch.cat(self._guesses).cpu()
         accuracy = None
         if self.truth is not None:
             truth = self.truth[torch.cat([ids.cpu() for ids in self._ids])]
-            accuracy = (guesses == truth).double().mean().item()
-        for values in (self._confidences, self._guesses, self._ids):
-            values.clear()
-        return GuessQuality(confidence, accuracy, len(guesses))
+            accuracy = (torch.cat(self._guesses).cpu() == truth).double().mean().item()
+        quality = GuessQuality(self._confidence.item(), accuracy, self._num_guesses)
+        self._confidence, self._num_guesses = None, 0
+        self._guesses.clear()
+        self._ids.clear()
+        return quality
+
+    def compare(
+        self, held_accuracy: float | None = None, *, most: float = OVERCONFIDENT
+    ) -> GuessQuality | None:
+        """`read`, and warn once if guesses are surer than the model is right on held images.
+
+        A gap of more than 0.1 tells the data sets where MixMatch loses to the labels alone from
+        those where it wins. Early in training it says little.
+
+        Args:
+            held_accuracy: As for `GuessQuality.gap`.
+            most: The gap to warn above.
+
+        Returns:
+            What `read` returns.
+
+        Raises:
+            ValueError: As `GuessQuality.gap`, or if ``most`` is not in [0, 1].
+        """
+        most = as_number("most", most, least=0, most=1)
+        images = "unlabelled images"
+        if held_accuracy is not None or self.truth is None:
+            held_accuracy, images = _as_accuracy(held_accuracy), "held images"
+        quality = self.read()
+        if quality is None or self._warned or not quality.gap(held_accuracy) > most:
+            return quality
+        self._warned = True
+        accuracy = quality.confidence - quality.gap(held_accuracy)
+        text = overconfidence(quality.confidence, accuracy, images)
+        warnings.warn(text, UserWarning, stacklevel=2)
+        return quality
 
     def close(self) -> None:
         """Stop watching."""
@@ -118,9 +188,15 @@ class GuessWatch:
             logits = torch.cat([get_logits(o, self.mixmatch.logits_getter) for o in outputs])
             views = logits.float().view(self.mixmatch.num_augmentations, -1, logits.shape[-1])
             probs = views.softmax(dim=-1).mean(dim=0)  # [M, L]
-            confidence, guess = probs.max(dim=-1)
-        self._confidences.append(confidence)
-        self._guesses.append(guess)
+            confidences, guesses = probs.max(dim=-1)
+            confidence = confidences.mean()
+            self._num_guesses += len(guesses)
+            if self._confidence is not None:
+                weight = len(guesses) / self._num_guesses
+                confidence = self._confidence.lerp(confidence, weight)
+        self._confidence = confidence
+        if self.truth is not None:
+            self._guesses.append(guesses)
 
 
 _SIGNATURE = inspect.signature(MixMatch.forward)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gpu_mixmatch._extras import need
+from gpu_mixmatch._validation import came
 from gpu_mixmatch.data import AugmentedBatch, KeyedLoader
 from gpu_mixmatch.insight import TensorBoardInsight
 from gpu_mixmatch.losses import MixMatchLoss
@@ -59,6 +60,21 @@ class MixMatchMixin:
     log_dict: Any
     _loader_state: Mapping[str, int] | None = None  # of the checkpoint that was loaded
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Check the order of the bases, in which Lightning's own hooks would hide these.
+
+        Raises:
+            TypeError: If a LightningModule stands before this class.
+        """
+        super().__init_subclass__(**options)
+        names = [base.__name__ for base in cls.__mro__]
+        mixin = names.index("MixMatchMixin")
+        if "LightningModule" in names[:mixin]:
+            raise TypeError(
+                f"{cls.__name__} must name MixMatchMixin before LightningModule among its bases, "
+                f"got {', '.join(base.__name__ for base in cls.__bases__)}"
+            )
+
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
     ) -> Any:
@@ -78,6 +94,7 @@ class MixMatchMixin:
         """Turn a training batch into a `MixMatchBatch`; leave all other batches as they are."""
         if not self.trainer.training:
             return batch
+        self._check_parts()
         model: Any = self
         # Lightning enters it for training_step alone, but the guess is a forward pass too
         with self.trainer.precision_plugin.forward_context():
@@ -100,11 +117,15 @@ class MixMatchMixin:
         return output.loss
 
     def on_train_start(self) -> None:
-        """Check that a loader of ours has this rank's share, and set where it begins.
+        """Check what the module has set and that a loader of ours has this rank's share.
+
+        It also sets where the loader begins.
 
         Raises:
+            TypeError: If ``mixmatch`` or ``criterion`` is missing.
             RuntimeError: If the loader was made for another rank or number of processes.
         """
+        self._check_parts()
         trainer, loader = self.trainer, self._keyed_loader()
         if loader is None:
             return
@@ -143,6 +164,20 @@ class MixMatchMixin:
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Keep the loader's state until the loader is there."""
         self._loader_state = checkpoint.get(_LOADER_KEY)
+
+    def _check_parts(self) -> None:
+        """Raise a TypeError if the module has not set what it must."""
+        for name, example in (
+            ("mixmatch", "MixMatch(WeakAugment.cifar10(), num_classes=10)"),
+            ("criterion", "MixMatchLoss()"),
+        ):
+            part = getattr(self, name, None)
+            if not callable(part):
+                found = "nothing" if part is None else came(part)
+                raise TypeError(
+                    f"self.{name} must be such as {example}, set in __init__ of "
+                    f"{type(self).__name__}, got {found}"
+                )
 
     def _state_of(self, loader: KeyedLoader) -> dict[str, int]:
         """Return the state after the latest batch; at an epoch's end, the next epoch's."""

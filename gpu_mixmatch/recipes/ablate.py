@@ -12,7 +12,7 @@ import torch
 from gpu_mixmatch._machine import header
 from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.recipes import plots
-from gpu_mixmatch.recipes.run_log import write_atomically
+from gpu_mixmatch.recipes.checkpoint import write_atomically
 from gpu_mixmatch.recipes.train import Summary, TrainConfig, train
 
 

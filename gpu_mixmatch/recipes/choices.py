@@ -43,28 +43,17 @@ def choose_filters(model: str, filters: int | None, preset: presets.Preset) -> i
     return filters
 
 
-def choose_weight(
-    preset: presets.Preset, steps: int, lambda_u: float | None, rampup_steps: int | None
-) -> tuple[float, int]:
-    """Return λ_U and the length of its ramp: those given, or if None what the run's length asks.
+def choose_weight(preset: presets.Preset, steps: int) -> tuple[float, int]:
+    """Return λ_U and the length of its ramp for a run of so many steps.
 
     In a run of `FULL_WEIGHT_STEPS` or more both are the preset's. A shorter one ramps over its
     first half, and λ_U is the preset's times the cube root of the share of `FULL_WEIGHT_STEPS`
     that it takes: 0.29 of it at 800 steps, a half at 4,096. A short run reaches the end of its
     ramp while many guesses are wrong still, and the full weight would teach them; a weight in
     proportion to the steps would be too weak to teach anything.
-
-    Args:
-        preset: Has the values of a long run.
-        steps: Length of the run.
-        lambda_u: λ_U, or None.
-        rampup_steps: Length of the ramp in steps, or None.
     """
-    if lambda_u is None:
-        lambda_u = preset.loss["lambda_u"] * min(1.0, steps / FULL_WEIGHT_STEPS) ** (1 / 3)
-    if rampup_steps is None:
-        rampup_steps = min(preset.loss["rampup_steps"], steps // 2)
-    return lambda_u, rampup_steps
+    lambda_u = preset.loss["lambda_u"] * min(1.0, steps / FULL_WEIGHT_STEPS) ** (1 / 3)
+    return lambda_u, min(preset.loss["rampup_steps"], steps // 2)
 
 
 def make_weak(dataset: str, preset: presets.Preset, size: int) -> WeakAugment:

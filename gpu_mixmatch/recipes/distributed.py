@@ -8,7 +8,7 @@ the last bit, so that one checkpoint serves them all.
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -94,12 +94,30 @@ def average_values(values: Mapping[str, Tensor], device: torch.device) -> dict[s
 
 
 def from_first_rank(find: Callable[[], T]) -> T:
-    """Return on every rank what ``find`` returns on rank 0, which alone looks at files."""
+    """Return on every rank what ``find`` returns on rank 0, which alone looks at files.
+
+    What it raises there is raised on every rank, so that none waits for one that has gone.
+    `is_of_first_rank` tells such an error.
+    """
     if world_size() == 1:
         return find()
-    found = [find() if rank() == 0 else None]
+    found: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            found[0] = find()
+        except Exception as error:
+            found[1] = error
     distributed.broadcast_object_list(found)
-    return found[0]  # type: ignore[return-value]
+    result, raised = found
+    if raised is not None:
+        raised.of_first_rank = rank() > 0
+        raise raised
+    return result  # type: ignore[no-any-return]
+
+
+def is_of_first_rank(error: BaseException) -> bool:
+    """Tell whether an error is one of rank 0, which says it, that was raised on another as well."""
+    return getattr(error, "of_first_rank", False)
 
 
 def _gpu_of_rank(device: str) -> int:

@@ -1,18 +1,24 @@
 """What a run writes: its configuration, metrics, checkpoint, TensorBoard's events and curves."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gpu_mixmatch._extras import need
 from gpu_mixmatch.recipes import plots
+from gpu_mixmatch.recipes.checkpoint import (
+    cannot_write,
+    check_writable,
+    write_atomically,
+    write_checkpoint,
+)
 
 
 class MetricsLog:
     """Write a run's files: each evaluation as it comes, and the curves at the end.
+
+    Whatever the end needs is looked for at once. The first file is written with the first
+    evaluation, so that a run that fails at its start leaves nothing behind.
 
     Args:
         out: Folder of the run; made if it does not exist.
@@ -20,9 +26,11 @@ class MetricsLog:
         metrics: Of all evaluations so far; the list itself is kept, and each `write` reads it.
         step: The step that the run goes on from.
         tested_on: "test" or "labelled", the images that errors are measured on.
+        size: Bytes of a checkpoint. While it is written, the one before it is there as well.
 
     Raises:
-        ImportError: If TensorBoard is not installed.
+        ImportError: If TensorBoard or matplotlib is not installed.
+        OSError: If ``out`` cannot be written to, or its disk is too full.
     """
 
     def __init__(
@@ -32,45 +40,70 @@ class MetricsLog:
         metrics: list[dict[str, float]],
         step: int,
         tested_on: str,
+        size: int = 0,
     ) -> None:
-        need("tensorboard", "the log of a run")
-        from torch.utils.tensorboard import SummaryWriter
-
+        check_tools()
+        check_writable(out, 2 * size)
         self.out = out
+        self.config = config
         self.metrics = metrics  # the checkpoint holds them too, so that the two agree
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-        self._write_metrics()
-        self.writer = SummaryWriter(str(out), purge_step=step + 1)
+        self.step = step
         self.tested_on = tested_on
+        self.size = size
+        self.writer: Any = None
 
     def write(self, state: dict[str, Any]) -> None:
-        """Write the latest metrics, then the checkpoint that they belong to."""
+        """Write the latest metrics, then the checkpoint that they belong to.
+
+        Raises:
+            OSError: If a file cannot be written; the message names it and the room on its disk.
+        """
+        self._begin()
+        check_writable(self.out, self.size)
         latest = self.metrics[-1]
         step = int(latest["step"])
-        for name, value in latest.items():
-            if name != "step":
-                self.writer.add_scalar(name, value, step)
+        try:
+            for name, value in latest.items():
+                if name != "step":
+                    self.writer.add_scalar(name, value, step)
+            self.writer.flush()
+        except OSError as error:
+            raise cannot_write(self.out / "events.out.tfevents", error) from error
         self._write_metrics()
-        temporary = self.out / "checkpoint.pt.partial"
-        torch.save(state, temporary)
-        os.replace(temporary, self.out / "checkpoint.pt")
+        write_checkpoint(state, self.out / "checkpoint.pt")
 
     def close(self) -> None:
         """Finish the events and draw the curves."""
+        self._begin()
         self.writer.close()
         draw_curves({self.out.name: self.metrics}, self.out / "curves.png", self.tested_on)
 
+    def _begin(self) -> None:
+        if self.writer is not None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(self.out, error) from error
+        text = json.dumps(self.config, indent=2, allow_nan=False)
+        write_atomically(self.out / "config.json", (text + "\n").encode())
+        self._write_metrics()
+        try:
+            self.writer = SummaryWriter(str(self.out), purge_step=self.step + 1)
+        except OSError as error:
+            raise cannot_write(self.out / "events.out.tfevents", error) from error
+
     def _write_metrics(self) -> None:
-        lines = "".join(json.dumps(entry) + "\n" for entry in self.metrics)
+        lines = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in self.metrics)
         write_atomically(self.out / "metrics.jsonl", lines.encode())
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whose readers find the old content or the new, never a part."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+def check_tools() -> None:
+    """Raise an ImportError if what logs and draws a run is not installed."""
+    need("tensorboard", "the log of a run")
+    need("matplotlib.figure", "the curves of a run")
 
 
 def draw_curves(

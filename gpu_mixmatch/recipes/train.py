@@ -2,13 +2,20 @@
 
 Every batch is a function of (seed, step). A checkpoint therefore holds two integers of the loader
 and no generator, and a run that is killed at any moment and resumed ends with the same weights to
-the last bit. In a process group every rank takes its part of each batch; rank 0 alone writes.
+the last bit. It also says what it was taken of, the data and every number that a preset gave, so
+that a run goes on under the same ones or not at all. In a process group every rank takes its part
+of each batch; rank 0 alone writes.
 """
 
 import dataclasses
+import hashlib
+import math
+import os
 import statistics
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +24,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import TensorDataset
 
 from gpu_mixmatch._ranks import positions, rank, world_size
-from gpu_mixmatch.data.datasets import FolderData, load_dataset
+from gpu_mixmatch._validation import as_flag, as_integer, as_number
+from gpu_mixmatch._version import __version__
+from gpu_mixmatch.data.datasets import FolderData, ImageFiles, load_dataset
 from gpu_mixmatch.data.formats.common import ImageData
+from gpu_mixmatch.insight.guesses import OVERCONFIDENT, GuessWatch, overconfidence
 from gpu_mixmatch.losses import MixMatchLoss
 from gpu_mixmatch.methods.mixmatch import MixMatch
 from gpu_mixmatch.recipes import distributed
+from gpu_mixmatch.recipes.checkpoint import (
+    FORMAT,
+    check_optimizer,
+    check_state,
+    check_weights,
+    check_writable,
+    read_checkpoint,
+)
 from gpu_mixmatch.recipes.choices import (
     AUGMENTS,
     LOADERS,
@@ -36,13 +55,16 @@ from gpu_mixmatch.recipes.choices import (
     make_weak,
 )
 from gpu_mixmatch.recipes.models import build_model, fill_statistics_in, kernel_parameters
-from gpu_mixmatch.recipes.run_log import MetricsLog
+from gpu_mixmatch.recipes.run_log import MetricsLog, check_tools
 from gpu_mixmatch.types import SemiSupervisedBatch
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Everything that a run depends on; a checkpoint resumes only under an equal one.
+    """Everything that a run depends on.
+
+    A checkpoint holds it with `resolved` numbers, and resumes under one that gives the same steps;
+    see `resumed`.
 
     Attributes:
         dataset: A name that `load_dataset` knows.
@@ -74,6 +96,9 @@ class TrainConfig:
         ema_teacher: Let the averaged model guess.
         builder: Keyword arguments of `MixMatch` that replace the preset's.
         eval_every: Steps between evaluations; 0 takes a twentieth of the run.
+        planned_steps: Length that BatchNorm's momentum and a default of ``lambda_u``,
+            ``rampup_steps`` and ``ema_decay`` are for; None takes ``steps``. A run that is
+            resumed with more steps keeps its first length here.
     """
 
     dataset: str = "digits"
@@ -99,6 +124,7 @@ class TrainConfig:
     ema_teacher: bool = False
     builder: dict[str, Any] = dataclasses.field(default_factory=dict)
     eval_every: int = 0
+    planned_steps: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -108,11 +134,14 @@ class TrainConfig:
             ("batch_size", 1),
             ("filters", 1),
             ("num_workers", 0),
+            ("seed", 0),
+            ("rampup_steps", 0),
             ("eval_every", 0),
+            ("planned_steps", 1),
         ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            self._keep(name, as_integer, least=least)
+        for name, below in (("lr", None), ("lambda_u", None), ("ema_decay", 1.0)):
+            self._keep(name, as_number, least=0.0, below=below)
         for name, choices in (
             ("preset", [*PRESET_NAMES]),
             ("augment", [*AUGMENTS]),
@@ -120,11 +149,84 @@ class TrainConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        for name in ("sync_batchnorm", "supervised", "ema_teacher"):
+            as_flag(name, getattr(self, name))
         if self.sync_batchnorm and torch.device(self.device).type != "cuda":
             raise ValueError(
                 "sync_batchnorm must be off where torch's SyncBatchNorm does not run, which is "
                 f"anywhere but on CUDA, got device {self.device!r}"
             )
+
+    def _keep(self, name: str, convert: Callable[..., Any], **limits: Any) -> None:
+        """Check a number if there is one, and keep it as Python's own, which files can hold."""
+        value = getattr(self, name)
+        if value is not None:
+            object.__setattr__(self, name, convert(name, value, **limits))
+
+
+# of the preset, or derived from the number of steps, where a configuration has None
+_RESOLVED = ("planned_steps", "filters", "lr", "lambda_u", "rampup_steps", "ema_decay")
+# what the weights after a step do not depend on
+_FREE = frozenset(("root", "steps", "num_workers", "device", "eval_every"))
+_SAME_BATCHES = frozenset(("resident", "dataloader"))
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """Return a configuration with its preset's numbers in place of None."""
+    preset = choose_preset(config.preset, config.dataset)
+    planned = config.planned_steps or config.steps
+    lambda_u, rampup_steps = choose_weight(preset, planned)
+    settings = {
+        "planned_steps": planned,
+        "filters": choose_filters(config.model, None, preset),
+        "lr": preset.optimizer["lr"],
+        "lambda_u": lambda_u,
+        "rampup_steps": rampup_steps,
+        "ema_decay": min(preset.ema_decay, max(0.0, 1 - 10 / planned)),
+    }
+    own = {name: getattr(config, name) for name in _RESOLVED}
+    settings |= {name: value for name, value in own.items() if value is not None}
+    return dataclasses.replace(config, **settings, builder={**preset.builder, **config.builder})
+
+
+def resumed(config: TrainConfig, theirs: Mapping[str, Any], step: int = 0) -> TrainConfig:
+    """Return a configuration to continue a run under, with the run's numbers in place of None.
+
+    More steps, another evaluation interval, number of workers, device or root, and "resident" for
+    "dataloader", do not change what the steps do. A run that becomes longer keeps the ramp and the
+    decay that it began with.
+
+    Args:
+        config: What is asked for.
+        theirs: ``config`` of the checkpoint.
+        step: Steps that the checkpoint has taken.
+
+    Raises:
+        ValueError: If something else differs, of which all is listed, or if ``steps`` is less than
+            was taken.
+    """
+    unset = {name: theirs[name] for name in _RESOLVED if name in theirs}
+    unset = {name: value for name, value in unset.items() if getattr(config, name) is None}
+    builder = {**theirs.get("builder", {}), **config.builder}
+    config = dataclasses.replace(config, **unset, builder=builder)
+    mine = {**dataclasses.asdict(config), "world_size": world_size()}
+    names = sorted((mine.keys() | theirs.keys()) - _FREE)
+    if {mine["loader"], theirs.get("loader")} <= _SAME_BATCHES:
+        names.remove("loader")
+    different = [
+        f"{name}: {theirs.get(name)!r} in the checkpoint, {mine.get(name)!r} now"
+        for name in names
+        if theirs.get(name) != mine.get(name)
+    ]
+    if different:
+        raise ValueError(
+            "the checkpoint must be of the same configuration, got " + "; ".join(different)
+        )
+    if config.steps < step:
+        raise ValueError(
+            f"steps must be at least {step}, which the checkpoint has taken, got {config.steps}"
+        )
+    return config
 
 
 class Summary(NamedTuple):
@@ -136,12 +238,15 @@ class Summary(NamedTuple):
         median_error: Median of the last 20 evaluations, as the paper reports, in percent.
         best_error: Lowest test error of all evaluations, in percent; chosen with the test set.
         seconds: Duration of the steps, without evaluations, in seconds.
+        confidence: Mean confidence of the guesses between the last two evaluations; None where
+            nothing is guessed. Far above 1 - error / 100 of held images, it is a bad sign.
     """
 
     error: float
     median_error: float
     best_error: float
     seconds: float
+    confidence: float | None = None
 
 
 class TrainRun:
@@ -153,14 +258,18 @@ class TrainRun:
     Args:
         config: What to train.
         data: The data set, if it is loaded already.
+
+    Attributes:
+        config: What is trained, `resolved`.
     """
 
     def __init__(self, config: TrainConfig, data: ImageData | FolderData | None = None) -> None:
         data = data or load_dataset(config.dataset, config.root, config.size)
-        self.config = config
+        self.config = config = resolved(config)
         self.preset = choose_preset(config.preset, config.dataset)
         self.device = distributed.current_device(config.device)
-        labelled, unlabelled = data.split(config.labels, config.seed)
+        self._data = data
+        labelled, unlabelled = self._parts = data.split(config.labels, config.seed)
         self.loader = make_loader(
             config.loader,
             labelled,
@@ -178,9 +287,10 @@ class TrainRun:
         channels, height, width = data.test_images.shape[1:]
         model = self._new_model(data.num_classes, channels)
         self.model = model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        average = get_ema_multi_avg_fn(self._ema_decay())  # type: ignore[no-untyped-call]
+        average = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
         self.ema = AveragedModel(self.model, multi_avg_fn=average)
         weak = make_weak(config.dataset, self.preset, height).to(self.device)
+        self.weak = weak
         self.normalize = weak.normalize
         self.augment = make_augment(config.augment, weak, height, width)
         self.mixmatch = MixMatch(
@@ -188,9 +298,12 @@ class TrainRun:
             data.num_classes,
             teacher=self.ema if config.ema_teacher else None,
             seed=config.seed,
-            **{**self.preset.builder, **config.builder},
+            **config.builder,
         ).to(self.device)
-        self.criterion = self._criterion()
+        self.watch = None if config.supervised else GuessWatch(self.mixmatch)
+        assert config.lambda_u is not None  # resolved
+        assert config.rampup_steps is not None
+        self.criterion = MixMatchLoss(config.lambda_u, config.rampup_steps)
         self.kernels = kernel_parameters(self.model)
         self.optimizer = self._optimizer()
         self.network = distributed.replicate(self.model, self.device)
@@ -201,26 +314,16 @@ class TrainRun:
         config = self.config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            filters = choose_filters(config.model, config.filters, self.preset)
-            model = build_model(config.model, num_classes, channels, filters)
-        fill_statistics_in(model, config.steps)
+            model = build_model(config.model, num_classes, channels, config.filters)
+        assert config.planned_steps is not None  # resolved
+        fill_statistics_in(model, config.planned_steps)
         if config.sync_batchnorm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         return model
 
-    def _ema_decay(self) -> float:
-        if self.config.ema_decay is not None:
-            return self.config.ema_decay
-        return min(self.preset.ema_decay, max(0.0, 1 - 10 / self.config.steps))
-
-    def _criterion(self) -> MixMatchLoss:
-        config = self.config
-        given = config.lambda_u, config.rampup_steps
-        return MixMatchLoss(*choose_weight(self.preset, config.steps, *given))
-
     def _optimizer(self) -> torch.optim.Optimizer:
-        settings = self.preset.optimizer
-        lr = settings["lr"] if self.config.lr is None else self.config.lr
+        settings, lr = self.preset.optimizer, self.config.lr
+        assert lr is not None  # resolved
         if settings["name"] == "adam":
             return torch.optim.Adam(self.model.parameters(), lr=lr)
         kernels = {id(kernel) for kernel in self.kernels}
@@ -273,18 +376,91 @@ class TrainRun:
         self.ema.train()  # a teacher guesses in the mode of the student
         return 100 * int(wrong) / len(images)
 
+    def confidence(self) -> dict[str, Tensor]:
+        """Return the mean confidence of the guesses since the last call, if any; waits for them."""
+        quality = self.watch.read() if self.watch else None
+        return {"confidence": torch.tensor(quality.confidence)} if quality else {}
+
+    def overconfidence(self) -> str | None:
+        """Say that guesses are surer than the model is right, at the latest evaluation.
+
+        It is said where the gap is above 0.1 and more than chance explains, which counts where
+        there are fewer than about 100 test images. It is said of the second half of a run alone:
+        before, averaged weights lag behind those that guess. It is not said of labelled images,
+        since the model is trained on them.
+        """
+        latest = self.metrics[-1]
+        confidence, accuracy = latest.get("confidence", 0.0), 1 - latest["error"] / 100
+        too_early = 2 * latest["step"] < self.config.steps
+        most = max(accuracy + OVERCONFIDENT, _upper_bound(accuracy, len(self.test_labels)))
+        if self.tested_on != "test" or too_early or confidence <= most:
+            return None
+        return overconfidence(confidence, accuracy, "test images")
+
+    def is_finite(self, values: Mapping[str, float]) -> bool:
+        """Tell whether numbers and all weights are finite; waits for the device."""
+        if not all(map(math.isfinite, values.values())):
+            return False
+        weights = (*self.model.state_dict().values(), *self.ema.state_dict().values())
+        return bool(torch.stack([value.isfinite().all() for value in weights]).all())
+
+    def checkpoint_size(self) -> int:
+        """Estimate the bytes of a checkpoint: the model, its average, and the optimizer's two."""
+        total: int = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return 4 * total
+
     def description(self) -> dict[str, Any]:
         """Return what ``config.json`` says: the configuration, and how large the network is."""
         return {
             **dataclasses.asdict(self.config),
-            "filters": choose_filters(self.config.model, self.config.filters, self.preset),
             "num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs, as tensors and plain values."""
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        """What the run is trained on: names, lengths, and a digest of all that orders it.
+
+        ``digest`` is the SHA-256 of the ``digests`` of the parts. That of a part of a folder is
+        over the names of its files, below the root, and their labels; that of a part in memory is
+        over its images and labels.
+        """
+        data, (labelled, unlabelled) = self._data, self._parts
+        names = data.class_names if isinstance(data, FolderData) else range(data.num_classes)
+        digests = {
+            "labelled": _digest(labelled, self.config.root),
+            "unlabelled": _digest(unlabelled, self.config.root),
+            "test": _digest(TensorDataset(data.test_images, data.test_labels), None),
+        }
         return {
-            "config": self._settings(),
+            "name": data.name,
+            "num_classes": data.num_classes,
+            "classes": [str(name) for name in names],
+            "image": list(data.test_images.shape[1:]),
+            "num_labelled": len(labelled),
+            "num_unlabelled": len(unlabelled),
+            "num_test": len(data.test_images),
+            "digest": hashlib.sha256("".join(digests.values()).encode()).hexdigest(),
+            "digests": digests,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a resumed run needs, and what it must be resumed on.
+
+        These are tensors and plain values, which ``torch.load(weights_only=True)`` reads:
+
+        - "format": 1; "versions": of "gpu_mixmatch" and "torch";
+        - "config": the fields of `TrainConfig`, `resolved`, and "world_size";
+        - "data": as `data`; "normalisation": "mean" and "std", a number per channel;
+        - "step"; "model", "ema" (its network below "module."), "optimizer", "mixmatch", "loader":
+          the states of these;
+        - "metrics": of each evaluation.
+        """
+        return {
+            "format": FORMAT,
+            "versions": {"gpu_mixmatch": __version__, "torch": str(torch.__version__)},
+            "config": {**dataclasses.asdict(self.config), "world_size": world_size()},
+            "data": self.data,
+            "normalisation": self._normalisation(),
             "step": self.step,
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
@@ -295,33 +471,109 @@ class TrainRun:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint of the same configuration.
+        """Continue from a checkpoint of the same data and of a configuration with the same steps.
+
+        All is looked at before anything is changed.
 
         Raises:
-            ValueError: If it is of another configuration; the message lists what differs.
+            TypeError: If an entry is of the wrong kind.
+            ValueError: If it is of other data or another configuration, of which the message lists
+                what differs, or if its weights are not of this network.
         """
-        mine = self._settings()
-        theirs = state["config"]
-        names = sorted(mine.keys() | theirs.keys())
-        different = [
-            f"{name}: {theirs.get(name)!r} in the checkpoint, {mine.get(name)!r} now"
-            for name in names
-            if theirs.get(name) != mine.get(name)
-        ]
-        if different:
-            raise ValueError(
-                "the checkpoint must be of the same configuration, got " + "; ".join(different)
-            )
-        self.step = state["step"]
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.mixmatch.load_state_dict(state["mixmatch"])
+        check_state(state)
+        resumed(self.config, state["config"], state["step"])
+        self._check_data(state)
+        weights = (("model", self.model), ("ema", self.ema), ("mixmatch", self.mixmatch))
+        for name, module in weights:
+            check_weights(name, module.state_dict(), state[name], type(self.model).__name__)
+        check_optimizer(self.optimizer, state["optimizer"])
         self.loader.load_state_dict(state["loader"])
+        self.step = state["step"]
+        for name, module in weights:
+            module.load_state_dict(state[name])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.metrics = list(state["metrics"])
 
-    def _settings(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self.config), "world_size": world_size()}
+    def _normalisation(self) -> dict[str, list[float]]:
+        channels = self.data["image"][0]
+        numbers = {"mean": self.weak.mean, "std": self.weak.std}
+        return {
+            name: [float(value) for value in (values * channels if len(values) == 1 else values)]
+            for name, values in numbers.items()
+        }
+
+    def _check_data(self, state: dict[str, Any]) -> None:
+        """Raise a ValueError that says how the data of a checkpoint differ, if they do."""
+        theirs, mine = (
+            {**entry["data"], **entry["normalisation"]}
+            for entry in (state, {"data": self.data, "normalisation": self._normalisation()})
+        )
+        if theirs == mine:
+            return
+        parts_of_theirs, parts = theirs.get("digests", {}), mine["digests"]
+        found = []
+        for name in mine:
+            was: Any = theirs.get(name)
+            now = mine[name]
+            if name.startswith("digest") or was == now:
+                continue
+            if name == "classes" and set(was) != set(now):  # there may be very many
+                was, now = sorted({*was} - {*now}), sorted({*now} - {*was})
+            found.append(f"{name}: {was} in the checkpoint, {now} now")
+        what = "names or labels of files" if isinstance(self._data, FolderData) else "images"
+        found += [
+            f"the {part} part has other {what}, or another order"
+            for part in parts
+            if parts_of_theirs.get(part) != parts[part] and f"num_{part}" not in " ".join(found)
+        ]
+        raise ValueError(
+            "the data must be those that the checkpoint was trained on, got "
+            + "; ".join(found or ["another digest"])
+        )
+
+
+def _digest(part: TensorDataset | ImageFiles, root: str | None) -> str:
+    """Return the SHA-256 of the samples of a part and their order, files by their names."""
+    found = hashlib.sha256(f"{len(part)}\n".encode())
+    if isinstance(part, TensorDataset):
+        for tensor in part.tensors:
+            found.update(f"{list(tensor.shape)} {tensor.dtype}\n".encode())
+            found.update(tensor.cpu().contiguous().numpy().data)
+        return found.hexdigest()
+    prefix = "" if root is None else str(Path(root).expanduser()) + os.sep
+    for number in range(len(part)):
+        name = part.index.name(number).removeprefix(prefix)
+        found.update(name.encode("utf-8", "surrogateescape") + b"\0")
+    if part.index.labels is not None:
+        found.update(part.index.labels.numpy().data)
+    return found.hexdigest()
+
+
+def _upper_bound(accuracy: float, count: int) -> float:
+    """Return what the true accuracy is at most, where ``accuracy`` of ``count`` images were right.
+
+    It is the end of the interval of Agresti and Coull (1998), of 95 %.
+    """
+    share = (accuracy * count + 2) / (count + 4)
+    return share + 2 * math.sqrt(share * (1 - share) / (count + 4))
+
+
+class DivergenceError(RuntimeError):
+    """Training has left the numbers that are finite.
+
+    Attributes:
+        step: The step at which it was found, at an evaluation; it began after the one before.
+        values: The losses of that step.
+    """
+
+    def __init__(self, step: int, values: Mapping[str, float], last: str) -> None:
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        super().__init__(
+            f"the run diverged: at step {step} losses or weights are not finite ({shown}). "
+            f"{last}. A lower learning rate, a lower lambda_u or a longer rampup_steps may help"
+        )
+        self.step = step
+        self.values = dict(values)
 
 
 def train(
@@ -330,70 +582,108 @@ def train(
     *,
     resume: bool = False,
     data: ImageData | FolderData | None = None,
+    on_start: Callable[[TrainRun], None] | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Summary:
     """Train a classifier, evaluate it as it goes, and write what happened.
 
-    In a process group every rank calls this alike, and rank 0 alone looks at ``out``.
+    In a process group every rank calls this alike, and rank 0 alone looks at ``out``. The folder is
+    made with the first evaluation: a run that fails before it leaves nothing behind.
 
     Args:
         config: What to train.
         out: Folder for ``checkpoint.pt``, ``metrics.jsonl``, TensorBoard's events, ``curves.png``
             and ``config.json``, which also says how large the network is; None writes nothing.
-        resume: Continue from the checkpoint in ``out``, or begin if there is none yet.
+        resume: Continue from the checkpoint in ``out``, or begin if there is none yet; see
+            `resumed` for what may differ.
         data: The data set, if it is loaded already.
+        on_start: Called before the first step, when all that can be checked has been.
         on_step: Called after each step with the number of steps taken and the latest metrics.
 
     Returns:
         How the run ended.
 
+    Warns:
+        UserWarning: Once, if in the second half of the run guesses are surer than the model is
+            right on test images, by more than 0.1.
+
     Raises:
-        ValueError: If ``out`` exists and ``resume`` is not asked for, or its checkpoint is of
-            another configuration.
+        ValueError: If ``out`` exists and ``resume`` is not asked for, or its checkpoint is damaged,
+            of other data, or of a configuration with other steps.
+        DivergenceError: If a loss or a weight is not finite at an evaluation. The checkpoint of the
+            one before stays.
+        OSError: If something cannot be written; the message names it and the room on its disk.
+        ImportError: If ``out`` needs a package that is not installed.
     """
-    if out is not None and not resume and distributed.from_first_rank(out.exists):
-        raise ValueError(
-            f"out must be a folder that does not exist yet, got {out}; or use --resume"
-        )
-    run = TrainRun(config, data)
     if out is not None:
-        _load_checkpoint(run, out / "checkpoint.pt")
+        distributed.from_first_rank(lambda: _check_out(out, resume))
+    state = None if out is None else _read_checkpoint(out / "checkpoint.pt")
+    if state is not None:
+        config = resumed(config, state["config"], state["step"])
+    run = TrainRun(config, data)
+    if state is not None:
+        run.load_state_dict(state)
     log = None
     if out is not None and rank() == 0:
-        log = MetricsLog(out, run.description(), run.metrics, run.step, run.tested_on)
+        log = MetricsLog(
+            out, run.description(), run.metrics, run.step, run.tested_on, run.checkpoint_size()
+        )
+    if on_start:
+        on_start(run)
     metrics = run.metrics
     eval_every = config.eval_every or max(1, config.steps // 20)
     seconds = metrics[-1]["seconds"] if metrics else 0.0
+    warned = False
     began = time.perf_counter()
     for batch in islice(run.loader, config.steps - run.step):
         losses = run.train_step(batch)
         if run.step % eval_every == 0 or run.step == config.steps:
-            values = distributed.average_values(losses, run.device)  # waits for the device
+            # waits for the device
+            values = distributed.average_values({**losses, **run.confidence()}, run.device)
             seconds += time.perf_counter() - began
+            if not run.is_finite(values):
+                raise DivergenceError(run.step, values, _last_checkpoint(metrics, out))
             # every rank has the same weights and finds the same error
             metrics.append(
                 {"step": run.step, "error": run.test_error(), "seconds": seconds, **values}
             )
             if log:
                 log.write(run.state_dict())
+            notice = run.overconfidence()
+            if notice and not warned and rank() == 0:
+                warnings.warn(f"step {run.step}: {notice}", UserWarning, stacklevel=2)
+            warned = warned or notice is not None
             began = time.perf_counter()
         if on_step:
             on_step(run.step, metrics[-1] if metrics else {})
     errors = [entry["error"] for entry in metrics]
     if log:
         log.close()
-    return Summary(errors[-1], statistics.median(errors[-20:]), min(errors), seconds)
+    return Summary(
+        errors[-1],
+        statistics.median(errors[-20:]),
+        min(errors),
+        seconds,
+        metrics[-1].get("confidence"),
+    )
 
 
-def _load_checkpoint(run: TrainRun, path: Path) -> None:
-    """Continue from a checkpoint if there is one; rank 0 reads it for all ranks."""
+def _check_out(out: Path, resume: bool) -> None:
+    """Raise if a run cannot end well in a folder; before the data are loaded."""
+    if out.exists() and not resume:
+        raise ValueError(
+            f"out must be a folder that does not exist yet, got {out}; or use --resume"
+        )
+    check_tools()
+    check_writable(out)
 
-    def read() -> dict[str, Any] | None:
-        if not path.exists():
-            return None
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return state
 
-    state = distributed.from_first_rank(read)
-    if state is not None:
-        run.load_state_dict(state)
+def _read_checkpoint(path: Path) -> dict[str, Any] | None:
+    """Read a checkpoint if there is one; rank 0 does it for all ranks."""
+    return distributed.from_first_rank(lambda: read_checkpoint(path) if path.exists() else None)
+
+
+def _last_checkpoint(metrics: list[dict[str, float]], out: Path | None) -> str:
+    if out is None or not metrics:
+        return "Nothing was written" if out is None else "There is no checkpoint yet"
+    return f"The checkpoint of step {int(metrics[-1]['step'])} is in {out}"
