@@ -247,35 +247,32 @@ def trained_tables(content: Content) -> Tables:
 def learning_tables(content: Content) -> Tables:
     """Test errors, contenders below each other and data sets beside each other.
 
-    Where guesses were watched, a second table has how sure they were and how many were right.
+    Where it matters how sure the guesses were, a second table has it beside how many were right.
     """
     rows = content["rows"]
     seeds = {row["case"]: len(row["seeds"]) for row in rows}
-    parts = [
-        (
-            "",
-            pivot(
-                rows,
-                lambda row: f"{row['case']} ({seeds[row['case']]} seeds)",
-                lambda row: f"{row['mean']:.2f} ± {row['deviation']:.2f}",
-                "error in %: mean ± sd",
-            ),
-        )
-    ]
-    watched = [row for row in rows if row["confidences"] is not None]
-    if content["command"].endswith(" guesses"):
-        parts.append(("", _guesses_table(watched)))
+    table = pivot(
+        rows,
+        lambda row: f"{row['case']} ({seeds[row['case']]} seeds)",
+        lambda row: f"{row['mean']:.2f} ± {row['deviation']:.2f}",
+        "error in %: mean ± sd",
+    )
+    parts = [("", table)]
+    if content["command"].endswith((" guesses", " collapse")):
+        parts.append(("", _guesses_table([row for row in rows if row["confidences"]])))
     return parts
 
 
 def _guesses_table(rows: list[Row]) -> str:
-    """How sure guesses are, and how many are right, at the end of runs."""
-    lines = ["| MixMatch on | confidence | accuracy | excess |", "|---|---|---|---|"]
+    """How sure guesses are beside how many are right, at the end of runs."""
+    several = len({row["case"] for row in rows}) > 1
+    heading = "MixMatch on" if several else "guesses"
+    lines = [f"| {heading} | confidence | accuracy | gap |", "|---|---|---|---|"]
     for row in rows:
         confidence = fmean(row["confidences"])
-        accuracy = 1 - row["mean"] / 100
-        excess = f"{confidence - accuracy:+.2f}"
-        lines.append(f"| {row['case']} | {confidence:.2f} | {accuracy:.2f} | {excess} |")
+        accuracy = 1 - fmean(row["errors"]) / 100
+        cells = f"{confidence:.2f} | {accuracy:.2f} | {confidence - accuracy:+.2f}"
+        lines.append(f"| {row['case' if several else 'contender']} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
