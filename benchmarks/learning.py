@@ -379,7 +379,10 @@ PARTS: dict[str, tuple[Part, ...]] = {
             ({"fashion-14": (SELECTION_SEEDS[:1], 4000)}, ((75, 0.5), (25, 0.5))),
         )
     ),
-    "goal": (Part(_seeded(TEST_SEEDS, "digits", "fashion-28"), (OURS, YU1UT)),),
+    "goal": (
+        Part(_seeded(TEST_SEEDS, "digits"), (weight(75, 0.5),)),
+        Part(_seeded(TEST_SEEDS, "digits", "fashion-28"), (OURS, YU1UT)),
+    ),
     "gap": (
         Part(
             _seeded(TEST_SEEDS, "fashion-14"),
