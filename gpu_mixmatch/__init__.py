@@ -9,6 +9,7 @@ from gpu_mixmatch.augment import Augment, DaliAugment, KorniaAugment, WeakAugmen
 from gpu_mixmatch.capture import capture
 from gpu_mixmatch.data import (
     DaliLoader,
+    ImageFiles,
     Indexed,
     ResidentLoader,
     SemiSupervisedLoader,
@@ -31,6 +32,7 @@ __all__ = [
     "AugmentParams",
     "DaliAugment",
     "DaliLoader",
+    "ImageFiles",
     "Indexed",
     "KorniaAugment",
     "LossOutput",

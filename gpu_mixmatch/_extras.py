@@ -35,7 +35,7 @@ PACKAGES = (
         "NVIDIA DALI",
         "nvidia.dali",
         {"dali": "nvidia-dali-cuda130", "dali-cu12": "nvidia-dali-cuda120"},
-        "DaliAugment, DaliLoader and check-images",
+        "DaliAugment, DaliLoader and check-images --decoder dali",
     ),
     Package("Lightning", "lightning", {"lightning": "lightning"}, "integrations.lightning"),
     Package(
@@ -50,7 +50,7 @@ PACKAGES = (
     Package("TensorBoard", "tensorboard", {"cli": "tensorboard"}, "logs of gpu-mixmatch train"),
     Package("matplotlib", "matplotlib", {"cli": "matplotlib"}, "previews and charts"),
     Package("scikit-learn", "sklearn", {"cli": "scikit-learn"}, "the digits data set"),
-    Package("Pillow", "PIL", {"cli": "pillow"}, "folders of images"),
+    Package("Pillow", "PIL", {"cli": "pillow"}, "folders of images and check-images"),
 )
 
 

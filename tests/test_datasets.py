@@ -1,5 +1,6 @@
 """Data sets are read from files in their original formats, and damaged files are named."""
 
+import codecs
 import gzip
 import io
 import os
@@ -9,6 +10,7 @@ import re
 import struct
 import sys
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from gpu_mixmatch.data.datasets import load_dataset
+from gpu_mixmatch.data.formats import cifar as cifar_format
 from gpu_mixmatch.data.formats.common import split_labels
 from gpu_mixmatch.data.formats.mnist import read_idx
 from gpu_mixmatch.sampling import split_order
@@ -330,6 +333,33 @@ def test_idx_size_beyond_the_file_is_refused_before_it_is_allocated(tmp_path: Pa
         read_idx(path)
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_no_more_of_an_idx_file_is_read_than_its_header_says(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"bomb-ubyte{suffix}"
+    content = idx_bytes(random_bytes(2, 3, 5)) + bytes(1 << 26)
+    path.write_bytes(gzip.compress(content) if suffix else content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=message(path, "must be 46 bytes for [2, 3, 5], got")):
+            read_idx(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_gzip_that_cannot_hold_what_its_header_says_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "huge-ubyte.gz"
+    path.write_bytes(gzip.compress(b"\0\0\x08\x03" + b"\xff" * 12))
+    with pytest.raises(ValueError, match=message(path, "must be", "do not unpack to so many")):
+        read_idx(path)
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "values-ubyte")
+    with pytest.raises(FileNotFoundError, match=message("no regular file", "values-ubyte")):
+        read_idx(tmp_path / "values-ubyte")
+
+
 def damage_flip(content: bytes) -> bytes:
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
@@ -512,6 +542,36 @@ def test_gzip_that_is_no_archive_names_the_file(tmp_path: Path) -> None:
         load_dataset("cifar10", tmp_path)
 
 
+@pytest.mark.parametrize("what", ["wanted file", "other file", "header", "end"])
+def test_an_archive_that_unpacks_to_more_than_any_of_cifar_is_refused(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cifar_format, "_MOST_OF_AN_ARCHIVE", 1 << 20)
+    monkeypatch.setattr(cifar_format, "_MOST_OF_A_FILE", 1 << 19)
+    cifar = Cifar("cifar100")
+    path = cifar.write_archive(tmp_path, "binary")
+    size = {"wanted file": 1 << 19 | 1, "other file": 1 << 40, "header": 1 << 40, "end": 0}[what]
+    member = tarfile.TarInfo({"wanted file": "cifar-100-binary/train.bin"}.get(what, "other"))
+    member.size, member.type = size, tarfile.XHDTYPE if what == "header" else tarfile.REGTYPE
+    with gzip.open(path) as stream:
+        content = stream.read()
+    if what == "end":
+        content += bytes(1 << 21)
+    else:
+        content = member.tobuf(tarfile.GNU_FORMAT) + bytes(1 << 21)
+    path.write_bytes(gzip.compress(content))
+    pattern = message(path, "must be a whole .tar.gz file, got:", "claims|unpacks to more than")
+    with pytest.raises(ValueError, match=pattern.replace(r"\|", "|")):
+        load_dataset("cifar100", tmp_path)
+
+
+def test_a_file_larger_than_any_of_cifar_is_not_read(tmp_path: Path) -> None:
+    path = Cifar("cifar100").write(tmp_path, "binary") / "train.bin"
+    os.truncate(path, 1 << 40)
+    with pytest.raises(ValueError, match=message(path, "must be a file of CIFAR, got 1099511")):
+        load_dataset("cifar100", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "record_size", "change"),
     [("cifar10", 3073, -1), ("cifar10", 3073, 1), ("cifar100", 3074, -1), ("cifar100", 3074, 1)],
@@ -659,6 +719,22 @@ def test_malicious_pickle_is_refused_and_not_run(
     # The file was a real one: what it asks for is done once it is trusted.
     pickle.loads(content, encoding="bytes")
     assert proof.exists()
+
+
+def test_a_pickled_array_larger_than_its_file_is_refused(tmp_path: Path) -> None:
+    path = Cifar("cifar10").write(tmp_path, "python") / "data_batch_1"
+    array = Call(np.ndarray, (1 << 20, 3072), np.dtype(np.uint8))  # 3 GB that nobody wrote
+    path.write_bytes(pickle.dumps({b"data": array, b"labels": [0]}, protocol=2))
+    pattern = message(path, "must hold b'data' itself, got an array of 3221225472 bytes")
+    with pytest.raises(ValueError, match=pattern):
+        load_dataset("cifar10", tmp_path)
+
+
+def test_a_pickle_may_not_ask_for_other_encodings(tmp_path: Path) -> None:
+    path = Cifar("cifar10").write(tmp_path, "python") / "data_batch_1"
+    path.write_bytes(pickle.dumps({b"data": Call(codecs.encode, "text", "rot13")}, protocol=2))
+    with pytest.raises(ValueError, match=message(path, "the encoding 'rot13', refused")):
+        load_dataset("cifar10", tmp_path)
 
 
 @pytest.mark.parametrize(

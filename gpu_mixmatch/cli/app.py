@@ -1,8 +1,9 @@
 """The command line: train, predict, preview, ablate, demo, bench, check-images and doctor."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 from gpu_mixmatch._extras import missing_package, need
 
@@ -24,13 +25,17 @@ from gpu_mixmatch.cli.terminal import (
     console,
     ended_in_order,
     exit_code,
+    printable,
     progress,
     quiet_decoders,
     say,
     this_command,
 )
 from gpu_mixmatch.data import check_images
+from gpu_mixmatch.data.check import DECODERS, Decoder
 from gpu_mixmatch.data.datasets import load_dataset
+from gpu_mixmatch.data.folder import OnError
+from gpu_mixmatch.data.index import SUFFIXES_READ, describe_left_out
 from gpu_mixmatch.recipes import ablate
 from gpu_mixmatch.recipes.checkpoint import check_writable
 from gpu_mixmatch.recipes.choices import (
@@ -173,6 +178,18 @@ def train_command(
     eval_every: Annotated[
         int, typer.Option(help="Steps between evaluations; 0: a twentieth of the run.")
     ] = 0,
+    on_error: Annotated[
+        str,
+        choice(
+            get_args(OnError),
+            "A folder's files that do not decode: stop at the first; or find all before the first "
+            "step and leave them out, listed in skipped.txt.",
+        ),
+    ] = "raise",
+    list_path: Annotated[
+        Path | None,
+        typer.Option("--list", help="List of a folder's files to read, of check-images --list."),
+    ] = None,
 ) -> None:
     """Train a classifier with MixMatch, or supervised only, and draw its curves.
 
@@ -201,6 +218,8 @@ def train_command(
         lambda_u=lambda_u,
         rampup_steps=rampup_steps,
         eval_every=eval_every,
+        on_error=cast(OnError, on_error),
+        list_path=None if list_path is None else str(list_path),
     )
     decoders = quiet_decoders() if loader == "dali" else nullcontext()
     with process_group(config.device), ended_in_order(), decoders:
@@ -223,7 +242,9 @@ def predict_command(
         task = bars.add_task("predicting", total=len(predictions), note="")
         counts = write_labels(predictions, out, lambda seen: bars.update(task, completed=seen))
     for reason in predictions.unreadable.values():
-        typer.echo(reason, err=True)
+        typer.echo(printable(reason), err=True)
+    if predictions.left_out:
+        say(f"left out: {describe_left_out(predictions.left_out)}")
     found = ", ".join(f"{label} {count}" for label, count in counts.most_common())
     say(
         f"wrote {out}: {counts.total()} images labelled, {len(predictions.unreadable)} not "
@@ -272,23 +293,41 @@ def check_images_command(
     list_path: Annotated[
         Path | None, typer.Option("--list", help="File to write that lists the good images.")
     ] = None,
+    decoder: Annotated[
+        str,
+        choice(DECODERS, "Pillow, as --loader resident and dataloader decode, or DALI, as dali."),
+    ] = "pil",
 ) -> None:
-    """Decode every image of a folder by DALI, and list those that fail; exit code 1 if any do."""
+    """Decode every image of a folder, and show those that fail.
+
+    Exit code 0 if all decode, 1 if some do not or the list cannot name all, 2 if there are none.
+    """
     with progress() as bars, quiet_decoders():
         task = bars.add_task("decoding", total=None, note="")
 
         def on_images(seen: int, total: int) -> None:
             bars.update(task, completed=seen, total=total)
 
-        checked = check_images(folder, list_path, progress=on_images)
-    if not checked.good and not checked.bad:
-        raise ValueError(f"folder must hold at least one image, got none in {folder}")
+        judge = cast(Decoder, decoder)
+        checked = check_images(folder, list_path, decoder=judge, progress=on_images)
     for path, reason in checked.bad.items():
-        typer.echo(f"{path}: {reason}")
-    typer.echo(f"{len(checked.good)} images decode, {len(checked.bad)} do not")
-    if list_path is not None:
-        typer.echo(f"wrote {list_path}")
-    if checked.bad:
+        say(f"{path}: {reason}")
+    if checked.left_out:
+        say(f"left out: {describe_left_out(checked.left_out)}")
+    if not checked.good and not checked.bad:
+        raise ValueError(
+            f"folder must hold at least one image, got none in {folder}. Suffixes that are read: "
+            f"{SUFFIXES_READ}"
+        )
+    say(f"{len(checked.good)} images decode, {len(checked.bad)} do not")
+    if list_path is not None and checked.good:
+        say(f"wrote {list_path}")
+        if checked.unlisted:
+            say(
+                f"it lacks {len(checked.unlisted)} good images, whose names have a tab or a line "
+                f"end: {', '.join(checked.unlisted[:3])}"
+            )
+    if checked.bad or checked.unlisted:
         raise typer.Exit(1)
 
 
@@ -418,9 +457,15 @@ def _train(config: TrainConfig, out: Path, resume: bool) -> None:
     tested_on = ""
     with progress() as bars:
         task = bars.add_task("training", total=config.steps, note="")
+        skipped: Mapping[str, str] = {}
+
+        def on_check(seen: int, total: int) -> None:
+            bars.update(task, description="decoding", completed=seen, total=total)
 
         def on_start(run: TrainRun) -> None:
-            nonlocal latest, now, tested_on
+            nonlocal latest, now, tested_on, skipped
+            bars.update(task, description="training", completed=run.step, total=config.steps)
+            skipped = run.skipped
             now, tested_on = run.step, run.tested_on
             latest = run.metrics[-1] if run.metrics else {}
             for line in _about(run):
@@ -438,7 +483,9 @@ def _train(config: TrainConfig, out: Path, resume: bool) -> None:
             latest = metrics
 
         try:
-            summary = train(config, out, resume=resume, on_start=on_start, on_step=on_step)
+            summary = train(
+                config, out, resume=resume, on_check=on_check, on_start=on_start, on_step=on_step
+            )
         except KeyboardInterrupt as interrupt:
             bars.stop()
             _say_how_to_go_on(out, now, latest)
@@ -455,7 +502,8 @@ def _train(config: TrainConfig, out: Path, resume: bool) -> None:
     )
     if summary.confidence is not None:
         say(_compared(summary.confidence, summary.error, tested_on))
-    say(f"wrote {out}/curves.png, metrics.jsonl and checkpoint.pt")
+    listed = f", skipped.txt ({len(skipped)} files)" if skipped else ""
+    say(f"wrote {out}/curves.png, metrics.jsonl{listed} and checkpoint.pt")
 
 
 def _compared(confidence: float, error: float, tested_on: str) -> str:
@@ -472,6 +520,8 @@ def _about(run: TrainRun) -> list[str]:
     lines = []
     if run.step:
         lines.append(f"going on after step {run.step} of {config.steps}")
+    if run.left_out:
+        lines.append(f"left out: {describe_left_out(run.left_out)}")
     if run.tested_on == "labelled":
         lines.append(f"There is no {config.root}/test: errors are those on the labelled images.")
     if config.filters is not None:

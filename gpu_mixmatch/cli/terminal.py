@@ -51,7 +51,18 @@ _OPTION_OF = {
 def say(line: str) -> None:
     """Print a line as it is: no markup is read in it, and it is not broken."""
     if rank() == 0:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def printable(line: str) -> str:
+    """Return a line with escapes for what a terminal would act on or cannot show.
+
+    Names of files may hold line ends, codes that move the cursor, and bytes that are no text.
+    """
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in line
+    )
 
 
 def choice(names: Sequence[str], text: str) -> Any:
@@ -190,7 +201,7 @@ class Commands(TyperGroup):
                     text = "this is a bug of gpu-mixmatch, please report it with the lines above"
                 else:
                     text = in_options(one_line(error), command)
-                typer.echo(f"error{where}: {text}", err=True)
+                typer.echo(f"error{where}: {printable(text)}", err=True)
             raise typer.Exit(code) from error
 
 
@@ -247,7 +258,7 @@ def _warnings_in_lines() -> Iterator[None]:
 
     def line(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if issubclass(category, UserWarning):
-            typer.echo(f"warning: {message}", err=True)
+            typer.echo(f"warning: {printable(str(message))}", err=True)
         else:
             show(message, category, *place, **more)
 

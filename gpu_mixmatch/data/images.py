@@ -1,56 +1,36 @@
-"""Encoded images on disk: where each one lies, and its bytes."""
+"""Where the images of a folder, a list or archives lie."""
 
-import mmap
+import errno
 import os
-import tarfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import stat
+import unicodedata
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"))
+from gpu_mixmatch.data.archives import tfrecords, web_dataset
+from gpu_mixmatch.data.index import (
+    FOUND_BEFORE,
+    HIDDEN,
+    NOT_REGULAR,
+    SUFFIXES_READ,
+    ImageIndex,
+    PathLike,
+    describe_left_out,
+    is_passed_over,
+    kind_of_file,
+    regular_size,
+    warn_of_left_out,
+)
 
-PathLike = str | os.PathLike[str]
+__all__ = ["ImageIndex", "file_list", "image_folder", "open_images", "tfrecords", "web_dataset"]
 
+_MAX_LABEL = 2**63 - 1  # of int64
 
-@dataclass(frozen=True, eq=False)
-class ImageIndex:
-    """Where the images of a data set lie: whole files, or spans of archives.
-
-    Attributes:
-        paths: File of each image, N of them.
-        spans: First byte and number of bytes, ``[N, 2]`` int64; None for whole files.
-        keys: Name of each image within its archive; None for whole files.
-        labels: ``[N]`` int64; None where there are none.
-        classes: Names of the classes in the order of their labels, where they are known.
-    """
-
-    paths: Sequence[str]
-    spans: NDArray[np.int64] | None = None
-    keys: Sequence[str] | None = None
-    labels: Tensor | None = None
-    classes: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def name(self, number: int) -> str:
-        """Name an image in a message: its path and, in an archive, its key."""
-        path = self.paths[number]
-        return path if self.keys is None else f"{path}:{self.keys[number]}"
-
-    def read(self, number: int) -> NDArray[np.uint8]:
-        """Read the encoded bytes of an image."""
-        with open(self.paths[number], "rb") as file:
-            if self.spans is None:
-                return np.frombuffer(file.read(), dtype=np.uint8)
-            start, size = self.spans[number].tolist()
-            file.seek(start)
-            return np.frombuffer(file.read(size), dtype=np.uint8)
+_Parts = tuple[str, ...]
 
 
 def open_images(
@@ -87,7 +67,9 @@ def open_images(
                 f"image_folder, file_list, web_dataset or tfrecords returns, got {source!r}"
             )
     if len(index) == 0:
-        raise ValueError(f"source must hold at least one image, got none in {source}")
+        raise ValueError(
+            f"source must hold at least one image, got none in {source}{_but(index.left_out)}"
+        )
     if labelled and index.labels is None:
         raise ValueError(f"source must have labels, got none in {source}")
     return index
@@ -99,219 +81,244 @@ def image_folder(root: PathLike, *, labelled: bool = False) -> ImageIndex:
     Where all of them lie in folders below it, the first such folder is the class of an image:
     labels number the sorted names of these folders.
 
+    Passed over are entries that are hidden (their names begin with ".") or of the system
+    (`index.SYSTEM_NAMES`, such as ``__MACOSX`` and ``lost+found``), files of suffixes other than
+    `index.IMAGE_SUFFIXES`, and pipes, sockets and devices. Links are followed, and each real file
+    and folder is taken once, by a path without links if it has one; hard links are one file.
+    ``left_out`` of the result counts what was left out, and a warning names what looks like an
+    image. A link to nothing counts as an image that cannot be read, if its name is one's.
+
+    Names of classes are compared and given in Unicode's composed form (NFC), whichever form a disk
+    has.
+
     Args:
-        root: The folder. Files whose suffix is not in `IMAGE_SUFFIXES` are passed over.
-        labelled: Whether labels are wanted.
+        root: The folder.
+        labelled: Whether labels are wanted. Without it, folders that cannot be numbered as classes
+            give no labels.
 
     Raises:
-        ValueError: If ``root`` is no folder, or labels are wanted and an image lies in no class.
+        OSError: If a folder cannot be looked into.
+        ValueError: If ``root`` is no folder. If labels are wanted: if an image lies in no class or,
+            by links, in two, if a class has no image that is not empty, or two have one name.
     """
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"root must be a folder, got {root}")
-    places = sorted(
-        Path(folder, file).relative_to(root).parts
-        for folder, _, files in os.walk(root, followlinks=True)
-        for file in files
-        if Path(file).suffix.lower() in IMAGE_SUFFIXES
-    )
-    paths = [str(root.joinpath(*place)) for place in places]
-    outside = next((place for place in places if len(place) == 1), None)
-    if outside is None:
-        classes = sorted({place[0] for place in places})
-        numbers = {name: number for number, name in enumerate(classes)}
-        labels = torch.tensor([numbers[place[0]] for place in places], dtype=torch.int64)
-        return ImageIndex(paths, labels=labels, classes=tuple(classes))
-    if labelled:
-        raise ValueError(
-            f"root must hold a folder of images per class, got the image {outside[0]} in {root}"
-        )
-    return ImageIndex(paths)
+    found = _Scan(root)
+    files = sorted(found.unique(labelled), key=lambda file: file.order)
+    left_out = dict(found.left_out)
+    warn_of_left_out(root, left_out)
+    paths = [str(root.joinpath(*file.parts)) for file in files]
+    outside = next((file for file in files if len(file.parts) == 1), None)
+    if outside is not None:
+        if labelled:
+            raise ValueError(
+                "root must hold a folder of images per class, got the image "
+                f"{outside.parts[0]} in {root}"
+            )
+        return ImageIndex(paths, left_out=left_out)
+    trouble = _why_no_classes(root, found, files)
+    if trouble:
+        if labelled:
+            raise ValueError(trouble)
+        return ImageIndex(paths, left_out=left_out)
+    classes = sorted({_composed(file.parts[0]) for file in files})
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = torch.tensor([numbers[_composed(file.parts[0])] for file in files], dtype=torch.int64)
+    return ImageIndex(paths, labels=labels, classes=tuple(classes), left_out=left_out)
 
 
 def file_list(path: PathLike, *, labelled: bool = False) -> ImageIndex:
     """Read a list of images: a path per line and, after a tab, its label.
+
+    A path that is listed again, with the same label, is taken once.
 
     Args:
         path: A UTF-8 text file; relative paths in it begin at its folder.
         labelled: Whether a label is wanted. A space before it will then do, as in DALI's own lists.
 
     Raises:
-        ValueError: If a label is wanted and missing.
+        OSError: If ``path`` is no file.
+        ValueError: If a label is wanted and missing, or given twice and not the same, or a listed
+            path is no file.
     """
     path = Path(path)
-    paths, labels = [], []
-    text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    regular_size(path)
+    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    if "\0" in text:
+        raise ValueError(f"path must be a list in UTF-8, got {path}, which has bytes of 0")
+    lines: dict[str, tuple[int, int | None]] = {}  # number and label
+    repeated = 0
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        name, *label = line.rsplit("\t" if "\t" in line or not labelled else None, 1)
-        if labelled:
-            if not label or not label[0].isdecimal():
-                raise ValueError(
-                    f"path must list an image and its label in every line, got line {number} of "
-                    f"{path}: {line!r}"
-                )
-            labels.append(int(label[0]))
-        paths.append(os.path.join(path.parent, name))
-    return ImageIndex(paths, labels=torch.tensor(labels, dtype=torch.int64) if labelled else None)
-
-
-def web_dataset(
-    paths: Sequence[PathLike], *, labelled: bool = False, label_suffix: str = "cls"
-) -> ImageIndex:
-    """Find the images in WebDataset tars, which must not be compressed.
-
-    A sample's files share their name up to the first dot; its image is the one with a suffix of
-    `IMAGE_SUFFIXES`. Only headers and labels are read.
-
-    Args:
-        paths: The tars.
-        labelled: Whether to read labels.
-        label_suffix: Suffix of the file that holds a sample's label, an integer in digits.
-
-    Raises:
-        ValueError: If a file is no tar, or a label is wanted and missing.
-    """
-    found: list[tuple[str, str, int, int]] = []
-    labels: list[int] = []
-    for path in map(str, paths):
-        images: dict[str, tarfile.TarInfo] = {}
-        digits: dict[str, bytes] = {}
-        try:
-            with tarfile.open(path, "r:") as archive:
-                for member in filter(tarfile.TarInfo.isfile, archive):
-                    folder, file = os.path.split(member.name)
-                    stem, _, suffix = file.partition(".")
-                    key = os.path.join(folder, stem)
-                    if f".{suffix.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES:
-                        images.setdefault(key, member)
-                    elif labelled and suffix == label_suffix:
-                        content = archive.extractfile(member)
-                        digits[key] = content.read().strip() if content else b""
-        except tarfile.TarError as error:
+        name, *digits = line.rsplit("\t" if "\t" in line or not labelled else None, 1)
+        label = _label(digits, number, line, path) if labelled else None
+        name = os.path.join(path.parent, name)
+        first, first_label = lines.setdefault(name, (number, label))
+        if first_label != label:
             raise ValueError(
-                f"paths must be tars that are not compressed, got {path}: {error}"
-            ) from error
-        for key, member in images.items():
-            found.append((path, member.name, member.offset_data, member.size))
-            if labelled:
-                if not digits.get(key, b"").isdigit():
-                    raise ValueError(
-                        f"paths must hold an integer in {key}.{label_suffix}, got "
-                        f"{digits.get(key)!r} in {path}"
-                    )
-                labels.append(int(digits[key]))
-    return _archive_index(found, labels if labelled else None)
-
-
-def tfrecords(
-    paths: Sequence[PathLike],
-    *,
-    labelled: bool = False,
-    image_key: str = "image/encoded",
-    label_key: str = "image/class/label",
-) -> ImageIndex:
-    """Find the images in TFRecord files of ``tf.train.Example``, without TensorFlow.
-
-    Args:
-        paths: The files.
-        labelled: Whether to read labels.
-        image_key: Feature that holds the encoded image.
-        label_key: Feature that holds the label, an integer, taken as it stands.
-
-    Raises:
-        ValueError: If a file is cut short or no TFRecord, or a feature is missing.
-    """
-    found: list[tuple[str, str, int, int]] = []
-    labels: list[int] = []
-    for path in map(str, paths):
-        if os.path.getsize(path) == 0:
-            continue
-        with (
-            open(path, "rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer,
-        ):
-            for number, (start, stop) in enumerate(_records(buffer, path)):
-                features = dict(_features(buffer, start, stop))
-                for key in (image_key, label_key) if labelled else (image_key,):
-                    if key not in features:
-                        raise ValueError(
-                            f"paths must hold the feature {key!r} in every record, got "
-                            f"{sorted(features)} in record {number} of {path}"
-                        )
-                first, last = features[image_key]
-                found.append((path, f"record {number}", first, last - first))
-                if labelled:
-                    labels.append(_integer(buffer, *features[label_key]))
-    return _archive_index(found, labels if labelled else None)
-
-
-def _archive_index(found: list[tuple[str, str, int, int]], labels: list[int] | None) -> ImageIndex:
-    spans = np.array([place[2:] for place in found], dtype=np.int64).reshape(-1, 2)
+                f"path must list an image with one label, got {first_label} in line {first} and "
+                f"{label} in line {number} of {path}: {name!r}"
+            )
+        repeated += first != number
+    missing = [name for name in lines if not os.path.isfile(name)]
+    if missing:
+        raise ValueError(
+            f"path must list files that exist, got line {lines[missing[0]][0]} of {path}: "
+            f"{missing[0]!r}" + (f", and {len(missing) - 1} more" if missing[1:] else "")
+        )
+    left_out = {"lines that repeat another": repeated} if repeated else {}
+    warn_of_left_out(path, left_out)
+    labels = [label for _, label in lines.values() if label is not None]
     return ImageIndex(
-        [path for path, *_ in found],
-        spans,
-        [key for _, key, *_ in found],
-        None if labels is None else torch.tensor(labels, dtype=torch.int64),
+        [*lines],
+        labels=torch.tensor(labels, dtype=torch.int64) if labelled else None,
+        left_out=left_out,
     )
 
 
-def _records(buffer: mmap.mmap, path: str) -> Iterator[tuple[int, int]]:
-    """Yield each record's span: 8 bytes of length and 4 of checksum precede it, 4 follow it."""
-    start = 0
-    while start < len(buffer):
-        size = int.from_bytes(buffer[start : start + 8], "little")
-        stop = start + 12 + size
-        if stop + 4 > len(buffer):
-            raise ValueError(
-                f"paths must be whole TFRecord files, got {path}, in which a record at byte "
-                f"{start} claims {size} bytes"
-            )
-        yield start + 12, stop
-        start = stop + 4
+def _label(digits: list[str], number: int, line: str, path: Path) -> int:
+    text = digits[0].strip() if digits else ""
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) <= _MAX_LABEL):
+        raise ValueError(
+            "path must list an image and its label, an integer from 0, in every line, got line "
+            f"{number} of {path}: {line[:200]!r}"
+        )
+    return int(text)
 
 
-def _features(buffer: mmap.mmap, start: int, stop: int) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Yield the name of each feature of an Example, and the span of its first value."""
-    for _, *example in _fields(buffer, start, stop):
-        for _, *entry in _fields(buffer, *example):
-            parts = {number: (first, last) for number, first, last in _fields(buffer, *entry)}
-            if 1 in parts and 2 in parts:
-                name = buffer[slice(*parts[1])].decode(errors="replace")
-                for _, *values in _fields(buffer, *parts[2]):  # a list of bytes, floats or integers
-                    for _, first, last in _fields(buffer, *values):
-                        yield name, (first, last)
-                        break
+class _File(NamedTuple):
+    """A file with the name of an image.
+
+    Attributes:
+        parts: Its path below the root.
+        is_linked: Whether it was reached through a link.
+        identity: What tells real files apart; None where there is none.
+        size: In bytes; 0 where it cannot be told.
+    """
+
+    parts: _Parts
+    is_linked: bool
+    identity: tuple[int, ...] | None
+    size: int
+
+    @property
+    def order(self) -> tuple[_Parts, _Parts]:
+        """What files are sorted by: the same on disks of either Unicode form."""
+        return tuple(map(_composed, self.parts)), self.parts
 
 
-def _fields(buffer: mmap.mmap, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """Yield number, start and stop of each field of a protocol buffer message."""
-    while start < stop:
-        tag, start = _varint(buffer, start)
-        kind = tag & 7
-        if kind == 2:  # bytes, text, messages and packed numbers
-            size, start = _varint(buffer, start)
-        elif kind == 0:
-            size = _varint(buffer, start)[1] - start
+class _Scan:
+    """What lies below a folder; each real folder is looked into once, so that loops end.
+
+    Attributes:
+        files: Files with names of images, some of them by several paths.
+        folders: The folders right below the root, which may be classes.
+        left_out: How many entries are not in ``files``, by the reason.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.files: list[_File] = []
+        self.folders: list[str] = []
+        self.left_out: Counter[str] = Counter()
+        self._root = root
+        self._seen = {_identity(root.stat())}
+        self._waiting: deque[tuple[_Parts, bool]] = deque([((), False)])
+        self._links: deque[_Parts] = deque()  # to folders: looked into after all without links
+        while self._waiting or self._links:
+            if self._waiting:
+                self._look_into(*self._waiting.popleft())
+            else:
+                parts = self._links.popleft()
+                if self._is_new(root.joinpath(*parts).stat()):
+                    self._look_into(parts, True)
+
+    def unique(self, labelled: bool) -> Iterator[_File]:
+        """Yield each real file once; with labels, raise where it lies in two classes."""
+        first: dict[tuple[int, ...], _File] = {}
+        for file in sorted(self.files, key=lambda file: (file.is_linked, file.order)):
+            known = first.setdefault(file.identity, file) if file.identity else file
+            if known is file:
+                yield file
+                continue
+            self.left_out[FOUND_BEFORE] += 1
+            if labelled and _composed(known.parts[0]) != _composed(file.parts[0]):
+                one, other = ("/".join(same.parts) for same in (known, file))
+                raise ValueError(
+                    f"root must hold an image in one class, got {one} and {other}, which are one "
+                    f"file, in {self._root}"
+                )
+
+    def _look_into(self, parts: _Parts, is_linked: bool) -> None:
+        with os.scandir(self._root.joinpath(*parts)) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                self._see(entry, (*parts, entry.name), is_linked)
+
+    def _see(self, entry: os.DirEntry[str], parts: _Parts, is_linked: bool) -> None:
+        if is_passed_over(entry.name):
+            self.left_out[HIDDEN] += 1
+            return
+        is_link = entry.is_symlink()
+        try:
+            status = entry.stat()
+        except OSError as error:
+            if not is_link or error.errno not in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
+                raise
+            status = None  # a link to nothing
+        if status and stat.S_ISDIR(status.st_mode):
+            if len(parts) == 1:
+                self.folders.append(entry.name)
+            if is_link:
+                self._links.append(parts)
+            elif self._is_new(status):
+                self._waiting.append((parts, is_linked))
+        elif status and not stat.S_ISREG(status.st_mode):
+            self.left_out[NOT_REGULAR] += 1
+        elif reason := kind_of_file(entry.name):
+            self.left_out[reason] += 1
         else:
-            size = {1: 8, 5: 4}.get(kind, stop - start)
-        yield tag >> 3, start, start + size
-        start += size
+            size = status.st_size if status else 0
+            # size and time, for disks that give one inode to several files
+            identity = (*_identity(status), size, status.st_mtime_ns) if status else None
+            self.files.append(_File(parts, is_linked or is_link, identity, size))
+
+    def _is_new(self, status: os.stat_result) -> bool:
+        identity = _identity(status)
+        if identity in self._seen:
+            self.left_out[FOUND_BEFORE] += 1
+            return False
+        self._seen.add(identity)
+        return True
 
 
-def _varint(buffer: mmap.mmap, start: int) -> tuple[int, int]:
-    """Read an integer of 7 bits a byte; return it and the place after it."""
-    value = shift = 0
-    while True:
-        byte = buffer[start]
-        start += 1
-        value |= (byte & 127) << shift
-        shift += 7
-        if byte < 128:
-            return value, start
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
-def _integer(buffer: mmap.mmap, start: int, stop: int) -> int:
-    """Read the first varint of a span."""
-    return _varint(buffer, start)[0]
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _why_no_classes(root: Path, found: _Scan, files: list[_File]) -> str:
+    """Say why the folders right below a root cannot be numbered as classes, or ""."""
+    folders: dict[str, str] = {}
+    for name in found.folders:
+        twin = folders.setdefault(_composed(name), name)
+        if twin != name:
+            return (
+                "root must hold class folders of different names, got one name in two Unicode "
+                f"forms, {twin!a} and {name!a}, in {root}"
+            )
+    filled = {_composed(file.parts[0]) for file in files if file.size}
+    if empty := sorted(folders.keys() - filled):
+        return (
+            "root must hold an image that is not empty in every class folder, got none in "
+            f"{', '.join(empty)} in {root}{_but(found.left_out)}. Suffixes that are read: "
+            f"{SUFFIXES_READ}"
+        )
+    return ""
+
+
+def _but(left_out: Mapping[str, int]) -> str:
+    return f"; left out {describe_left_out(left_out)}" if left_out else ""

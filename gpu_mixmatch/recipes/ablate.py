@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 
 from gpu_mixmatch._machine import header
-from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.recipes import plots
 from gpu_mixmatch.recipes.checkpoint import write_atomically
 from gpu_mixmatch.recipes.train import Summary, TrainConfig, train
@@ -97,7 +96,7 @@ def compare(
         raise ValueError(
             f"rows and seeds must not be empty, got {len(rows)} rows and {len(seeds)} seeds"
         )
-    data = load_dataset(config.dataset, config.root, config.size)
+    data = config.load()
     results = []
     for row in rows:
         errors = []

@@ -155,6 +155,7 @@ class Predictions:
 
     Attributes:
         unreadable: Why each file that cannot be read cannot, of those seen so far.
+        left_out: How many entries of the folder are not among the files, by the reason.
     """
 
     def __init__(
@@ -164,6 +165,7 @@ class Predictions:
         self.files = [Path(path).relative_to(folder).as_posix() for path in images.index.paths]
         self.batch_size = batch_size
         self.unreadable: dict[str, str] = {}
+        self.left_out = images.index.left_out
         self._images = images
 
     def __len__(self) -> int:

@@ -1,6 +1,7 @@
 """What a run writes: its configuration, metrics, checkpoint, TensorBoard's events and curves."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class MetricsLog:
         step: The step that the run goes on from.
         tested_on: "test" or "labelled", the images that errors are measured on.
         size: Bytes of a checkpoint. While it is written, the one before it is there as well.
+        skipped: Files that were left out, and why, for ``skipped.txt``.
 
     Raises:
         ImportError: If TensorBoard or matplotlib is not installed.
@@ -41,6 +43,7 @@ class MetricsLog:
         step: int,
         tested_on: str,
         size: int = 0,
+        skipped: Mapping[str, str] | None = None,
     ) -> None:
         check_tools()
         check_writable(out, 2 * size)
@@ -50,6 +53,7 @@ class MetricsLog:
         self.step = step
         self.tested_on = tested_on
         self.size = size
+        self.skipped = skipped or {}
         self.writer: Any = None
 
     def write(self, state: dict[str, Any]) -> None:
@@ -90,6 +94,10 @@ class MetricsLog:
         text = json.dumps(self.config, indent=2, allow_nan=False)
         write_atomically(self.out / "config.json", (text + "\n").encode())
         self._write_metrics()
+        if self.skipped:
+            listed = "".join(f"{_in_line(name)}\t{why}\n" for name, why in self.skipped.items())
+            content = listed.encode("utf-8", "surrogateescape")
+            write_atomically(self.out / "skipped.txt", content)
         try:
             self.writer = SummaryWriter(str(self.out), purge_step=self.step + 1)
         except OSError as error:
@@ -98,6 +106,10 @@ class MetricsLog:
     def _write_metrics(self) -> None:
         lines = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in self.metrics)
         write_atomically(self.out / "metrics.jsonl", lines.encode())
+
+
+def _in_line(name: str) -> str:
+    return name.translate({ord(character): repr(character)[1:-1] for character in "\t\r\n"})
 
 
 def check_tools() -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import TensorDataset
 
 from gpu_mixmatch._ranks import positions, rank, world_size
-from gpu_mixmatch._validation import as_flag, as_integer, as_number
+from gpu_mixmatch._validation import as_flag, as_integer, as_number, came
 from gpu_mixmatch._version import __version__
 from gpu_mixmatch.data.datasets import FolderData, ImageFiles, load_dataset
+from gpu_mixmatch.data.folder import OnError
 from gpu_mixmatch.data.formats.common import ImageData
 from gpu_mixmatch.insight.guesses import OVERCONFIDENT, GuessWatch, overconfidence
 from gpu_mixmatch.losses import MixMatchLoss
@@ -99,6 +100,10 @@ class TrainConfig:
         planned_steps: Length that BatchNorm's momentum and a default of ``lambda_u``,
             ``rampup_steps`` and ``ema_decay`` are for; None takes ``steps``. A run that is
             resumed with more steps keeps its first length here.
+        on_error: What becomes of a folder's files that do not decode: "raise" stops at the first,
+            "skip" finds all of them before the first step and leaves them out.
+        list_path: List of a folder's files that may be read, as `check_images` writes it; None
+            takes all.
     """
 
     dataset: str = "digits"
@@ -125,6 +130,8 @@ class TrainConfig:
     builder: dict[str, Any] = dataclasses.field(default_factory=dict)
     eval_every: int = 0
     planned_steps: int | None = None
+    on_error: OnError = "raise"
+    list_path: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -146,6 +153,7 @@ class TrainConfig:
             ("preset", [*PRESET_NAMES]),
             ("augment", [*AUGMENTS]),
             ("loader", [*LOADERS]),
+            ("on_error", [*get_args(OnError)]),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
@@ -157,6 +165,23 @@ class TrainConfig:
                 f"anywhere but on CUDA, got device {self.device!r}"
             )
 
+    def load(self, progress: Callable[[int, int], None] | None = None) -> ImageData | FolderData:
+        """Load the data set, as `load_dataset` does for the decoder of the loader.
+
+        Args:
+            progress: Called with the number of images decoded so far and of all, where those that
+                do not decode are left out.
+        """
+        return load_dataset(
+            self.dataset,
+            self.root,
+            self.size,
+            on_error=self.on_error,
+            list_path=self.list_path,
+            decoder="dali" if self.loader == "dali" else "pil",
+            progress=progress,
+        )
+
     def _keep(self, name: str, convert: Callable[..., Any], **limits: Any) -> None:
         """Check a number if there is one, and keep it as Python's own, which files can hold."""
         value = getattr(self, name)
@@ -166,8 +191,8 @@ class TrainConfig:
 
 # of the preset, or derived from the number of steps, where a configuration has None
 _RESOLVED = ("planned_steps", "filters", "lr", "lambda_u", "rampup_steps", "ema_decay")
-# what the weights after a step do not depend on
-_FREE = frozenset(("root", "steps", "num_workers", "device", "eval_every"))
+# what the weights after a step do not depend on, or by the data alone, whose digest is compared
+_FREE = frozenset(("root", "steps", "num_workers", "device", "eval_every", "on_error", "list_path"))
 _SAME_BATCHES = frozenset(("resident", "dataloader"))
 
 
@@ -261,14 +286,18 @@ class TrainRun:
 
     Attributes:
         config: What is trained, `resolved`.
+        left_out: How many entries of a folder were passed over, by the reason.
+        skipped: Files of a folder that do not decode and were left out, and why.
     """
 
     def __init__(self, config: TrainConfig, data: ImageData | FolderData | None = None) -> None:
-        data = data or load_dataset(config.dataset, config.root, config.size)
+        data = data or config.load()
         self.config = config = resolved(config)
         self.preset = choose_preset(config.preset, config.dataset)
         self.device = distributed.current_device(config.device)
         self._data = data
+        self.left_out = data.left_out if isinstance(data, FolderData) else {}
+        self.skipped = data.skipped if isinstance(data, FolderData) else {}
         labelled, unlabelled = self._parts = data.split(config.labels, config.seed)
         self.loader = make_loader(
             config.loader,
@@ -487,6 +516,20 @@ class TrainRun:
         for name, module in weights:
             check_weights(name, module.state_dict(), state[name], type(self.model).__name__)
         check_optimizer(self.optimizer, state["optimizer"])
+        place = {"seed": self.config.seed, "step": state["step"]}
+        for name, value in place.items():
+            if state["loader"].get(name) != value:
+                raise ValueError(
+                    f"{name} of loader must be {value} as of the run, got "
+                    f"{came(state['loader'].get(name))}"
+                )
+        version = state["versions"].get("torch")
+        if version != torch.__version__:
+            warnings.warn(
+                f"the checkpoint is of torch {version} and this is {torch.__version__}: steps may "
+                "be rounded otherwise",
+                stacklevel=2,
+            )
         self.loader.load_state_dict(state["loader"])
         self.step = state["step"]
         for name, module in weights:
@@ -582,6 +625,7 @@ def train(
     *,
     resume: bool = False,
     data: ImageData | FolderData | None = None,
+    on_check: Callable[[int, int], None] | None = None,
     on_start: Callable[[TrainRun], None] | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Summary:
@@ -593,10 +637,13 @@ def train(
     Args:
         config: What to train.
         out: Folder for ``checkpoint.pt``, ``metrics.jsonl``, TensorBoard's events, ``curves.png``
-            and ``config.json``, which also says how large the network is; None writes nothing.
+            and ``config.json``, which also says how large the network is, and ``skipped.txt`` with
+            files that were left out; None writes nothing.
         resume: Continue from the checkpoint in ``out``, or begin if there is none yet; see
             `resumed` for what may differ.
         data: The data set, if it is loaded already.
+        on_check: Called with the number of files decoded so far and of all, while those that do not
+            decode are looked for.
         on_start: Called before the first step, when all that can be checked has been.
         on_step: Called after each step with the number of steps taken and the latest metrics.
 
@@ -620,13 +667,19 @@ def train(
     state = None if out is None else _read_checkpoint(out / "checkpoint.pt")
     if state is not None:
         config = resumed(config, state["config"], state["step"])
-    run = TrainRun(config, data)
+    run = TrainRun(config, data or config.load(on_check))
     if state is not None:
         run.load_state_dict(state)
     log = None
     if out is not None and rank() == 0:
         log = MetricsLog(
-            out, run.description(), run.metrics, run.step, run.tested_on, run.checkpoint_size()
+            out,
+            run.description(),
+            run.metrics,
+            run.step,
+            run.tested_on,
+            run.checkpoint_size(),
+            run.skipped,
         )
     if on_start:
         on_start(run)

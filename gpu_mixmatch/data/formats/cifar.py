@@ -1,11 +1,9 @@
 """CIFAR-10 and CIFAR-100, binary or pickled, extracted or as the archive."""
 
-import codecs
 import gzip
 import io
 import pickle
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -32,6 +30,18 @@ class _CifarLayout(NamedTuple):
     parse: Callable[[bytes, str], Batch]
 
 
+# CIFAR's largest file has 155 MB, its archives unpack to 187 MB
+_MOST_OF_A_FILE = 1 << 28
+_MOST_OF_AN_ARCHIVE = 1 << 29
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """What a pickle may ask of `codecs.encode`, which knows many other encodings."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"the encoding {encoding!r}, refused")
+    return text.encode("latin1")
+
+
 # All that a pickled batch needs, so that it can run nothing else. `_reconstruct` has another name
 # in numpy 1 than in numpy 2 and is taken from an array, which imports nothing private; `encode` is
 # how Python 3 writes bytes in protocol 2.
@@ -40,7 +50,7 @@ _ALLOWED_GLOBALS = {
     ("numpy", "dtype"): np.dtype,
     ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
     ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-    ("_codecs", "encode"): codecs.encode,
+    ("_codecs", "encode"): _latin1,
 }
 
 
@@ -82,6 +92,11 @@ def _parse_pickle(content: bytes, source: str, *, label_key: bytes, num_classes:
         raise ValueError(f"{source} must have the keys b'data' and {label_key!r}, got no {absent}")
 
     images, labels = batch[b"data"], batch[label_key]
+    if isinstance(images, np.ndarray) and images.nbytes > len(content):
+        raise ValueError(
+            f"{source} must hold b'data' itself, got an array of {images.nbytes} bytes in a file "
+            f"of {len(content)}"
+        )
     if not isinstance(images, np.ndarray):
         raise ValueError(f"{source} must hold b'data' as an array, got {type(images).__name__}")
     if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3072 or not len(images):
@@ -168,8 +183,25 @@ def _find_cifar(name: str, root: Path) -> tuple[_CifarLayout, Path]:
 
 def _folder_files(folder: Path, names: tuple[str, ...]) -> Iterator[tuple[str, str, bytes]]:
     for name in names:
-        if (folder / name).is_file():
-            yield name, str(folder / name), (folder / name).read_bytes()
+        path = folder / name
+        if path.is_file():
+            if (size := path.stat().st_size) > _MOST_OF_A_FILE:
+                raise ValueError(f"{path} must be a file of CIFAR, got {size} bytes")
+            yield name, str(path), path.read_bytes()
+
+
+class _Bounded(gzip.GzipFile):
+    """A gzip file that unpacks to no more than any archive of CIFAR, whatever is asked of it."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or size < 0 or self.tell() + size > _MOST_OF_AN_ARCHIVE:
+            raise tarfile.ReadError(f"it unpacks to more than {_MOST_OF_AN_ARCHIVE} bytes")
+        return super().read(size)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if offset > _MOST_OF_AN_ARCHIVE:
+            raise tarfile.ReadError(f"it unpacks to more than {_MOST_OF_AN_ARCHIVE} bytes")
+        return super().seek(offset, whence)
 
 
 def _archive_files(
@@ -178,14 +210,16 @@ def _archive_files(
     wanted = {PurePosixPath(layout.folder, name): name for name in names}
     try:
         # one pass, in the archive's order: to seek back, gzip would begin again
-        with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+        with _Bounded(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
+                if not 0 <= member.size <= _MOST_OF_A_FILE:
+                    raise tarfile.ReadError(f"{member.name} claims {member.size} bytes")
                 name = wanted.get(PurePosixPath(member.name))
-                content = archive.extractfile(member) if name else None
+                content = archive.extractfile(member) if name and member.isreg() else None
                 if name and content:
                     yield name, f"{path}:{member.name}", content.read()
             # gzip checks its sum at the end of the stream, after the last member
             while stream.read(1 << 20):
                 pass
-    except (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError) as error:
+    except Exception as error:  # tarfile trips over a damaged header by any exception
         raise ValueError(f"{path} must be a whole .tar.gz file, got: {error}") from error

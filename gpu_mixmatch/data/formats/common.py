@@ -1,9 +1,12 @@
 """What readers share: a data set in memory, its split, and how files are read and refused."""
 
+import errno
 import gzip
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -133,13 +136,22 @@ def check_labels(labels: npt.NDArray[Any], num_classes: int, source: str | Path)
     return labels.astype(np.int64)
 
 
-def read_bytes(path: Path) -> bytes:
-    """Read a file, unpacked if its name ends in ``.gz``."""
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to read, unpacking it if its name ends in ``.gz``.
+
+    Raises:
+        ValueError: If it is no regular file, or while it is read, if it is no whole gzip file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "no regular file", str(path))
     if path.suffix != ".gz":
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            yield file
+        return
     try:
         with gzip.open(path) as stream:
-            return stream.read()
+            yield cast(BinaryIO, stream)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} must be a whole gzip file, got: {error}") from error
 

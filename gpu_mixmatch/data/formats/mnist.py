@@ -3,6 +3,7 @@
 import math
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ from gpu_mixmatch.data.formats.common import (
     check_labels,
     image_data,
     missing,
-    read_bytes,
+    opened,
 )
 
 MNIST_FOLDERS = {
@@ -21,11 +22,14 @@ MNIST_FOLDERS = {
     "fashion-mnist": ("", "raw", "FashionMNIST/raw"),
 }
 _IDX_PARTS = ("train", "t10k")
+_MOST_UNPACKED = 1032  # bytes that deflate makes of one
 CONTENTS = "{train,t10k}-{images-idx3,labels-idx1}-ubyte, plain or .gz,"
 
 
 def read_idx(path: str | Path, *, dimensions: int | None = None) -> npt.NDArray[np.uint8]:
     """Read an IDX file of uint8 values, the format of MNIST.
+
+    No more is read than the header says, and that must fit the file.
 
     Args:
         path: The file; gzip if its name ends in ``.gz``.
@@ -39,26 +43,44 @@ def read_idx(path: str | Path, *, dimensions: int | None = None) -> npt.NDArray[
             shorter or longer than its header says.
     """
     path = Path(path)
-    content = read_bytes(path)
-    if len(content) < 4 or content[:2] != b"\0\0":
-        found = content[:4].hex(" ") or "an empty file"
+    with opened(path) as file:
+        shape = _idx_shape(file, path, dimensions)
+        header_size = 4 + 4 * len(shape)
+        size = header_size + math.prod(shape)
+        wanted = f"{path} must be {size} bytes for {list(shape)}"
+        packed_size = path.stat().st_size
+        if path.suffix != ".gz" and packed_size != size:
+            raise ValueError(f"{wanted}, got {packed_size}")
+        if size > packed_size * _MOST_UNPACKED:
+            raise ValueError(f"{wanted}, got {packed_size}, which do not unpack to so many")
+        # one more: it tells a longer file, and makes gzip look at its checksum
+        values = file.read(size - header_size + 1)
+    read = header_size + len(values)
+    if read != size:
+        raise ValueError(f"{wanted}, got {read}{' or more' * (read > size)}")
+    return np.frombuffer(values, dtype=np.uint8).reshape(shape).copy()
+
+
+def _idx_shape(file: BinaryIO, path: Path, dimensions: int | None) -> tuple[int, ...]:
+    magic = file.read(4)
+    if len(magic) < 4 or magic[:2] != b"\0\0":
+        found = magic.hex(" ") or "an empty file"
         raise ValueError(f"{path} must begin with an IDX magic number (00 00 08 ..), got {found}")
-    type_code, num_dimensions = content[2], content[3]
+    type_code, num_dimensions = magic[2], magic[3]
     if type_code != 0x08:
         raise ValueError(f"{path} must hold uint8 values (IDX type 08), got type {type_code:02x}")
     if num_dimensions not in ((1, 2, 3) if dimensions is None else (dimensions,)):
         wanted = "1 to 3" if dimensions is None else dimensions
         raise ValueError(f"{path} must have {wanted} dimension(s), got {num_dimensions}")
-    header_size = 4 + 4 * num_dimensions
-    if len(content) < header_size:
-        raise ValueError(f"{path} must have a header of {header_size} bytes, got {len(content)}")
-    shape = struct.unpack_from(f">{num_dimensions}I", content, 4)
+    sizes = file.read(4 * num_dimensions)
+    if len(sizes) < 4 * num_dimensions:
+        raise ValueError(
+            f"{path} must have a header of {4 + 4 * num_dimensions} bytes, got {4 + len(sizes)}"
+        )
+    shape: tuple[int, ...] = struct.unpack(f">{num_dimensions}I", sizes)
     if 0 in shape:
         raise ValueError(f"{path} must have sizes above 0, got {list(shape)}")
-    size = header_size + math.prod(shape)
-    if len(content) != size:
-        raise ValueError(f"{path} must be {size} bytes for {list(shape)}, got {len(content)}")
-    return np.frombuffer(content, dtype=np.uint8, offset=header_size).reshape(shape).copy()
+    return shape
 
 
 def load_mnist(name: str, root: Path) -> ImageData:
