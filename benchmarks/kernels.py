@@ -10,6 +10,7 @@ for each view that is made of it. Caches do not enter.
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -31,6 +32,7 @@ from gpu_mixmatch import MixMatch, WeakAugment, functional, impl
 
 NUM_AUGMENTATIONS = 2
 BATCH_SIZE = 64
+LAST_SIZES = (1, 2, 15, 16, 17, 64)  # what the last batch of an epoch may hold
 EFFECTS: dict[str, dict[str, Any]] = {
     "shift": {"padding": 4},
     "zoom": {"padding": 4, "zoom_px": (0, 16)},
@@ -94,11 +96,22 @@ def named_arguments(names: Iterable[str], arguments: Iterable[Any]) -> dict[str,
     return found
 
 
-def launches_of(regime: Regime, effects: str) -> tuple[list[Launch], list[Launch]]:
-    """What one batch launches, and what the loss launches, forward and backward."""
-    shape = (BATCH_SIZE, 3, regime.size, regime.size)
-    x, u = (torch.empty(shape, dtype=torch.uint8) for _ in range(2))
-    y = torch.zeros(BATCH_SIZE, dtype=torch.int64)
+def launches_of(
+    regime: Regime, effects: str, num_x: int = BATCH_SIZE, num_u: int = BATCH_SIZE, start: int = 0
+) -> tuple[list[Launch], list[Launch]]:
+    """What one batch launches, and what the loss launches, forward and backward.
+
+    Images, labels and ids begin ``start`` values behind an aligned address.
+    """
+
+    def sliced(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(start + math.prod(shape), dtype=dtype)[start:].view(shape)
+
+    x, u = (
+        sliced(count, 3, regime.size, regime.size, dtype=torch.uint8) for count in (num_x, num_u)
+    )
+    y, ids_x, ids_u = (sliced(count, dtype=torch.int64).zero_() for count in (num_x, num_x, num_u))
+    ids = {"ids_x": ids_x, "ids_u": ids_u} if start else {}
 
     def model(views: Tensor) -> Tensor:
         return torch.zeros(len(views), regime.num_classes, dtype=views.dtype)
@@ -113,10 +126,10 @@ def launches_of(regime: Regime, effects: str) -> tuple[list[Launch], list[Launch
         mixmatch = MixMatch(
             augment, regime.num_classes, num_augmentations=NUM_AUGMENTATIONS, impl="triton"
         )
-        batch = mixmatch(x, y, u, model)
+        batch = mixmatch(x, y, u, model, **ids)
     with recording() as of_loss:
         logits = model(batch.inputs).requires_grad_()
-        losses = functional.mixmatch_loss(logits, batch.targets, BATCH_SIZE, 75.0, impl="triton")
+        losses = functional.mixmatch_loss(logits, batch.targets, num_x, 75.0, impl="triton")
         losses.loss.backward()
     return launches, of_loss
 
@@ -221,6 +234,23 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
     }
 
 
+def variants(regime: Regime, effects: str, arch: int) -> dict[str, int]:
+    """How many kernels batches of all sizes and alignments compile, by the launch's place."""
+    from triton.runtime import driver
+
+    driver.set_active(Device(arch))
+    compiled: dict[str, set[int]] = {}
+    for num_x, num_u in zip(LAST_SIZES, reversed(LAST_SIZES), strict=True):
+        for start in (1, 16):
+            launches, of_loss = launches_of(regime, effects, num_x, num_u, start)
+            for place, launch in enumerate(launches + of_loss):
+                kernel = launch.kernel.warmup(
+                    *launch.arguments, grid=(launch.programs,), **launch.options
+                )
+                compiled.setdefault(f"{place} {launch.name}", set()).add(id(kernel))
+    return {place: len(kernels) for place, kernels in compiled.items()}
+
+
 @cache
 def looked_at(cubin: bytes) -> dict[str, Any]:
     """Registers and memory of a kernel, and the widths of its accesses in bits."""
@@ -284,6 +314,7 @@ def measured(archs: list[int], progress: Callable[[str], None]) -> dict[str, Any
 
     kernels: list[dict[str, Any]] = []
     batches = []
+    sizes = []
     for regime in REGIMES:
         for effects in EFFECTS:
             launches, of_loss = launches_of(regime, effects)
@@ -298,6 +329,7 @@ def measured(archs: list[int], progress: Callable[[str], None]) -> dict[str, Any
                     "ratio": total / least(regime),
                 }
             )
+            sizes.append({**labels, "variants": variants(regime, effects, archs[0])})
             for arch in archs:
                 progress(f"{regime}, {effects}, sm_{arch}")
                 for launch in launches + (of_loss if effects == "shift" else []):
@@ -309,6 +341,7 @@ def measured(archs: list[int], progress: Callable[[str], None]) -> dict[str, Any
         "triton": triton.__version__,
         "kernels": kernels,
         "batches": batches,
+        "sizes": sizes,
     }
 
 

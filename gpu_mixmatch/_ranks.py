@@ -1,7 +1,11 @@
 """This process among those of a distributed run: the one file that asks ``torch.distributed``."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, distributed
+
+from gpu_mixmatch._validation import as_integer, as_labels
 
 
 def is_launched() -> bool:
@@ -28,6 +32,7 @@ def rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, 
     """Return what is given or, for None, what torch.distributed says.
 
     Raises:
+        TypeError: If one is no integer.
         ValueError: If one of them alone is given, or the rank is out of range.
     """
     if (rank is None) != (world_size is None):
@@ -36,6 +41,8 @@ def rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, 
         if not is_initialized():
             return 0, 1
         return distributed.get_rank(), distributed.get_world_size()
+    world_size = as_integer("world_size", world_size, least=1, most=2**24)
+    rank = as_integer("rank", rank, most=2**24)
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in 0 .. world_size - 1 = {world_size - 1}, got {rank}")
     return rank, world_size
@@ -44,19 +51,24 @@ def rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, 
 def positions(length: int) -> Tensor:
     """Positions in the global batch, ``[length]`` int64: the ids of samples that have none."""
     first = rank() * length
-    return torch.arange(first, first + length)
+    return torch.arange(first, first + length, device="cpu")
 
 
-def ids_or_positions(name: str, ids: Tensor | None, length: int) -> Tensor | int:
+def ids_or_positions(name: str, ids: Any, length: int) -> Tensor | int:
     """The ids given, or positions in the global batch: an integer stands for them on rank 0.
 
     Raises:
+        TypeError: If the ids are neither a tensor nor a numpy array.
         ValueError: If the ids are not ``[length]`` int64.
     """
     if ids is not None:
-        if tuple(ids.shape) != (length,) or ids.dtype != torch.int64:
+        found = as_labels(name, ids)
+        if tuple(found.shape) != (length,) or found.dtype != torch.int64:
             raise ValueError(
-                f"{name} must be [{length}] int64, one per image, got {list(ids.shape)} {ids.dtype}"
+                f"{name} must be [{length}] int64, one per image, got {list(found.shape)} "
+                f"{found.dtype}"
             )
-        return ids
+        if found.device.type == "meta":
+            raise ValueError(f"{name} must be on a device that holds values, got it on meta")
+        return found
     return positions(length) if is_initialized() else length

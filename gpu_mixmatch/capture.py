@@ -1,15 +1,16 @@
 """One CUDA graph that builds a batch, the guess's forward pass included."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from gpu_mixmatch._ranks import positions
-from gpu_mixmatch._validation import check_labels
+from gpu_mixmatch._validation import as_labels, check_images_alike, check_kind, check_labels
 from gpu_mixmatch.methods.mixmatch import MixMatch
-from gpu_mixmatch.methods.passes import Model
+from gpu_mixmatch.methods.passes import Model, check_model
 from gpu_mixmatch.types import MixMatchBatch
 
 _WARM_UP = 3  # calls before the capture, as torch's own wrappers make them
@@ -23,7 +24,8 @@ def capture(
     Args:
         mixmatch: The builder, on a CUDA device; its step goes on with every batch.
         model: As for `MixMatch.forward`. Its parameters and buffers must stay where they are, as
-            optimisers leave them; its mode is that of the capture.
+            optimisers leave them; its mode is that of the capture, and so is every setting of the
+            builder but its seed and step.
         x: A batch like those to come, ``[B, C, H, W]`` or ``[B, H, W, C]``: shapes and dtypes
             count, values do not.
         y: Its labels.
@@ -32,11 +34,14 @@ def capture(
     Returns:
         A callable ``(x, y, u, *, ids_x, ids_u) -> MixMatchBatch`` in place of
         ``mixmatch(x, y, u, model)``: it counts the builder's step on, and equals the eager call of
-        every step. What it returns is overwritten by its next call.
+        every step. What it returns is overwritten by its next call; a backward pass that comes
+        after that raises.
 
     Raises:
         RuntimeError: If the builder is not on a CUDA device, or has no kernels there.
-        TypeError: If the engine draws on the host, which a graph cannot repeat.
+        TypeError: If the engine draws on the host, which a graph cannot repeat, or an argument is
+            of the wrong kind.
+        ValueError: If images or labels do not fit each other.
     """
     return CapturedMixMatch(mixmatch, model, x, y, u)
 
@@ -46,13 +51,27 @@ class CapturedMixMatch:
 
     Seed, step and ids are read from the device by every replay, so that it draws anew, and equals
     the eager call of that step. A batch is overwritten by the next replay.
+
+    All that a replay writes is memory of the graph: `MixMatch`'s own buffers are not in it, so that
+    a batch of another shape, built without the graph, can neither free nor overwrite any of it.
     """
 
     def __init__(self, mixmatch: MixMatch, model: Model, x: Tensor, y: Tensor, u: Tensor) -> None:
+        check_kind("mixmatch", mixmatch, MixMatch, "a MixMatch")
+        check_model(model)
+        check_images_alike(x, u)
+        y = as_labels("y", y)
+        check_labels(y, mixmatch.num_classes)
         check_capturable(mixmatch)
         self.mixmatch = mixmatch
         self.model = model
-        device = mixmatch.device
+        self._device = mixmatch.device
+        # ordinary tensors, which later calls write to in any mode
+        with torch.inference_mode(False), torch.no_grad():
+            self._capture(x, y, u)
+
+    def _capture(self, x: Tensor, y: Tensor, u: Tensor) -> None:
+        mixmatch, device = self.mixmatch, self._device
         self._x, self._y, self._u = (
             torch.empty_like(tensor, device=device).copy_(tensor) for tensor in (x, y, u)
         )
@@ -64,14 +83,16 @@ class CapturedMixMatch:
         self._graph = torch.cuda.CUDAGraph()
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(device))
-        with _unchanged(mixmatch, model), torch.cuda.device(device):
+        with _unchanged(mixmatch, self.model), torch.cuda.device(device):
             with torch.cuda.stream(side):
                 for _ in range(_WARM_UP):
                     self._build()
             torch.cuda.current_stream(device).wait_stream(side)
+            self._places = _places(_guesser(mixmatch, self.model))  # lazy ones have one by now
             with torch.cuda.graph(self._graph):
                 self._batch = self._build()
 
+    @torch.no_grad()
     def __call__(
         self,
         x: Tensor,
@@ -94,21 +115,35 @@ class CapturedMixMatch:
 
         Raises:
             ValueError: If labels or ids are none; see `MixMatch.forward`.
+            RuntimeError: If builder or model are no longer where they were captured.
         """
+        self._check_in_place()
+        check_images_alike(x, u)
+        y = as_labels("y", y)
         inputs = ((x, self._x), (y, self._y), (u, self._u))
         if not all(fits(new, held) for new, held in inputs):
             batch: MixMatchBatch = self.mixmatch(x, y, u, self.model, ids_x=ids_x, ids_u=ids_u)
             return batch
+        self.mixmatch.look_at(x, u)
         check_labels(y, self.mixmatch.num_classes)
+        ids_x = self._as_ids(0, "ids_x", ids_x)
+        ids_u = self._as_ids(1, "ids_u", ids_u)
         for new, held in inputs:
             held.copy_(new, non_blocking=True)
-        self._send_ids(0, "ids_x", ids_x)
-        self._send_ids(1, "ids_u", ids_u)
+        self._send_ids(0, ids_x)
+        self._send_ids(1, ids_u)
         self._send_key()
         self._graph.replay()
+        images, targets, _, _, params = self._batch
+        # autograd does not see what a replay writes
+        torch.autograd.graph.increment_version([images, targets, *params])
         step = self.mixmatch.step.clone()
         self.mixmatch.step += 1
-        return self._batch._replace(step=step)
+        # aliases: whoever asks them for a gradient does not ask the graph's tensors
+        return self._batch._replace(inputs=images.detach(), targets=targets.detach(), step=step)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a captured builder cannot be copied or pickled: capture its MixMatch anew")
 
     def _build(self) -> MixMatchBatch:
         ids_x, ids_u = self._ids
@@ -117,14 +152,35 @@ class CapturedMixMatch:
         )
         return batch
 
-    def _send_ids(self, number: int, name: str, ids: Tensor | None) -> None:
+    def _check_in_place(self) -> None:
+        """Raise where a replay would read what is no longer used, or no longer there."""
+        if self.mixmatch.device != self._device:
+            raise RuntimeError(
+                f"the builder was captured on {self._device} and is on {self.mixmatch.device} now: "
+                "capture it again"
+            )
+        for place in self._places:
+            tensor = place.holder.get(place.name)
+            if tensor is not place.tensor or tensor.data_ptr() != place.address:
+                raise RuntimeError(
+                    f"{place.name} of the model is not where it was when the graph was captured: "
+                    "capture again after a model is moved, cast or given other parameters"
+                )
+
+    def _as_ids(self, number: int, name: str, ids: Any) -> Tensor | None:
+        if ids is None:
+            return None
+        held, new = self._ids[number], as_labels(name, ids)
+        if not fits(new, held):
+            raise ValueError(
+                f"{name} must be {list(held.shape)} int64, got {list(new.shape)} {new.dtype}"
+            )
+        return new
+
+    def _send_ids(self, number: int, ids: Tensor | None) -> None:
         held = self._ids[number]
         if ids is None and not self._ids_given[number]:
             return  # the positions are there already
-        if ids is not None and not fits(ids, held):
-            raise ValueError(
-                f"{name} must be {list(held.shape)} int64, got {list(ids.shape)} {ids.dtype}"
-            )
         held.copy_(self._positions[number] if ids is None else ids, non_blocking=True)
         self._ids_given[number] = ids is not None
 
@@ -164,13 +220,42 @@ def fits(new: Tensor, old: Tensor) -> bool:
     return new.shape == old.shape and new.dtype == old.dtype
 
 
+class _Place(NamedTuple):
+    """Where a graph reads a parameter or a buffer of the model."""
+
+    holder: Mapping[str, Any]
+    name: str
+    tensor: Tensor
+    address: int
+
+
+def _places(guesser: Model) -> list[_Place]:
+    modules = guesser.modules() if isinstance(guesser, nn.Module) else ()  # a function has none
+    return [
+        _Place(holder, name, tensor, tensor.data_ptr())
+        for module in modules
+        for holder in (module._parameters, module._buffers)
+        for name, tensor in holder.items()
+        # others, such as sharded ones, have no memory themselves
+        if tensor is not None and type(tensor) in (Tensor, nn.Parameter)
+    ]
+
+
+def _guesser(mixmatch: MixMatch, model: Model) -> Model:
+    return model if mixmatch.teacher is None else mixmatch.teacher
+
+
 @contextlib.contextmanager
 def _unchanged(mixmatch: MixMatch, model: Model) -> Iterator[None]:
-    """Put the step and the model's buffers back: warming up and capturing builds no batch."""
-    guesser = model if mixmatch.teacher is None else mixmatch.teacher
+    """Put the step and the model's buffers back: warming up and capturing builds no batch.
+
+    The builder's own buffers are out of reach meanwhile: what is captured is the graph's.
+    """
+    guesser = _guesser(mixmatch, model)
     buffers = list(guesser.buffers()) if isinstance(guesser, nn.Module) else []
     kept = [buffer.clone() for buffer in buffers]
     step = mixmatch.step.clone()
+    workspaces, mixmatch._workspaces = mixmatch._workspaces, None
     autocast = torch.is_autocast_enabled("cuda")
     # a cached cast of a weight would be captured once and never made again
     cast = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), autocast, cache_enabled=False)
@@ -178,7 +263,7 @@ def _unchanged(mixmatch: MixMatch, model: Model) -> Iterator[None]:
         with cast:
             yield
     finally:
-        mixmatch.step = step
+        mixmatch.step, mixmatch._workspaces = step, workspaces
         with torch.no_grad():
             for buffer, value in zip(buffers, kept, strict=True):
                 buffer.copy_(value)

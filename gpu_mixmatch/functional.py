@@ -6,29 +6,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_mixmatch import sampling
+from gpu_mixmatch import _streams, sampling
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch._validation import (
+    as_device,
+    as_flag,
+    as_ids,
+    as_labels,
+    as_plan,
+    as_rampup,
+    as_seed,
+    as_smoothing,
+    as_step,
+    as_temperature,
     check_augment,
     check_batch_logits,
     check_device,
     check_float,
     check_groups,
+    check_key_tensor,
+    check_kind,
     check_labels,
     check_loss,
     check_mixup,
     check_mixup_rows,
-    check_plan,
-    check_temperature,
+    check_no_grad,
+    check_out,
+    check_rows,
+    check_tensor,
 )
 from gpu_mixmatch.impl import eager, resolve_impl
 from gpu_mixmatch.impl.library import FusedLoss, backend
 from gpu_mixmatch.types import (
-    MOST_ROWS,
     AugmentParams,
     DrawPlan,
     Geometry,
     Impl,
+    Layout,
     LossOutput,
     MixUpParams,
     Scaling,
@@ -62,18 +76,32 @@ def draw_batch(
         Parameters of N = B + K·M rows, on ``device``; None where there is no policy.
 
     Raises:
+        TypeError: If an argument is of the wrong kind.
         ValueError: If an argument is out of its range.
+        RuntimeError: If a CUDA graph is being captured and there is no ``key``.
     """
-    check_plan(plan)
+    device = as_device("device", device)
+    if key is None:
+        _streams.refuse_capture(
+            device,
+            "a CUDA graph would draw the same batch in every replay, since seed and step come from "
+            "the host: capture with gpu_mixmatch.capture, or pass key=, seed and step on the "
+            "device, and fill it before each replay",
+        )
+    else:
+        check_key_tensor(key)
     tracing = torch.compiler.is_compiling()
     if not tracing and device.type == "cpu" and resolve_impl(impl, device) != "triton":
-        return sampling.draw_batch(seed, int(step), ids_x, ids_u, plan)
-    if not tracing and key is None:
-        sampling.check_key(seed, int(step))
+        if key is not None:
+            raise ValueError("key must be None where kernels do not draw, got a tensor")
+        return sampling.draw_batch(seed, as_step(step), ids_x, ids_u, plan)
+    if not tracing:  # else when the op runs
+        plan, seed = as_plan(plan), as_seed(seed)
+        as_step(step)
+        ids_x, ids_u = as_ids("ids_x", ids_x), as_ids("ids_u", ids_u)
     num_x, num_u = (ids if isinstance(ids, int) else len(ids) for ids in (ids_x, ids_u))
     num_rows, has_policy = num_x + plan.num_augmentations * num_u, plan.policy is not None
-    if num_rows > MOST_ROWS:
-        raise ValueError(f"a batch must have at most {MOST_ROWS} rows, got {num_rows}")
+    check_rows("ids_x and ids_u", num_rows)
     words = sampling.words_per_row(with_augment=has_policy)
     out = torch.empty(words * num_rows, dtype=torch.int32, device=device)
     backend(impl, device).draw_batch((seed, step) if key is None else key, ids_x, ids_u, plan, out)
@@ -93,13 +121,17 @@ def sharpen(probs: Tensor, temperature: float) -> Tensor:
         Sharpened distributions, shape and dtype of ``probs``.
 
     Raises:
+        TypeError: If ``temperature`` is no number or ``probs`` are no tensor.
         ValueError: If ``temperature`` is not positive or ``probs`` are not floating point.
 
     References:
         Berthelot et al. 2019, eq. 7.
     """
-    check_temperature(temperature)
+    temperature = as_temperature(temperature)
+    check_tensor("probs", probs)
     check_float("probs", probs)
+    if probs.dim() == 0:
+        raise ValueError("probs must be [..., L], got a single number")
     return eager.sharpen(probs, temperature)
 
 
@@ -116,12 +148,14 @@ def guess_labels(logits: Tensor, temperature: float, *, impl: Impl = "auto") -> 
         Guessed distributions, ``[M, L]`` float32.
 
     Raises:
-        ValueError: If ``logits`` are not ``[K, M, L]`` with K ≥ 1, or ``temperature`` ≤ 0.
+        TypeError: If ``temperature`` is no number or ``logits`` are no tensor.
+        ValueError: If ``logits`` are not ``[K, M, L]`` with K ≥ 1, or ``temperature`` is not
+            positive.
 
     References:
         Berthelot et al. 2019, eq. 6-7.
     """
-    check_temperature(temperature)
+    temperature = as_temperature(temperature)
     check_batch_logits(logits)
     out = torch.empty(logits.shape[1:], dtype=torch.float32, device=logits.device)
     backend(impl, logits.device).guess_labels(logits.detach(), temperature, out)
@@ -140,7 +174,7 @@ def batch_targets(
     """Write the targets of a whole batch: labels of x, then the guesses of u, once per view.
 
     Args:
-        y: Labels, ``[B]`` integers or ``[B, L]`` distributions, as `check_labels` wants them.
+        y: Labels, ``[B]`` integers or ``[B, L]`` distributions, a tensor or a numpy array.
         logits: Of the K views of M unlabelled images, ``[K, M, L]``, floating point.
         temperature: T > 0.
         label_smoothing: Share of the uniform distribution in the labelled rows, in [0, 1).
@@ -150,15 +184,18 @@ def batch_targets(
         Targets, ``[B + K·M, L]`` float32.
 
     Raises:
-        ValueError: As for `guess_labels`, and if labels or logits do not fit each other.
+        TypeError: If an argument is of the wrong kind.
+        ValueError: As for `guess_labels`, and if labels or logits do not fit each other, or λ' and
+            partners are out of range.
     """
-    check_temperature(temperature)
+    temperature, label_smoothing = as_temperature(temperature), as_smoothing(label_smoothing)
     num_views, num_images, num_classes = check_batch_logits(logits)
+    y = as_labels("y", y)
     check_labels(y, num_classes)
     check_device("y", y, "logits", logits)
     shape = (len(y) + num_views * num_images, num_classes)
     if mixup is not None:
-        check_mixup(mixup, shape[0], "y and logits")
+        check_mixup(mixup, shape[0], "y and logits", "mixup")
         check_device("mixup.index", mixup.index, "logits", logits)
     out = torch.empty(shape, dtype=torch.float32, device=logits.device)
     backend(impl, logits.device).batch_targets(
@@ -177,26 +214,36 @@ def mixup(
 ) -> tuple[Tensor, Tensor]:
     """Blend each row with its partner: λ'·row + (1 - λ')·row[index], images and targets alike.
 
+    No gradient flows through it.
+
     Args:
         inputs: Images of any layout, ``[N, ...]``, contiguous or channels_last, floating point.
         targets: Distributions, ``[N, L]`` float32.
         params: λ' ``[N]`` and partners ``[N]``, as `sampling.draw_mixup` gives them.
-        out: Where to write the mixed images, like ``inputs`` and apart from it; None allocates.
+        out: Where to write the mixed images, like ``inputs``, in memory of its own; None allocates.
+            A backward pass that still needs what was there raises, as after any in-place write.
 
     Returns:
         Mixed inputs and mixed targets, shapes, dtypes and layout of the arguments.
 
     Raises:
-        ValueError: If the lengths, dtypes, devices or layouts of the arguments do not fit.
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If the lengths, dtypes, devices or layouts of the arguments do not fit, ``out``
+            shares memory with one of them, a gradient is asked for, or, on a CPU, λ' or partners
+            are out of range.
 
     References:
         Berthelot et al. 2019, eq. 8-11.
     """
     check_mixup_rows(inputs, targets, params, out)
-    out = torch.empty_like(inputs) if out is None else out
+    check_no_grad(inputs=inputs, targets=targets)
+    if out is not None:
+        check_out(out, inputs=inputs, targets=targets, **params._asdict())
+    mixed = torch.empty_like(inputs) if out is None else out
     mixed_targets = torch.empty_like(targets)
-    backend(impl, inputs.device).mixup(inputs, targets, params, out, mixed_targets)
-    return out, mixed_targets
+    backend(impl, inputs.device).mixup(inputs, targets, params, mixed, mixed_targets)
+    _count_write(out)
+    return mixed, mixed_targets
 
 
 def interleave(rows: Tensor, num_groups: int) -> Tensor:
@@ -213,12 +260,16 @@ def interleave(rows: Tensor, num_groups: int) -> Tensor:
         The rows in the new order, shape of ``rows``.
 
     Raises:
+        TypeError: If ``rows`` are no tensor or ``num_groups`` is no integer.
         ValueError: If ``num_groups`` is not in 1 .. N.
 
     References:
         google-research/mixmatch, ``libml/layers.py::interleave``, which this equals for N = (K+1)·B
         and ``num_groups`` = K + 1.
     """
+    check_tensor("rows", rows)
+    if rows.dim() == 0:
+        raise ValueError("rows must be [N, ...], got a single number")
     check_groups(num_groups, len(rows))
     return eager.interleave(rows, num_groups)
 
@@ -234,11 +285,10 @@ def linear_rampup(step: Tensor | int, rampup_steps: int) -> Tensor:
         The factor in [0, 1], 0-d float32, on the device of ``step``.
 
     Raises:
-        ValueError: If ``rampup_steps`` is negative.
+        TypeError: If an argument is no integer.
+        ValueError: If an argument is negative.
     """
-    if rampup_steps < 0:
-        raise ValueError(f"rampup_steps must be at least 0, got {rampup_steps}")
-    return eager.linear_rampup(torch.as_tensor(step), rampup_steps)
+    return eager.linear_rampup(*as_rampup(step, rampup_steps))
 
 
 def mixmatch_loss(
@@ -264,14 +314,18 @@ def mixmatch_loss(
         The loss and its parts, 0-d float32. A part without rows is 0.
 
     Raises:
-        ValueError: If the shapes differ or ``num_labelled`` is out of range.
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If the shapes differ, or ``num_labelled`` or ``weight_u`` is out of range.
 
     References:
         Berthelot et al. 2019, eq. 2-5.
     """
-    check_loss(logits, targets, num_labelled)
+    check_loss(logits, targets, num_labelled, weight_u)
     targets = targets.detach()
-    weight = torch.as_tensor(weight_u, dtype=torch.float32).detach()
+    if isinstance(weight_u, Tensor):
+        weight = weight_u.detach().float()
+    else:
+        weight = torch.tensor(weight_u, dtype=torch.float32, device="cpu")
     if resolve_impl(impl, logits.device) != "triton":  # plain torch, which autograd sees through
         return eager.mixmatch_losses(logits, targets, num_labelled, weight)
     loss, loss_x, loss_u = FusedLoss.apply(  # type: ignore[no-untyped-call]
@@ -289,53 +343,78 @@ def augment(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
     mixup: MixUpParams | None = None,
+    layout: Layout | None = None,
     out: Tensor | None = None,
     workspace: Workspace | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Apply drawn parameters: shift, zoom, flip, blur, then value·scale + bias.
 
+    No gradient flows through it.
+
     Args:
-        images: ``[M, C, H, W]`` or ``[M, H, W, C]``, uint8 or floating point; an NHWC tensor is
-            known by its last axis of 1, 3 or 4 channels when the second is none of them. A pair
-            (x, u) draws x once and u as often as rows remain.
+        images: ``[M, C, H, W]`` or ``[M, H, W, C]``, uint8 or floating point. A pair (x, u) draws x
+            once and u as often as rows remain.
         params: Draws of R rows, view-major, as `sampling.draw_augment` gives them.
         geometry: Padding, zoom and blur, which all rows have in common.
         scaling: Factor and addend, numbers or one per channel, ``[C]`` float32.
         dtype: Of the result: float32, float16 or bfloat16. The arithmetic is float32.
         channels_last: Memory format of the result.
         mixup: λ' and partners of the R rows, to blend the views by; None leaves them unmixed.
-        out: Where to write; None allocates.
+        layout: "NCHW" or "NHWC"; None tells it by the shape, which must then leave no doubt: see
+            `WeakAugment`.
+        out: Where to write, in memory of its own; None allocates. A backward pass that still needs
+            what was there raises, as after any in-place write.
         workspace: Scratch memory that outlives the call; None allocates.
 
     Returns:
         The views, ``[R, C, H, W]``, in one buffer.
 
     Raises:
-        ValueError: If shapes, dtypes or devices do not fit, or an image is too small for its
-            reflection.
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If shapes, dtypes or devices do not fit, the shape leaves the layout in doubt,
+            an image is too small for its reflection, ``out`` shares memory with an argument, a
+            gradient is asked for, or, on a CPU, draws are out of range.
     """
     sources = images if isinstance(images, tuple) else (images,)
-    channels_last_in, shape = check_augment(sources, params, geometry, scaling, dtype, mixup, out)
+    channels_last_in, shape = check_augment(
+        sources, params, geometry, scaling, dtype, mixup, out, layout
+    )
+    channels_last = as_flag("channels_last", channels_last)
+    scaling = Scaling(*(f if isinstance(f, Tensor) else float(f) for f in scaling))
+    if workspace is not None:
+        check_kind("workspace", workspace, Workspace, "a Workspace or None")
+    check_no_grad(**dict(zip(("images", "u"), sources, strict=False)))
     if out is None:
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        out = torch.empty(shape, dtype=dtype, device=sources[0].device, memory_format=layout)
-    with _without_autocast(out.device):
-        backend(impl, out.device).augment(
+        order = torch.channels_last if channels_last else torch.contiguous_format
+        views = torch.empty(shape, dtype=dtype, device=sources[0].device, memory_format=order)
+    else:
+        read = dict(zip(("images", "u"), sources, strict=False)) | params._asdict()
+        check_out(out, **read, **scaling._asdict(), **(mixup._asdict() if mixup else {}))
+        views = out
+    with _without_autocast(views.device):
+        backend(impl, views.device).augment(
             sources,
             params,
             geometry,
             scaling,
             channels_last_in=channels_last_in,
-            out=out,
+            out=views,
             workspace=workspace,
             mixup=mixup,
         )
-    return out
+    _count_write(out)
+    return views
+
+
+def _count_write(out: Tensor | None) -> None:
+    """Tell autograd of a write by a kernel or a compiled loop, which it does not see."""
+    if out is not None and not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(out)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Products stay in float32 where the caller's autocast would make them half precision."""
-    if torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

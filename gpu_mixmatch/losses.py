@@ -2,7 +2,15 @@
 
 from torch import Tensor, nn
 
-from gpu_mixmatch import functional
+from gpu_mixmatch import _streams, functional
+from gpu_mixmatch._validation import (
+    MOST_STEP,
+    as_integer,
+    as_number,
+    check_batch,
+    check_choice,
+    check_tensor,
+)
 from gpu_mixmatch.types import Impl, LossOutput, MixMatchBatch
 
 
@@ -18,7 +26,8 @@ class MixMatchLoss(nn.Module):
         impl: Implementation of `functional.mixmatch_loss`.
 
     Raises:
-        ValueError: If ``lambda_u`` or ``rampup_steps`` is negative.
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If ``lambda_u`` or ``rampup_steps`` is negative or not finite.
 
     References:
         Berthelot et al. 2019, eq. 2-5 and section 4.
@@ -28,12 +37,9 @@ class MixMatchLoss(nn.Module):
         self, lambda_u: float = 75.0, rampup_steps: int = 16_384, *, impl: Impl = "auto"
     ) -> None:
         super().__init__()
-        if not lambda_u >= 0:
-            raise ValueError(f"lambda_u must be at least 0, got {lambda_u}")
-        if rampup_steps < 0:
-            raise ValueError(f"rampup_steps must be at least 0, got {rampup_steps}")
-        self.lambda_u = lambda_u
-        self.rampup_steps = rampup_steps
+        check_choice("impl", impl, Impl)
+        self.lambda_u = as_number("lambda_u", lambda_u, least=0)
+        self.rampup_steps = as_integer("rampup_steps", rampup_steps, most=MOST_STEP)
         self.impl = impl
 
     def forward(self, logits: Tensor, batch: MixMatchBatch) -> LossOutput:
@@ -47,8 +53,19 @@ class MixMatchLoss(nn.Module):
             The loss and its parts, 0-d float32.
 
         Raises:
+            TypeError: If an argument is of the wrong kind.
             ValueError: If ``logits`` are not ``[N, L]``.
+            RuntimeError: If a CUDA graph is being captured, which would keep this step's weight.
         """
+        check_batch(batch)
+        check_tensor("logits", logits)
+        if self.rampup_steps and batch.step.device.type == "cpu":
+            _streams.refuse_capture(
+                logits.device,
+                "a CUDA graph would keep the weight of this step, since batch.step is on the CPU: "
+                "pass batch._replace(step=...) with a step on the device, which is filled before "
+                "each replay, or rampup_steps=0",
+            )
         weight_u = self.lambda_u * functional.linear_rampup(batch.step, self.rampup_steps)
         return functional.mixmatch_loss(
             logits, batch.targets, batch.num_labelled, weight_u, impl=self.impl

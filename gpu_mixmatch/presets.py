@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from gpu_mixmatch._validation import shown
 from gpu_mixmatch.augment.weak import WeakAugment
 from gpu_mixmatch.methods.passes import interleaved_forward
 from gpu_mixmatch.types import MixMatchBatch
@@ -164,6 +165,6 @@ def usb(dataset: str = "cifar10") -> Preset:
 
 
 def _settings(dataset: str) -> tuple[str, dict[str, float], int]:
-    if dataset not in _PAPER:
-        raise ValueError(f"dataset must be one of {list(_PAPER)}, got {dataset!r}")
+    if not isinstance(dataset, str) or dataset not in _PAPER:
+        raise ValueError(f"dataset must be one of {list(_PAPER)}, got {shown(dataset)}")
     return _PAPER[dataset]

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 Impl = Literal["auto", "eager", "numba", "triton"]
+Layout = Literal["NCHW", "NHWC"]
 PaddingMode = Literal["reflect", "zeros", "edge"]
 MixMode = Literal["all", "separate", "labelled", "unlabelled", "none"]
 LamMode = Literal["sample", "batch"]
@@ -151,30 +152,41 @@ class MixMatchBatch(NamedTuple):
         return self.targets[self.num_labelled :]
 
     def check(self) -> None:
-        """Raise if a row of targets is not a distribution. Reads the device, so it waits for it.
+        """Raise if a row is no training example. Reads the device, so it waits for it.
 
         Call it where a loss turns NaN, or every few hundred steps: NaN logits in the guess, integer
-        labels out of range and soft labels that do not sum to one all end in ``targets``.
+        labels out of range and soft labels that do not sum to one all end in ``targets``, NaN and
+        infinite pixels in ``inputs``.
 
         Raises:
-            ValueError: If rows are not finite or do not sum to one; the message lists them.
+            ValueError: If rows are not finite, or targets do not sum to one; the message lists
+                them.
         """
         sums = self.targets.sum(dim=1)
         wrong = ~((sums - 1).abs() <= SUM_TOLERANCE)
-        if not bool(wrong.any()):
-            return
-        rows = wrong.nonzero().flatten().tolist()
+        if bool(wrong.any()):
+            rows = wrong.nonzero().flatten().tolist()
+            raise ValueError(
+                f"targets must be finite and sum to 1 in every row, got rows {_listed(rows)} with "
+                f"sums {_listed([round(v, 4) for v in sums[wrong].tolist()])}. Bad before mixing: "
+                f"rows {self._origins(wrong)} (rows below {self.num_labelled} are labelled, the "
+                "others guessed): look for NaN logits, labels out of range, or soft labels that do "
+                "not sum to 1"
+            )
+        wrong = ~self.inputs.flatten(1).isfinite().all(dim=1)
+        if bool(wrong.any()):
+            rows = wrong.nonzero().flatten().tolist()
+            raise ValueError(
+                f"inputs must be finite, got NaN or infinity in rows {_listed(rows)}. Bad before "
+                f"mixing: rows {self._origins(wrong)} (rows below {self.num_labelled} are "
+                "labelled): look for such pixels in x and u"
+            )
+
+    def _origins(self, wrong: Tensor) -> str:
         # a row that was wrong before mixing spoils the row whose partner it is, unless λ' hides it
         hosts = self.params.index.argsort()
         hidden = self.params.lam[hosts] > 1 - 2 * SUM_TOLERANCE
-        origins = (wrong & (wrong[hosts] | hidden)).nonzero().flatten().tolist()
-        raise ValueError(
-            f"targets must be finite and sum to 1 in every row, got rows {_listed(rows)} with sums "
-            f"{_listed([round(v, 4) for v in sums[wrong].tolist()])}. Bad before mixing: rows "
-            f"{_listed(origins)} (rows below {self.num_labelled} are labelled, the "
-            "others guessed): look for NaN logits, labels out of range, or soft labels that do not "
-            "sum to 1"
-        )
+        return _listed((wrong & (wrong[hosts] | hidden)).nonzero().flatten().tolist())
 
 
 class SemiSupervisedBatch(NamedTuple):

@@ -40,7 +40,7 @@ def assert_same_mixed(batch, other):
 
 def assert_mixmatch_takes(loaded, num_classes):
     """A loader's batch comes out of the builder as it is where nothing is drawn and mixed."""
-    still = WeakAugment(padding=0, flip=0.0, mean=0.0, std=1.0)
+    still = WeakAugment(padding=0, flip=0.0, mean=0.0, std=1.0, layout="NCHW")
     model = LinearNet(num_classes, tuple(loaded.x.shape[1:]))
     x, y, u, ids_x, ids_u = loaded
     mixmatch = MixMatch(still, num_classes, mix="none")

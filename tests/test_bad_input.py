@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,22 +43,47 @@ def raises(error, text):
 # Switches
 
 
-@pytest.mark.parametrize("num_augmentations", [0, -1, 1.5, "2", None])
-def test_num_augmentations_must_be_a_positive_integer(num_augmentations):
-    text = f"num_augmentations must be an integer of at least 1, got {num_augmentations!r}"
+@pytest.mark.parametrize("num_augmentations", [0, -1, 2**70])
+def test_num_augmentations_must_be_positive(num_augmentations):
+    text = f"num_augmentations must be in 1 .. 2**16, got {num_augmentations}"
     with raises(ValueError, text):
         builder_of(num_augmentations=num_augmentations)
 
 
-@pytest.mark.parametrize("num_classes", [0, -3, 2.0])
-def test_num_classes_must_be_a_positive_integer(num_classes):
-    with raises(ValueError, f"num_classes must be an integer of at least 1, got {num_classes!r}"):
+@pytest.mark.parametrize("value", [1.5, "2", None, True, torch.tensor(2), [2]], ids=str)
+@pytest.mark.parametrize("name", ["num_augmentations", "num_classes", "seed"])
+def test_a_count_must_be_an_integer(name, value):
+    with pytest.raises(TypeError, match=f"^{name} must be an integer, got "):
+        MixMatch(WeakAugment(), **{"num_classes": 5, name: value})
+
+
+def test_integers_and_numbers_of_numpy_are_taken():
+    builder = MixMatch(
+        WeakAugment(),
+        np.int64(5),
+        num_augmentations=np.uint8(3),
+        seed=np.int32(7),
+        temperature=np.float32(0.5),
+        alpha=np.float64(0.75),
+    )
+    assert (builder.num_classes, builder.num_augmentations, builder.seed) == (5, 3, 7)
+    assert type(builder.seed) is int
+
+
+@pytest.mark.parametrize("num_classes", [0, -3])
+def test_num_classes_must_be_positive(num_classes):
+    with raises(ValueError, f"num_classes must be in 1 .. 2**31 - 1, got {num_classes}"):
         MixMatch(WeakAugment(), num_classes)
 
 
-@pytest.mark.parametrize("temperature", [0, 0.0, -0.5, float("nan")])
+def test_one_class_is_refused_with_the_reason():
+    with raises(ValueError, "num_classes must be at least 2, got 1: of one class nothing is"):
+        MixMatch(WeakAugment(), 1)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.0, -0.5, float("nan"), float("inf")])
 def test_temperature_must_be_positive(temperature):
-    text = f"temperature must be above 0, got {temperature}"
+    text = f"temperature must be above 0 and finite, got {temperature}"
     with raises(ValueError, text):
         builder_of(temperature=temperature)
     with raises(ValueError, text):
@@ -66,13 +92,7 @@ def test_temperature_must_be_positive(temperature):
         F.guess_labels(torch.zeros(2, 3, 4), temperature)
 
 
-@pytest.mark.parametrize("alpha", [0, -0.75, float("nan")])
-def test_alpha_must_be_positive(alpha):
-    with raises(ValueError, f"alpha must be above 0, got {alpha}"):
-        builder_of(alpha=alpha)
-
-
-@pytest.mark.parametrize("alpha", [0.01, 1001, 1e9, float("inf")])
+@pytest.mark.parametrize("alpha", [0, -0.75, 0.01, 1001, 1e9, float("inf"), float("nan")])
 def test_alpha_must_be_in_the_range_of_its_quantile(alpha):
     with raises(ValueError, f"alpha must be in [0.05, 1000], got {alpha}"):
         builder_of(alpha=alpha)
@@ -92,15 +112,20 @@ def test_unknown_switch_value_is_an_error_that_lists_the_known_ones(switch, valu
         builder_of(**{switch: value})
 
 
-@pytest.mark.parametrize("label_smoothing", [1.0, 1.5, -0.1, float("nan")])
+@pytest.mark.parametrize("label_smoothing", [1.0, 1.5, -0.1, float("nan"), float("inf")])
 def test_label_smoothing_must_leave_some_of_the_label(label_smoothing):
-    with raises(ValueError, f"label_smoothing must be in [0, 1), got {label_smoothing}"):
+    text = f"label_smoothing must be in [0, 1), got {label_smoothing}"
+    with raises(ValueError, text):
         builder_of(label_smoothing=label_smoothing)
+    with raises(ValueError, text):
+        F.batch_targets(
+            torch.tensor([1]), torch.zeros(1, 2, 3), 0.5, label_smoothing=label_smoothing
+        )
 
 
-@pytest.mark.parametrize("seed", [-1, 2**63, 2**64, 0.5])
-def test_seed_must_be_an_integer_below_two_to_the_63(seed):
-    with raises(ValueError, f"seed must be an integer in [0, 2**63), got {seed}"):
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64])
+def test_seed_must_be_below_two_to_the_63(seed):
+    with raises(ValueError, f"seed must be in 0 .. 2**63 - 1, got {seed}"):
         builder_of(seed=seed)
 
 
@@ -253,7 +278,12 @@ def test_images_must_be_bytes_or_floats(dtype):
     name = str(dtype).removeprefix("torch.")
     text = f"must be uint8 or one of float32, float16, bfloat16, got {name}"
     with raises(ValueError, text):
-        builder_of()(images_of(B).to(dtype), labels_of(B), images_of(M).to(dtype), net())
+        builder_of()(
+            torch.zeros(B, 3, 6, 6, dtype=dtype),
+            labels_of(B),
+            torch.zeros(M, 3, 6, 6, dtype=dtype),
+            net(),
+        )
 
 
 @pytest.mark.parametrize("name", ["x", "u"])
@@ -528,7 +558,9 @@ def test_interleave_groups_must_not_outnumber_rows(num_rows, num_groups):
 
 @pytest.mark.parametrize("num_labelled", [-1, 5, 100])
 def test_num_labelled_must_be_within_the_batch(num_labelled):
-    with raises(ValueError, f"num_labelled must be in 0 .. N = 4, got {num_labelled}"):
+    with pytest.raises(
+        ValueError, match=rf"^num_labelled must be in 0 \.\. .*, got {num_labelled}$"
+    ):
         F.mixmatch_loss(torch.zeros(4, 3), torch.zeros(4, 3), num_labelled, 1.0)
 
 
@@ -551,16 +583,16 @@ def test_loss_targets_must_be_on_the_device_of_logits():
 
 @pytest.mark.parametrize("rampup_steps", [-1, -16_384])
 def test_rampup_must_not_be_negative(rampup_steps):
-    text = f"rampup_steps must be at least 0, got {rampup_steps}"
+    text = f"rampup_steps must be in 0 .. 2**32 - 1, got {rampup_steps}"
     with raises(ValueError, text):
         F.linear_rampup(3, rampup_steps)
     with raises(ValueError, text):
         MixMatchLoss(rampup_steps=rampup_steps)
 
 
-@pytest.mark.parametrize("lambda_u", [-1, -0.5, float("nan")])
-def test_lambda_must_not_be_negative(lambda_u):
-    with raises(ValueError, f"lambda_u must be at least 0, got {lambda_u}"):
+@pytest.mark.parametrize("lambda_u", [-1, -0.5, float("nan"), float("inf")])
+def test_lambda_must_be_neither_negative_nor_infinite(lambda_u):
+    with raises(ValueError, f"lambda_u must be at least 0 and finite, got {lambda_u}"):
         MixMatchLoss(lambda_u)
 
 

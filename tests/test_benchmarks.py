@@ -736,6 +736,8 @@ def test_all_parts_fit_in_eight_minutes(tmp_path):
     assert sum(part.seconds for part in chosen) <= 8 * 60
     assert gpu.SECONDS <= 8 * 60
     names = [part.name for part in chosen]
+    assert names[0] == "hazards"
+    assert any(argument.endswith("test_buffers.py") for argument in chosen[0].command)
     assert [f"suite {suite}" in names for suite in schema.SUITES] == [True] * len(SUITES)
     for part in chosen:
         if part.name.startswith("suite"):

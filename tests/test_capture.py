@@ -69,6 +69,7 @@ def test_capture_without_cuda_says_so():
 def test_capture_wants_kernels_and_draws_on_the_device(monkeypatch):
     cuda = property(lambda self: torch.device("cuda", 0))
     monkeypatch.setattr(MixMatch, "device", cuda)
+    monkeypatch.setattr(MixMatch, "_prepare", lambda self: None)  # nothing is sent to that device
     with pytest.raises(RuntimeError, match="got impl='eager', which runs eager here"):
         check_capturable(MixMatch(WeakAugment(), NUM_CLASSES, impl="eager"))
     with pytest.raises(TypeError, match="such as WeakAugment, got CallableAugment"):

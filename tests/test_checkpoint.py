@@ -199,12 +199,19 @@ def test_an_entry_of_another_kind_is_named(tmp_path, state, change, message):
         (set_in("ema", "more", value=torch.zeros(1)), "ema must .* 1 entries are of another"),
         (
             set_in("model", "conv1.weight", value=torch.zeros(2, 2)),
-            r"'conv1\.weight' must be \[32, 1, 3, 3\], got a tensor \[2, 2\] float32",
+            r"'conv1\.weight' must be a tensor \[32, 1, 3, 3\] float32, got a tensor \[2, 2\]",
         ),
         (
             set_in("optimizer", "state", 0, "exp_avg", value=torch.zeros(5)),
             "optimizer must hold the state of Adam for .* parameters of these shapes",
         ),
+        (
+            set_in("model", "conv1.weight", value=torch.zeros(32, 1, 3, 3).double()),
+            r"'conv1\.weight' must be a tensor \[32, 1, 3, 3\] float32, got .* float64",
+        ),
+        (set_in("optimizer", "param_groups", 0, "lr", value=5.0), "optimizer must hold the state"),
+        (set_in("loader", "step", value=3), "step of loader must be 4 as of the run, got 3"),
+        (set_in("loader", "seed", value=3), "seed of loader must be 0 as of the run, got 3"),
         (set_in("mixmatch", value={}), "mixmatch must hold .* 2 entries are missing"),
         (set_in("loader", "num_labelled", value=41), "num_labelled = 40 as here, got 41"),
     ],
@@ -219,6 +226,14 @@ def test_weights_of_another_network_leave_a_run_as_it_was(state, change, message
     assert run.step == run.loader.order.step == 0
     for name, value in run.model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_a_checkpoint_of_another_torch_is_gone_on_with_a_warning(state):
+    changed = {**state, "versions": {**state["versions"], "torch": "2.11.0"}}
+    run = TrainRun(CONFIG)
+    with pytest.warns(UserWarning, match=r"checkpoint is of torch 2\.11\.0 and this is"):
+        run.load_state_dict(changed)
+    assert run.step == 4
 
 
 # What a run may go on with

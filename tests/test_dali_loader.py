@@ -521,18 +521,43 @@ def test_an_exception_in_the_loop_closes_the_loader(folders):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"on_error": "ignore"}, "on_error must be 'raise' or 'skip', got 'ignore'"),
-        ({"crop_area": (0.0, 1.0)}, r"crop_area must be 0 < least <= most <= 1, got \(0.0, 1.0\)"),
-        ({"crop_area": (0.5, 1.5)}, r"crop_area must be .* got \(0.5, 1.5\)"),
-        ({"num_threads": 0}, "num_threads must be an integer of at least 1, got 0"),
-        ({"num_augmentations": 0}, "num_augmentations must be an integer of at least 1, got 0"),
-        ({"size": 0}, "size must be one or two integers of at least 1, got 0"),
-        ({"size": (2, 3.0)}, r"size must be one or two integers of at least 1, got \(2, 3.0\)"),
-        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ({"on_error": "ignore"}, r"on_error must be one of \['raise', 'skip'\], got 'ignore'"),
+        ({"crop_area": (0.0, 1.0)}, r"crop_area\[0\] must be in \(0, 1\], got 0.0"),
+        ({"crop_area": (0.5, 1.5)}, r"crop_area\[1\] must be .* got 1.5"),
+        ({"num_threads": 0}, "num_threads must be in 1 .. 4096, got 0"),
+        ({"num_augmentations": 0}, "num_augmentations must be in 1 .*, got 0"),
+        ({"size": 0}, "size must be in 1 .. 32768, got 0"),
+        ({"size": (2, 3, 4)}, r"size must be one or two integers of at least 1, got \(2, 3, 4\)"),
+        ({"batch_size": 0}, "batch_size must be in 1 .*, got 0"),
     ],
 )
 def test_options_out_of_range_are_refused(folders, options, message):
     with pytest.raises(ValueError, match=message):
+        loader_of(folders, **options)
+
+
+def test_a_callable_augments_as_in_the_builder(folders):
+    with loader_of(folders) as plain, loader_of(folders, augment=lambda x: x * 2 - 1) as loader:
+        (x, y, u, *_), (views_x, views_y, views, *_) = next(iter(plain)), next(iter(loader))
+    assert torch.equal(views_x, x.float() / 255 * 2 - 1)
+    assert torch.equal(views_y, y)
+    assert torch.equal(views, (u.float() / 255 * 2 - 1).expand(2, -1, -1, -1, -1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"augment": "cifar10"}, "augment must be an engine such as .* got 'cifar10'"),
+        ({"augment": DaliAugment}, "augment must be an engine such as .* got the class DaliAug"),
+        ({"size": (2, 3.0)}, "size must be an integer, got 3.0"),
+        ({"crop_area": 0.5}, "crop_area must be two numbers, least and most, got 0.5"),
+        ({"num_threads": True}, "num_threads must be an integer, got True"),
+        ({"device_id": "cuda"}, "device_id must be an integer, got 'cuda'"),
+        ({"seed": 1.5}, "seed must be an integer, got 1.5"),
+    ],
+)
+def test_options_of_the_wrong_kind_are_refused(folders, options, message):
+    with pytest.raises(TypeError, match=message):
         loader_of(folders, **options)
 
 

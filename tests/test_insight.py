@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, _validation
+from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment
 from gpu_mixmatch.insight import GuessQuality, GuessWatch, TensorBoardInsight, draw_preview
 from tests.digest import parameter_digest
 from tests.factories import ConstantNet, ConvNet, random_data
-from tests.no_sync import NoExport, NoSync
+from tests.no_sync import NoExport, NoSync, look_at_nothing
 from tests.skips import skip_without
 
 NUM_CLASSES = 5
@@ -191,9 +191,7 @@ def test_logits_are_taken_by_the_logits_getter():
 
 @pytest.mark.parametrize("with_truth", [False, True])
 def test_watching_reads_nothing_back_in_the_step(monkeypatch, with_truth):
-    # labels on a device are not checked
-    monkeypatch.setattr(_validation, "check_classes", lambda *_: None)
-    monkeypatch.setattr(_validation, "check_draws", lambda *_: None)
+    look_at_nothing(monkeypatch)
     mixmatch, model = builder_of(), new_net()
     watch = GuessWatch(mixmatch, truth_of() if with_truth else None)
     x, y, u = data()
@@ -215,8 +213,7 @@ def test_watching_reads_nothing_back_in_the_step(monkeypatch, with_truth):
 
 
 def test_watching_takes_a_few_small_operations_and_no_second_guess(monkeypatch):
-    monkeypatch.setattr(_validation, "check_classes", lambda *_: None)
-    monkeypatch.setattr(_validation, "check_draws", lambda *_: None)
+    look_at_nothing(monkeypatch)
     mixmatch, model, (x, y, u) = builder_of(), new_net(), data()
     passes = []
     model.register_forward_hook(lambda *_: passes.append(1))

@@ -248,7 +248,9 @@ def test_num_groups_out_of_range_is_an_error(num_groups):
 
 
 def test_unknown_running_stats_is_an_error():
-    with pytest.raises(ValueError, match="running_stats must be 'first' or 'all', got 'last'"):
+    with pytest.raises(
+        ValueError, match=r"running_stats must be one of \['first', 'all'\], got 'last'"
+    ):
         interleaved_forward(Net(), batch_of(4, 4, 2), running_stats="last")
 
 

@@ -104,6 +104,13 @@ def test_shifted_bytes_are_read_by_neighbouring_threads(report):
             assert layout["threadsPerWarp"][1] * columns >= 32
 
 
+def test_a_batch_of_another_size_or_alignment_is_no_other_kernel(report):
+    for regime in report["sizes"]:
+        assert set(regime["variants"].values()) == {1}, regime
+    names = {place.split()[1] for regime in report["sizes"] for place in regime["variants"]}
+    assert names == {kernel["kernel"] for kernel in report["kernels"]}
+
+
 def test_a_batch_without_zoom_and_blur_moves_little_more_than_the_least(report):
     batches = [batch for batch in report["batches"] if batch["effects"] == "shift"]
     assert len(batches) == 4

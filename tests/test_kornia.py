@@ -119,7 +119,7 @@ def assert_same_state(state, other):
 def test_the_module_is_called_once_with_all_views_as_unit_floats(channels, nhwc, num_views):
     x, _, u = data_of(channels=channels, height=9)
     module = Recorder()
-    engine = KorniaAugment(module, mean=0.25, std=0.5)
+    engine = KorniaAugment(module, mean=0.25, std=0.5, layout="NHWC" if nhwc else "NCHW")
     given = [images.permute(0, 2, 3, 1).contiguous() if nhwc else images for images in (x, u)]
     views = views_of(engine, *given, num_views=num_views)
     (seen,) = module.seen
@@ -533,7 +533,7 @@ def test_jigsaw_which_stays_within_each_image_is_taken():
         ({"std": (0.5, 0.5)}, None),
         ({"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.5)}, "one value or one per channel"),
         ({"mean": ()}, "mean must be a number or one per channel"),
-        ({"dtype": torch.float64}, "dtype must be float32, float16 or bfloat16"),
+        ({"dtype": torch.float64}, "dtype must be one of float32, float16, bfloat16, got float64"),
     ],
 )
 def test_fields_out_of_range_are_refused(fields, message):
@@ -625,7 +625,9 @@ def test_kornia_replays_the_presets(preset):
 
 
 def test_kornia_replays_the_corners_of_what_can_be_drawn():
-    augment = WeakAugment(5, "zeros", zoom_px=(0, 9), flip=0.0, blur_sigma=(0.0, 0.6))
+    augment = WeakAugment(
+        5, "zeros", zoom_px=(0, 9), flip=0.0, blur_sigma=(0.0, 0.6), layout="NCHW"
+    )
     images = images_of(6, 1, height=3, width=4)  # smaller than padding and cuts
     params = augment.draw(0, 0, 6, 1)
     params.top[:2], params.left[:2] = torch.tensor([0, 10]), torch.tensor([10, 0])

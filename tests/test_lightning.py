@@ -787,6 +787,22 @@ def test_insight_callback_without_tensorboard_logger_is_refused():
         fit(Classifier(), resident(), callbacks=[insight_callback()])
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"every_n_steps": 0}, ValueError, "every_n_steps must be at least 1, got 0"),
+        ({"every_n_steps": 1.5}, TypeError, "every_n_steps must be an integer, got 1.5"),
+        ({"rows": True}, TypeError, "rows must be an integer, got True"),
+        ({"truth": [0, 1]}, TypeError, r"truth must be a tensor or a numpy array .* got \[0, 1\]"),
+        ({"truth": torch.rand(3)}, ValueError, r"truth must be \[n\] integers, got a tensor \[3\]"),
+        ({"class_names": "abc"}, TypeError, "class_names must be a list of names, got 'abc'"),
+    ],
+)
+def test_wrong_arguments_of_the_insight_callback_are_named_at_once(options, error, message):
+    with pytest.raises(error, match=message):
+        insight_callback(**options)
+
+
 def test_insight_callback_without_lightning_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning.pytorch.callbacks", None)
     with pytest.raises(ImportError, match=r'pip install -e "\.\[lightning\]"'):

@@ -639,10 +639,12 @@ def test_a_killed_worker_gives_an_error_in_seconds_and_the_loader_can_go_on(side
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"batch_size": 0}, ValueError, "batch_size must be an integer of at least 1, got 0"),
-        ({"ratio": 0.5}, ValueError, "ratio must be an integer of at least 1, got 0.5"),
-        ({"steps_per_epoch": 0}, ValueError, "steps_per_epoch must be .* at least 1, got 0"),
-        ({"seed": -1}, ValueError, "seed must be an integer in .* got -1"),
+        ({"batch_size": 0}, ValueError, r"batch_size must be in 1 \.\. 2\*\*24, got 0"),
+        ({"ratio": 0.5}, TypeError, "ratio must be an integer, got 0.5"),
+        ({"ratio": 2**70}, ValueError, r"ratio must be in 1 \.\. 2\*\*24, got"),
+        ({"batch_size": 2**20, "ratio": 2**5}, ValueError, r"ratio · batch_size must be at most"),
+        ({"steps_per_epoch": 0}, ValueError, "steps_per_epoch must be in 1 .*, got 0"),
+        ({"seed": -1}, ValueError, "seed must be in 0 .* got -1"),
         ({"rank": 0}, ValueError, "rank and world_size must be given together, got 0 and None"),
         ({"rank": 2, "world_size": 2}, ValueError, "rank must be in 0 .. world_size - 1 = 1"),
         ({"labelled": []}, ValueError, "length of the labelled data set must be .* got 0"),
@@ -743,7 +745,7 @@ def test_wrong_samples_are_named(labelled, unlabelled, options, message):
         *(
             ({"step": step}, error, rf"state\['step'\] must be {wanted}")
             for step, error, wanted in (
-                (-1, ValueError, "at least 0, got -1"),
+                (-1, ValueError, r"in 0 \.\. 2\*\*32 - 1, got -1"),
                 (1.5, TypeError, "an integer, got 1.5"),
                 (math.nan, TypeError, "an integer, got nan"),
                 (True, TypeError, "an integer, got True"),
@@ -768,7 +770,7 @@ def test_a_state_of_something_else_is_refused(changes, error, message):
 def test_what_is_no_state_is_refused():
     with pytest.raises(ValueError, match=r"state must be of a loader, with seed, .* got nothing"):
         loader_of().load_state_dict({})
-    with pytest.raises(TypeError, match="state must be a mapping, got None"):
+    with pytest.raises(TypeError, match=r"state must be what state_dict\(\) gave, got None"):
         loader_of().load_state_dict(None)
 
 
@@ -785,9 +787,22 @@ def test_a_state_is_good_for_as_many_processes_as_take_the_same_samples():
         single.load_state_dict(loader_of(ratio=2).state_dict())
 
 
-def test_a_negative_epoch_is_refused():
-    with pytest.raises(ValueError, match="epoch must be at least 0, got -1"):
-        loader_of().set_epoch(-1)
+@pytest.mark.parametrize("name", ["seed", "step"])
+@pytest.mark.parametrize("value", [-1, 2**70, 1.5, True, float("nan"), None, "3"])
+def test_a_state_with_a_number_that_is_none_is_refused(name, value):
+    loader = loader_of()
+    before = loader.state_dict()
+    error = ValueError if type(value) is int else TypeError
+    with pytest.raises(error, match=rf"^state\['{name}'\] must be "):
+        loader.load_state_dict({**before, name: value})
+    assert loader.state_dict() == before
+
+
+@pytest.mark.parametrize("epoch", [-1, 2**70, 1.5, True, float("nan"), None])
+def test_an_epoch_that_is_none_is_refused(epoch):
+    error = ValueError if type(epoch) is int else TypeError
+    with pytest.raises(error, match=r"^epoch must be "):
+        loader_of().set_epoch(epoch)
 
 
 # The way to a device

@@ -248,9 +248,9 @@ def test_lambda_is_uniform_for_an_alpha_of_one_only():
 
 def test_errors_print_the_value_that_is_wrong():
     # a message printed stale loop variables
-    with pytest.raises(ValueError, match=r"^temperature must be above 0, got -2$"):
+    with pytest.raises(ValueError, match=r"^temperature must be above 0 and finite, got -2$"):
         MixMatch(WeakAugment(), 3, temperature=-2, alpha=0.5)
-    with pytest.raises(ValueError, match=r"^alpha must be above 0, got -3$"):
+    with pytest.raises(ValueError, match=r"^alpha must be in \[0.05, 1000\], got -3$"):
         MixMatch(WeakAugment(), 3, temperature=0.5, alpha=-3)
     with pytest.raises(ValueError, match=r"^lam must be one of \['sample', 'batch'\], got 'row'$"):
         MixMatch(WeakAugment(), 3, lam="row", mix="all")

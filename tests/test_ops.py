@@ -191,9 +191,13 @@ def trained(device, impl, backend, num_steps=4, policy="plain", **switches):
 
     if backend:
         step = torch.compile(step, fullgraph=True, backend=backend)
-    history = []
+    history, writes = [], {}
     for _ in range(num_steps):
         batch, losses = step(*random_data(num_classes=NUM_CLASSES, device=device))
+        place, count = batch.inputs.data_ptr(), batch.inputs._version
+        if switches.get("reuse_buffers"):  # autograd is told of every write into a buffer
+            assert count > writes.get(place, -1)
+        writes[place] = count
         losses.loss.backward()
         optimizer.step()
         optimizer.zero_grad()

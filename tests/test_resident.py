@@ -147,7 +147,10 @@ def test_batches_go_into_mixmatch():
     [
         ({"images": IMAGES.float()}, r"images must be .* uint8, got \[30, 3, 5, 4\] float32"),
         ({"images": IMAGES[0, 0]}, r"images must be \[N, C, H, W\].* got \[5, 4\] uint8"),
-        ({"labels": LABELS[:9]}, r"labels must be \[N\] with N = 30 like images, got \[9\]"),
+        (
+            {"labels": LABELS[:9]},
+            r"labels must be \[N\] .* with N = 30 like images, got a tensor \[9\]",
+        ),
         ({"unlabelled": OTHERS.int()}, r"unlabelled must be .* got \[41, 3, 5, 4\] int32"),
         (
             {"unlabelled": OTHERS[:, :, 1:]},
@@ -155,10 +158,13 @@ def test_batches_go_into_mixmatch():
         ),
         ({"labelled_indices": [0, 30]}, r"labelled_indices must be in 0 .. 29, .* got 0 .. 30"),
         ({"labelled_indices": [-1, 3]}, r"labelled_indices must be in 0 .. 29, .* got -1 .. 3"),
-        ({"labelled_indices": [0.5]}, r"labelled_indices must be \[n\] integers, got \[1\]"),
+        (
+            {"labelled_indices": [0.5]},
+            r"labelled_indices must be \[n\] integers, got a tensor \[1\]",
+        ),
         ({"labelled_indices": np.ones(30, dtype=bool)}, r"labelled_indices must be \[n\] integers"),
         ({"labelled_indices": []}, "labelled"),
-        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ({"batch_size": 0}, r"batch_size must be in 1 \.\. 2\*\*24, got 0"),
     ],
     ids=str,
 )

@@ -674,20 +674,20 @@ def draw_calls(seed, step):
 @pytest.mark.parametrize("seed", [-1, 2**63])
 def test_a_seed_out_of_range_is_refused(seed):
     for call in [*draw_calls(seed, 0), lambda: sampling.epoch_order(seed, 0, 4)]:
-        with pytest.raises(ValueError, match=rf"seed must be .* \[0, 2\*\*63\), got {seed}"):
+        with pytest.raises(ValueError, match=rf"seed must be in 0 \.\. 2\*\*63 - 1, got {seed}"):
             call()
 
 
 @pytest.mark.parametrize("step", [-1, 2**32])
 def test_a_step_out_of_range_is_refused(step):
     for call in draw_calls(0, step):
-        with pytest.raises(ValueError, match=rf"step must be .* \[0, 2\*\*32\), got {step}"):
+        with pytest.raises(ValueError, match=rf"step must be in 0 \.\. 2\*\*32 - 1, got {step}"):
             call()
 
 
 @pytest.mark.parametrize("epoch", [-1, 2**32])
 def test_an_epoch_out_of_range_is_refused(epoch):
-    with pytest.raises(ValueError, match=rf"epoch must be .* \[0, 2\*\*32\), got {epoch}"):
+    with pytest.raises(ValueError, match=rf"epoch must be in 0 \.\. 2\*\*32 - 1, got {epoch}"):
         sampling.epoch_order(0, epoch, 4)
 
 
@@ -699,10 +699,10 @@ def test_the_last_seed_and_step_are_allowed():
 @pytest.mark.parametrize(
     ("ids", "got"),
     [
-        (torch.arange(4, dtype=torch.int32), r"\[4\] torch.int32"),
-        (torch.arange(4.0), r"\[4\] torch.float32"),
-        (torch.arange(4)[:, None], r"\[4, 1\] torch.int64"),
-        (torch.tensor(4), r"\[\] torch.int64"),
+        (torch.arange(4, dtype=torch.int32), r"\[4\] int32"),
+        (torch.arange(4.0), r"\[4\] float32"),
+        (torch.arange(4)[:, None], r"\[4, 1\] int64"),
+        (torch.tensor(4), r"\[\] int64"),
     ],
 )
 def test_ids_of_another_kind_are_refused(ids, got):
@@ -711,12 +711,12 @@ def test_ids_of_another_kind_are_refused(ids, got):
         lambda: sampling.draw_batch(0, 0, 4, ids, DrawPlan(policy=AugmentPolicy(**POLICY))),
         lambda: sampling.draw_mixup(0, 0, ids, torch.arange(4)),
     ):
-        with pytest.raises(ValueError, match=rf"ids must be \[M\] int64, got {got}"):
+        with pytest.raises(ValueError, match=rf"ids(_x|_u)? must be \[M\] int64, got {got}"):
             call()
 
 
 def test_a_negative_length_is_refused():
-    with pytest.raises(ValueError, match="length must be at least 0, got -1"):
+    with pytest.raises(ValueError, match=r"length must be in 0 \.\. 2\*\*40, got -1"):
         sampling.epoch_order(0, 0, -1)
 
 

@@ -338,6 +338,24 @@ def test_bfloat16_trains_close_to_float32(tmp_path, labelled, unlabelled):
         assert one["loss_x"] == pytest.approx(other["loss_x"], rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"mixmatch": None}, TypeError, "mixmatch must be a MixMatch, got None"),
+        ({"criterion": F.cross_entropy}, TypeError, "criterion must be a MixMatchLoss, got "),
+        ({"ratio": 1.5}, TypeError, "ratio must be an integer, got 1.5"),
+        ({"ratio": 0}, ValueError, "ratio must be in 1 .*, got 0"),
+        ({"image": 0}, TypeError, "image must be a text, got 0"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(tmp_path, options, error, message):
+    given = {"mixmatch": builder(), "criterion": MixMatchLoss(), **options}
+    with pytest.raises(error, match=message):
+        MixMatchTrainer(None, arguments(tmp_path), **given)
+    with pytest.raises(TypeError, match="args must be TrainingArguments, got None"):
+        MixMatchTrainer(None, None, **given)
+
+
 def test_unused_columns_must_be_kept(tmp_path, labelled, unlabelled):
     with pytest.raises(ValueError, match=r"args.remove_unused_columns must be False, .* got True"):
         trainer_of(tmp_path, labelled, unlabelled, remove_unused_columns=True)

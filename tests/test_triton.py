@@ -653,6 +653,7 @@ def test_the_builder_equals_its_eager_form(
         x, u = (images.permute(0, 2, 3, 1).contiguous() for images in (x, u))
     switches = {"mix": mix, "label_smoothing": smoothing, "reuse_buffers": reuse}
     plain, fused = builders(policy, dtype, channels_last, **switches)
+    plain.augment.layout = fused.augment.layout = source
     for step in range(2):
         with torch.no_grad():
             expected, batch = plain(x, y, u, model), fused(x, y, u, model)

@@ -2,15 +2,24 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gpu_mixmatch import functional, sampling
 from gpu_mixmatch._buffers import Workspace
-from gpu_mixmatch._validation import IMAGE_DTYPES, image_layout
-from gpu_mixmatch.types import AugmentPolicy, Impl, MixUpParams, Scaling
+from gpu_mixmatch._validation import (
+    as_flag,
+    as_number,
+    came,
+    check_image_dtype,
+    check_layout,
+    check_pixels,
+    image_layout,
+)
+from gpu_mixmatch.types import AugmentPolicy, Impl, Layout, MixUpParams, Scaling
 
 # Targets of all rows: mixed by the draws that are given, or unmixed for None.
 MakeTargets = Callable[[MixUpParams | None], Tensor]
@@ -84,6 +93,11 @@ class Augment(Protocol):
         return False
 
     @property
+    def layout(self) -> Layout | None:
+        """What the axes of the images that it gets are; None tells it by their shape."""
+        return None
+
+    @property
     def normalisation(self) -> tuple[Sequence[float], Sequence[float]] | None:
         """Mean and std of the views in [0, 1] units, one or one per channel; None if unknown."""
         return None
@@ -125,7 +139,8 @@ class Augment(Protocol):
         """Build W.
 
         Args:
-            x: Labelled images, ``[B, C, H, W]`` or ``[B, H, W, C]``, uint8 or floats in [0, 1].
+            x: Labelled images, ``[B, C, H, W]`` or ``[B, H, W, C]``, uint8 or floats in [0, 1], at
+                which `MixMatch` has looked.
             u: Unlabelled images, like x; M of them.
             draws: Of `draw_batch`, or an `AugmentParams` on the images' device.
             num_augmentations: K.
@@ -161,6 +176,11 @@ class _Completed(Augment):
     @property
     def drawn_by_builder(self) -> bool:
         return self.policy is not None
+
+    @property
+    def layout(self) -> Layout | None:
+        layout: Layout | None = getattr(self.engine, "layout", None)
+        return layout
 
     @property
     def normalisation(self) -> tuple[Sequence[float], Sequence[float]] | None:
@@ -219,19 +239,24 @@ def seeded_generators(seed: int) -> Iterator[None]:
 class NormalizedViews(nn.Module, Augment):
     """What engines share: the mean and std of their views, their dtype and memory format.
 
+    Mean and std are Python's numbers. What is made of them is float32 wherever the module is and
+    whatever it is cast to, so that ``.half()``, ``.to(torch.bfloat16)`` or a trainer's precision
+    change no view.
+
     Args:
         mean: Of a channel, or of each, in [0, 1] units; subtracted.
         std: Of a channel, or of each, in [0, 1] units; divided by.
         dtype: Of the views: float32, float16 or bfloat16.
         channels_last: Memory format of the views.
+        layout: Of the images, "NCHW" or "NHWC"; None tells it by their shape.
 
     Raises:
+        TypeError: If a field is of the wrong kind.
         ValueError: If a field is out of its range.
     """
 
-    scale: Tensor
-    byte_scale: Tensor
-    bias: Tensor
+    # of the class: a property of `Augment` would hide what an instance has
+    layout: Layout | None = None
 
     def __init__(
         self,
@@ -239,24 +264,22 @@ class NormalizedViews(nn.Module, Augment):
         std: float | Sequence[float],
         dtype: torch.dtype,
         channels_last: bool,
+        layout: Layout | None = None,
     ) -> None:
         super().__init__()
-        if dtype not in IMAGE_DTYPES:
-            raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+        check_image_dtype(dtype)
+        check_layout(layout)
         self.mean = _per_channel("mean", mean)
         self.std = _per_channel("std", std)
-        if not all(value > 0 for value in self.std):
-            raise ValueError(f"std must be above 0, got {std}")
         if len({1, len(self.mean), len(self.std)}) > 2:
             raise ValueError(
                 f"mean and std must have one value or one per channel, got {mean} and {std}"
             )
         self.dtype = dtype
-        self.channels_last = channels_last
-        std_values = torch.tensor(self.std)
-        self.register_buffer("scale", 1 / std_values, persistent=False)
-        self.register_buffer("byte_scale", 1 / (255 * std_values), persistent=False)
-        self.register_buffer("bias", -torch.tensor(self.mean) / std_values, persistent=False)
+        self.channels_last = as_flag("channels_last", channels_last)
+        self.layout = layout
+        # plain attributes: buffers would be cast
+        self._scalings = self._made_scalings(torch.device("cpu"))
 
     @property
     def normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
@@ -267,16 +290,21 @@ class NormalizedViews(nn.Module, Augment):
         """Convert and normalise without augmenting, as evaluation needs it.
 
         Args:
-            images: ``[M, C, H, W]`` or ``[M, H, W, C]``, uint8 or floating point.
+            images: ``[M, C, H, W]`` or ``[M, H, W, C]``, uint8 or floats in [0, 1].
 
         Returns:
             ``[M, C, H, W]`` in the engine's dtype and memory format.
+
+        Raises:
+            TypeError: If they are no tensor.
+            ValueError: If they are no images, or, on a CPU, floats far outside [0, 1].
         """
-        nhwc, _ = image_layout("images", images)
+        nhwc, _ = image_layout("images", images, self.layout)
+        check_pixels("images", images)
         return self.normalize_nchw(images.permute(0, 3, 1, 2) if nhwc else images)
 
     def normalize_nchw(self, images: Tensor) -> Tensor:
-        """`normalize` of images that are known to be NCHW, of any number of channels."""
+        """`normalize` of images that are known to be NCHW, of any number of channels and range."""
         scale, bias = self.scaling_of(images, images.shape[1])
         if isinstance(scale, Tensor) and isinstance(bias, Tensor):
             scale, bias = scale[:, None, None], bias[:, None, None]
@@ -293,24 +321,68 @@ class NormalizedViews(nn.Module, Augment):
         if len(self.mean) == len(self.std) == 1:  # numbers: nothing to broadcast
             (mean,), (std,) = self.mean, self.std
             return Scaling(1 / (255 * std if images.dtype == torch.uint8 else std), -mean / std)
-        wanted = max(self.scale.shape[0], self.bias.shape[0])
-        if wanted not in (1, channels):
+        wanted = max(len(self.mean), len(self.std))
+        if wanted != channels:
             raise ValueError(
                 f"images must have {wanted} channels like mean and std, got {channels}"
             )
-        scale = self.byte_scale if images.dtype == torch.uint8 else self.scale
-        return Scaling(scale.float().expand(channels), self.bias.float().expand(channels))
+        return self._scalings[images.dtype == torch.uint8]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow to another device; a cast changes nothing, since all is made of numbers anew."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        scale = self._scalings[0].scale
+        assert isinstance(scale, Tensor)
+        with torch.no_grad():
+            self._scalings = self._made_scalings(fn(torch.empty(0, device=scale.device)).device)
+        return self
+
+    def _made_scalings(self, device: torch.device) -> tuple[Scaling, Scaling]:
+        """Factors and addends of floats and of bytes."""
+        floats, of_bytes = (_scaling(self.mean, self.std, unit, device) for unit in (1, 255))
+        return floats, of_bytes
 
 
-def float_images(images: Tensor) -> Tensor:
+def _scaling(
+    mean: tuple[float, ...], std: tuple[float, ...], unit: int, device: torch.device
+) -> Scaling:
+    """Factor and addend per channel, float32 on ``device``, whatever torch's defaults are."""
+    channels = max(len(mean), len(std))
+    means, stds = (
+        torch.tensor(values, dtype=torch.float32, device="cpu") for values in (mean, std)
+    )
+    return Scaling(
+        (1 / (unit * stds)).expand(channels).to(device), (-means / stds).expand(channels).to(device)
+    )
+
+
+def float_images(images: Tensor, layout: Layout | None = None, name: str = "images") -> Tensor:
     """Return images as NCHW floats in [0, 1]: uint8 divided by 255, floats as they are."""
-    nhwc, _ = image_layout("images", images)
+    nhwc, _ = image_layout(name, images, layout)
     images = images.permute(0, 3, 1, 2) if nhwc else images
     return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
 def _per_channel(name: str, values: float | Sequence[float]) -> tuple[float, ...]:
-    channels = (values,) if isinstance(values, int | float) else tuple(values)
+    if not isinstance(values, Sequence | np.ndarray) or isinstance(values, str | bytes):
+        return (_unit(name, values),)
+    if getattr(values, "ndim", 1) != 1:
+        raise ValueError(f"{name} must be a number or one per channel, got {came(values)}")
+    channels = tuple(_unit(f"{name}[{place}]", value) for place, value in enumerate(values))
     if not channels:
-        raise ValueError(f"{name} must be a number or one per channel, got {values}")
-    return tuple(map(float, channels))
+        raise ValueError(f"{name} must be a number or one per channel, got {came(values)}")
+    return channels
+
+
+def _unit(name: str, value: object) -> float:
+    """Return a mean or std in [0, 1] units: images are in [0, 1], so that 1 is the most of both."""
+    number = as_number(name, value)
+    is_std = name.startswith("std")
+    if number > 1:
+        raise ValueError(
+            f"{name} must be at most 1, for images in [0, 1], got {value}: divide it by 255 if it "
+            f"is of images in 0 .. 255, {number / 255:.4g}"
+        )
+    if number < 0 or (is_std and number == 0):
+        raise ValueError(f"{name} must be {'above' if is_std else 'at least'} 0, got {value}")
+    return number

@@ -10,10 +10,18 @@ from torch import Tensor
 
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch._extras import import_dali
-from gpu_mixmatch._validation import check_reflection, image_layout
+from gpu_mixmatch._validation import (
+    MOST_VIEW,
+    as_integer,
+    check_draws,
+    check_kind,
+    check_params,
+    check_reflection,
+    image_layout,
+)
 from gpu_mixmatch.augment.base import Augment
 from gpu_mixmatch.augment.weak import WeakAugment
-from gpu_mixmatch.types import LEAST_SIGMA, AugmentParams, AugmentPolicy
+from gpu_mixmatch.types import LEAST_SIGMA, AugmentParams, AugmentPolicy, Layout
 
 _DYNAMIC_MODE = "experimental.dynamic"
 _OUT_OF_BOUNDS = {"reflect": "reflect_101", "zeros": "constant", "edge": "edge"}
@@ -42,11 +50,7 @@ class DaliAugment(Augment):
     """
 
     def __init__(self, weak: WeakAugment) -> None:
-        if not isinstance(weak, WeakAugment):
-            raise TypeError(
-                "weak must be a WeakAugment such as WeakAugment.cifar10(), got "
-                f"{weak!r} of type {type(weak).__name__}"
-            )
+        check_kind("weak", weak, WeakAugment, "a WeakAugment such as WeakAugment.cifar10()")
         import_dali(_DYNAMIC_MODE)
         self.weak = weak
 
@@ -54,6 +58,11 @@ class DaliAugment(Augment):
     def policy(self) -> AugmentPolicy:
         """What is drawn."""
         return self.weak.policy
+
+    @property
+    def layout(self) -> Layout | None:
+        """What the axes of the images are; see `Augment`."""
+        return self.weak.layout
 
     @property
     def normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
@@ -100,6 +109,8 @@ class DaliAugment(Augment):
             ValueError: If x and u do not fit each other, the policy or the draws.
         """
         channels, height, width = _checked_shape(x, u, self.weak)
+        num_augmentations = as_integer("num_augmentations", num_augmentations, most=MOST_VIEW)
+        check_params(draws)
         num_rows = x.shape[0] + num_augmentations * u.shape[0]
         if draws.top.shape[0] != num_rows:
             raise ValueError(
@@ -107,8 +118,10 @@ class DaliAugment(Augment):
             )
         if num_rows == 0:
             return torch.empty((0, channels, height, width), dtype=self.weak.dtype, device=x.device)
-        channels_last = _is_channels_last(x)
-        (x, u) = (_dense(images, channels_last) for images in (x, u))
+        nhwc, _ = image_layout("x", x, self.layout)
+        # the channels of a pixel lie together in memory, or the shape says so
+        channels_last = nhwc or not x.is_contiguous()
+        (x, u) = (_dense(images, nhwc, channels_last) for images in (x, u))
         rows = [*x.unbind(), *u.unbind() * num_augmentations]
         ndd = import_dali(_DYNAMIC_MODE)
         with _context(x.device), ndd.EvalMode.sync_cpu:  # the default mode hops to a thread
@@ -121,6 +134,7 @@ class DaliAugment(Augment):
         """Shift, zoom, blur, flip and normalise; blur and flip may change places."""
         weak = self.weak
         draws = AugmentParams(*(draw.cpu() for draw in draws))
+        check_draws(draws, weak.padding)
         start, shape = _windows(draws, weak.padding, size)
         views = ndd.slice(
             batch,
@@ -160,7 +174,7 @@ def _windows(draws: AugmentParams, padding: int, size: tuple[int, int]) -> tuple
         Its corner in the image, negative in the padding, and its height and width, ``[R, 2]`` int32
         each.
     """
-    limits = torch.tensor(size, dtype=torch.int32)
+    limits = torch.tensor(size, dtype=torch.int32, device="cpu")
     before = torch.minimum(draws.zoom[:, 0::2], limits - 1)  # top, left
     after = torch.minimum(draws.zoom[:, 1::2], limits - 1 - before)
     start = torch.stack([draws.top, draws.left], dim=1) - padding + before
@@ -169,7 +183,7 @@ def _windows(draws: AugmentParams, padding: int, size: tuple[int, int]) -> tuple
 
 def _checked_shape(x: Tensor, u: Tensor, weak: WeakAugment) -> tuple[int, int, int]:
     """Channels, height and width of the images."""
-    layout, other = image_layout("x", x), image_layout("u", u)
+    layout, other = image_layout("x", x, weak.layout), image_layout("u", u, weak.layout)
     if layout != other or x.dtype != u.dtype or x.device != u.device:
         raise ValueError(
             "x and u must have the same channels, height, width, layout, dtype and device, got "
@@ -183,15 +197,8 @@ def _checked_shape(x: Tensor, u: Tensor, weak: WeakAugment) -> tuple[int, int, i
     return channels, height, width
 
 
-def _is_channels_last(images: Tensor) -> bool:
-    """Whether the channels of a pixel lie together in memory, or an NHWC shape says so."""
-    nhwc, _ = image_layout("x", images)
-    return nhwc or not images.is_contiguous()
-
-
-def _dense(images: Tensor, channels_last: bool) -> Tensor:
+def _dense(images: Tensor, nhwc: bool, channels_last: bool) -> Tensor:
     """Images as DALI reads them, ``[M, H, W, C]`` or ``[M, C, H, W]``, in place if that can be."""
-    nhwc, _ = image_layout("x", images)
     if channels_last and not nhwc:
         images = images.permute(0, 2, 3, 1)
     images = images.float() if images.is_floating_point() else images

@@ -9,8 +9,17 @@ from torch import Tensor, nn
 
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch._extras import need
+from gpu_mixmatch._validation import (
+    MOST_PADDING,
+    as_integer,
+    came,
+    check_kind,
+    check_pixels,
+    image_layout,
+)
 from gpu_mixmatch.augment.base import DrawsForeign, NormalizedViews, float_images, seeded_generators
 from gpu_mixmatch.augment.weak import WeakAugment
+from gpu_mixmatch.types import Layout
 
 PADDING_MODES = {"reflect": "reflect", "zeros": "constant", "edge": "replicate"}
 
@@ -38,10 +47,12 @@ class KorniaAugment(DrawsForeign, NormalizedViews):
         std: Of a channel, or of each, in [0, 1] units; divided by after the module.
         dtype: Of the views, and of the images that the module gets: float32, float16 or bfloat16.
         channels_last: Memory format of the views.
+        layout: Of the images, "NCHW" or "NHWC"; None tells it by their shape, which must then leave
+            no doubt: see `WeakAugment`. The module gets NCHW.
 
     Raises:
         ImportError: If Kornia is missing.
-        TypeError: If ``module`` is not an ``nn.Module``.
+        TypeError: If ``module`` is not an ``nn.Module``, or a field is of the wrong kind.
         ValueError: If it takes more than images, or blends images of a batch; if a field is out of
             its range.
     """
@@ -54,8 +65,9 @@ class KorniaAugment(DrawsForeign, NormalizedViews):
         std: float | Sequence[float],
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
+        layout: Layout | None = None,
     ) -> None:
-        super().__init__(mean, std, dtype, channels_last)
+        super().__init__(mean, std, dtype, channels_last, layout)
         _check_module(module)
         # a tuple hides it from state_dict, to which RandAugment alone would add dozens of entries
         self._module = (module,)
@@ -72,8 +84,12 @@ class KorniaAugment(DrawsForeign, NormalizedViews):
             width: Of the images, in pixels.
 
         Raises:
-            ValueError: If it zooms or blurs.
+            TypeError: If an argument is of the wrong kind.
+            ValueError: If it zooms or blurs, or a size is out of its range.
         """
+        check_kind("weak", weak, WeakAugment, "a WeakAugment such as WeakAugment.cifar10()")
+        height = as_integer("height", height, least=1, most=MOST_PADDING)
+        width = as_integer("width", width, least=1, most=MOST_PADDING)
         if weak.zoom_px[1] or weak.blur_radius:
             raise ValueError(
                 f"weak must neither zoom nor blur, got zoom_px={weak.zoom_px} and "
@@ -91,6 +107,7 @@ class KorniaAugment(DrawsForeign, NormalizedViews):
             std=weak.std,
             dtype=weak.dtype,
             channels_last=weak.channels_last,
+            layout=weak.layout,
         )
 
     @property
@@ -112,7 +129,8 @@ class KorniaAugment(DrawsForeign, NormalizedViews):
             TypeError: If the module does not return one floating point tensor.
             ValueError: If it does not return an image for each that it got.
         """
-        images = float_images(torch.cat([x, *[u] * num_augmentations]))
+        image_layout("x", x, self.layout)
+        images = float_images(torch.cat([x, *[u] * num_augmentations]), self.layout)
         # strides too must not matter: torch.rand_like fills in the order of memory
         images = images.to(self.dtype).contiguous()
         without_autocast = torch.autocast(images.device.type, enabled=False)
@@ -130,16 +148,18 @@ class KorniaAugment(DrawsForeign, NormalizedViews):
 
     def forward(self, images: Tensor, seed: int, step: int) -> Tensor:
         """Draw and apply one view of a batch, as training without unlabelled images needs it."""
+        image_layout("images", images, self.layout)
+        check_pixels("images", images)
         return self.build(images, images[:0], self.draw_batch(seed, step, len(images), 0, 0), 0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.module._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         return self
 
     def extra_repr(self) -> str:
         """Show every field."""
-        names = ("mean", "std", "dtype", "channels_last")
+        names = ("mean", "std", "dtype", "channels_last", "layout")
         fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"{self.module!r}, {fields}"
 
@@ -154,7 +174,7 @@ def _check_module(module: Any) -> None:
     if not isinstance(module, nn.Module):
         raise TypeError(
             "module must be an nn.Module such as kornia.augmentation.RandomHorizontalFlip(), got "
-            f"{module!r}; MixMatch takes a plain function as it is"
+            f"{came(module)}; MixMatch takes a plain function as it is"
         )
     if isinstance(module, augmentation.AugmentationSequential):
         keys = [key.name.lower() for key in module.data_keys or ()]

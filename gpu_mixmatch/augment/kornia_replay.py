@@ -6,6 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from gpu_mixmatch import sampling
+from gpu_mixmatch._validation import (
+    MOST_PADDING,
+    as_integer,
+    check_kind,
+    check_params,
+    image_layout,
+)
 from gpu_mixmatch.augment.base import float_images
 from gpu_mixmatch.augment.kornia import PADDING_MODES, kornia_augmentation
 from gpu_mixmatch.augment.weak import WeakAugment
@@ -36,10 +43,12 @@ class KorniaReplay:
 
     Raises:
         ImportError: If Kornia is missing.
+        TypeError: If ``augment`` is not a `WeakAugment`.
     """
 
     def __init__(self, augment: WeakAugment) -> None:
         kornia_augmentation()
+        check_kind("augment", augment, WeakAugment, "a WeakAugment such as WeakAugment.cifar10()")
         self.augment = augment
 
     def steps(self, params: AugmentParams, height: int, width: int) -> list[KorniaStep]:
@@ -54,6 +63,11 @@ class KorniaReplay:
             Shift, zoom, flip, blur and normalise; no shift, zoom or blur that the policy lacks.
         """
         augmentation = kornia_augmentation()
+        check_params(params)
+        height, width = (
+            as_integer(name, value, least=1, most=MOST_PADDING)
+            for name, value in (("height", height), ("width", width))
+        )
         augment, size = self.augment, (height, width)
         whole = _boxes(*(torch.full_like(params.top, edge) for edge in (0, 0, height, width)))
         steps = []
@@ -98,7 +112,13 @@ class KorniaReplay:
             ValueError: If rows and images do not fit, or the blur reaches across a whole image,
                 which Kornia does not reflect more than once.
         """
-        *once, last = images if isinstance(images, tuple) else (images,)
+        sources = images if isinstance(images, tuple) else (images,)
+        if len(sources) not in (1, 2):
+            raise ValueError(f"images must be a tensor or a pair (x, u), got {len(sources)}")
+        for image in sources:
+            image_layout("images", image, self.augment.layout)
+        check_params(params)
+        *once, last = sources
         rows = len(params.top) - sum(map(len, once))
         repeats = rows // len(last) if len(last) else 0
         if repeats < 0 or repeats * len(last) != rows:
@@ -107,7 +127,8 @@ class KorniaReplay:
                 f"got {len(params.top)}"
             )
         # float64, which no GPU rounds to TF32 in a convolution
-        views = float_images(torch.cat([*once, last.repeat(repeats, 1, 1, 1)])).double()
+        views = torch.cat([*once, last.repeat(repeats, 1, 1, 1)])
+        views = float_images(views, self.augment.layout).double()
         params = sampling.augment_to_device(params, views.device)
         for module, values in self.steps(params, *views.shape[-2:]):
             views = module(views, params=values)
@@ -125,7 +146,9 @@ def to_kornia(weak: WeakAugment) -> KorniaReplay:
 
     Raises:
         ImportError: If Kornia is missing.
+        TypeError: If ``weak`` is not a `WeakAugment`.
     """
+    check_kind("weak", weak, WeakAugment, "a WeakAugment such as WeakAugment.cifar10()")
     return KorniaReplay(weak)
 
 

@@ -5,11 +5,20 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpu_mixmatch import functional, sampling
 from gpu_mixmatch._buffers import Workspace
-from gpu_mixmatch._validation import check_padding, check_range, image_layout
+from gpu_mixmatch._validation import (
+    as_length,
+    as_policy,
+    came,
+    check_choice,
+    check_kind,
+    check_pixels,
+    check_tensor,
+    image_layout,
+)
 from gpu_mixmatch.augment.base import MakeTargets, NormalizedViews, Views
 from gpu_mixmatch.impl import resolve_impl
 from gpu_mixmatch.types import (
@@ -18,6 +27,7 @@ from gpu_mixmatch.types import (
     DrawPlan,
     Geometry,
     Impl,
+    Layout,
     MixUpParams,
     PaddingMode,
 )
@@ -33,8 +43,15 @@ class WeakAugment(NormalizedViews):
     resize back (zoom), mirror (flip), blur, normalise. Drawing and applying are separate, and a
     sample's draws depend on (seed, step, sample id, view) alone.
 
-    Images are NCHW or NHWC, uint8 in 0..255 or floating point in [0, 1]. An NHWC batch is known by
-    its last axis of 1, 3 or 4 channels when its second axis is none of these.
+    Images are NCHW or NHWC, uint8 in 0..255 or floating point in [0, 1]. Without ``layout`` their
+    shape tells which, where it leaves no doubt. ``[M, s, .., ..]`` with s of 1 to 4 is NCHW.
+    ``[M, H, W, C]`` with C of 1 to 4 is NHWC if the images are square, or, with 3 or 4 channels, at
+    least 16 pixels high and wide. More channels are NCHW if the images are square, or have more
+    rows and columns than channels. All other shapes, such as ``[M, 3, 4, 4]``, ``[M, 2, 128, 1]``
+    or ``[M, 32, 32, 5]``, raise, and want ``layout``.
+
+    On a CPU floats that lie outside of -0.5 .. 1.5 raise: they are in 0..255 or normalised already.
+    The margin lets bicubic resizing pass, which overshoots by up to 0.45.
 
     Args:
         padding: Pixels of padding; the window is shifted by -padding .. padding.
@@ -48,9 +65,11 @@ class WeakAugment(NormalizedViews):
         std: Of a channel, or of each, in [0, 1] units; divided by.
         dtype: Of the views: float32, float16 or bfloat16.
         channels_last: Memory format of the views.
+        layout: Of the images, "NCHW" or "NHWC"; None tells it by their shape.
         impl: Implementation of `functional.augment`.
 
     Raises:
+        TypeError: If a field is of the wrong kind.
         ValueError: If a field is out of its range.
 
     References:
@@ -68,20 +87,15 @@ class WeakAugment(NormalizedViews):
         std: float | Sequence[float] = 0.5,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
+        layout: Layout | None = None,
         impl: Impl = "auto",
     ) -> None:
-        super().__init__(mean, std, dtype, channels_last)
-        check_padding(padding, padding_mode)
-        check_range("zoom_px", zoom_px, integer=True)
-        if blur_sigma is not None:
-            check_range("blur_sigma", blur_sigma, integer=False)
-        if not 0 <= flip <= 1:
-            raise ValueError(f"flip must be a probability in [0, 1], got {flip}")
-        self.padding = padding
+        super().__init__(mean, std, dtype, channels_last, layout)
+        check_choice("padding_mode", padding_mode, PaddingMode)
+        check_choice("impl", impl, Impl)
+        policy = as_policy(padding, zoom_px, flip, blur_sigma)
+        self.padding, self.zoom_px, self.flip, self.blur_sigma = policy
         self.padding_mode = padding_mode
-        self.zoom_px = (zoom_px[0], zoom_px[1])
-        self.flip = flip
-        self.blur_sigma = (blur_sigma[0], blur_sigma[1]) if blur_sigma else None
         self.impl = impl
 
     @property
@@ -154,11 +168,38 @@ class WeakAugment(NormalizedViews):
 
         Returns:
             The views, ``[R, C, H, W]``.
+
+        Raises:
+            TypeError: If an argument is of the wrong kind.
+            ValueError: If images and draws do not fit each other, the shape leaves the layout in
+                doubt, or, on a CPU, floats lie far outside of [0, 1].
         """
         if params is None:  # nn.Module.apply(function), as a module that holds this one calls it
-            return super().apply(images)  # type: ignore[arg-type, return-value]
+            function: Any = images
+            if not callable(function) or isinstance(function, nn.Module | Tensor):
+                raise TypeError(f"params must be AugmentParams, got {came(params)}")
+            return super().apply(function)  # type: ignore[return-value]
+        sources = images if isinstance(images, tuple) else (images,)
+        for image in sources:
+            check_tensor("images", image)
+            check_pixels("images", image)
+        return self._applied(images, params, mixup=mixup, out=out, workspace=workspace)
+
+    def _applied(
+        self,
+        images: Tensor | tuple[Tensor, Tensor],
+        params: AugmentParams,
+        *,
+        mixup: MixUpParams | None = None,
+        out: Tensor | None = None,
+        workspace: Workspace | None = None,
+    ) -> Tensor:
+        """`apply` without a look at the pixels, which the builder has looked at."""
         first = images[0] if isinstance(images, tuple) else images
-        _, (channels, height, width) = image_layout("images", first)
+        name = "x" if isinstance(images, tuple) else "images"
+        _, (channels, height, width) = image_layout(name, first, self.layout)
+        check_kind("params", params, AugmentParams, "AugmentParams")
+        check_tensor("params.top", params.top)
         if params.top.device != first.device:
             params = sampling.augment_to_device(params, first.device)
         if out is None and workspace is not None:
@@ -175,6 +216,7 @@ class WeakAugment(NormalizedViews):
             dtype=self.dtype,
             channels_last=self.channels_last,
             mixup=mixup,
+            layout=self.layout,
             out=out,
             workspace=workspace,
             impl=self.impl,
@@ -182,7 +224,7 @@ class WeakAugment(NormalizedViews):
 
     def forward(self, images: Tensor, seed: int, step: int, view: int = 0) -> Tensor:
         """Draw and apply one view of a batch, its positions being the sample ids."""
-        return self.apply(images, self.draw(seed, step, len(images), view))
+        return self.apply(images, self.draw(seed, step, as_length("images", images), view))
 
     def draw_batch(
         self,
@@ -207,7 +249,7 @@ class WeakAugment(NormalizedViews):
         workspace: Workspace | None = None,
     ) -> Tensor:
         """Write W, x once and u K times, into one buffer; see `Augment`."""
-        return self.apply((x, u), draws, workspace=workspace)
+        return self._applied((x, u), draws, workspace=workspace)
 
     def views(
         self,
@@ -218,10 +260,11 @@ class WeakAugment(NormalizedViews):
         workspace: Workspace | None = None,
     ) -> Views:
         """Build W, or the views of u alone where mixing builds all rows anew; see `Augment`."""
+        image_layout("x", x, self.layout)
         if not self.remixes_from_bytes(x, len(draws.top)):
             return super().views(x, u, draws, num_augmentations, workspace)
         draws_u = AugmentParams(*(draw[len(x) :] for draw in draws))
-        unlabelled = self.apply(u, draws_u, workspace=workspace)
+        unlabelled = self._applied(u, draws_u, workspace=workspace)
         return _ViewsOfBytes(unlabelled, self, (x, u), draws, workspace)
 
     def extra_repr(self) -> str:
@@ -236,6 +279,7 @@ class WeakAugment(NormalizedViews):
             "std",
             "dtype",
             "channels_last",
+            "layout",
             "impl",
         )
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
@@ -295,7 +339,7 @@ class _ViewsOfBytes(NamedTuple):
     ) -> tuple[Tensor, Tensor]:
         """Augment and blend in one pass; see `Views`."""
         targets = make_targets(params)
-        inputs = self.engine.apply(
+        inputs = self.engine._applied(
             self.images, self.draws, mixup=params, out=out, workspace=self.workspace
         )
         return inputs, targets

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from gpu_mixmatch._validation import came
+
 _NUMBERS = (bool, int, float, np.number, np.bool_)
 _INT64_MAX = np.iinfo(np.int64).max
 _GREY_MODES = ("1", "L", "LA", "La")
@@ -41,9 +43,15 @@ def collate(samples: Sequence[Any]) -> Any:
         The batch of n samples, on the CPU.
 
     Raises:
+        TypeError: If ``samples`` are no list, or like one.
         ValueError: If samples differ in structure, size, channels or dtype, or an image has more
             than 8 bits or does not decode; the message names the sample by its number in the batch.
     """
+    # also what is no Sequence by its class and can be indexed, as a batch of Hugging Face's
+    is_sequence = hasattr(samples, "__len__") and hasattr(samples, "__getitem__")
+    is_number = getattr(samples, "ndim", 1) == 0
+    if not is_sequence or is_number or isinstance(samples, str | bytes | Mapping | type):
+        raise TypeError(f"samples must be a list of samples, got {came(samples)}")
     if len(samples) == 0:
         raise ValueError("samples must hold at least one sample, got none")
     return _collate(samples, "")
@@ -59,9 +67,16 @@ class Indexed(Dataset[tuple[Any, int]]):
     Args:
         dataset: Any map-style data set. One that fetches whole batches (``__getitems__``) still
             does.
+
+    Raises:
+        TypeError: If it is none.
     """
 
     def __init__(self, dataset: Any) -> None:
+        if not hasattr(dataset, "__getitem__") or isinstance(dataset, str | bytes | type):
+            raise TypeError(
+                f"dataset must be a map-style data set, with __getitem__, got {came(dataset)}"
+            )
         self.dataset = dataset
 
     def __len__(self) -> int:

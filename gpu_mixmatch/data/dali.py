@@ -14,6 +14,16 @@ from torch.utils.dlpack import from_dlpack
 
 from gpu_mixmatch import sampling
 from gpu_mixmatch._extras import import_dali
+from gpu_mixmatch._validation import (
+    MOST_IMAGES,
+    MOST_PADDING,
+    MOST_VIEW,
+    as_flag,
+    as_integer,
+    as_pair,
+    check_choice,
+)
+from gpu_mixmatch.augment import as_augment
 from gpu_mixmatch.augment.base import Augment
 from gpu_mixmatch.data.check import read_or_error, undecodable
 from gpu_mixmatch.data.decoding import Encoded, UndecodableError
@@ -21,6 +31,8 @@ from gpu_mixmatch.data.images import open_images
 from gpu_mixmatch.data.index import ImageIndex, PathLike
 from gpu_mixmatch.data.order import BatchOrder, KeyedLoader
 from gpu_mixmatch.types import SemiSupervisedBatch
+
+OnError = Literal["raise", "skip"]
 
 _BATCHES_AHEAD = 2  # batches made while the training works on another
 
@@ -76,7 +88,14 @@ def mixmatch_pipeline(
 
     Raises:
         ImportError: If DALI is not installed.
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If a number is out of its range.
     """
+    batch_size = as_integer("batch_size", batch_size, least=1, most=2 * MOST_IMAGES)
+    random_crop = as_flag("random_crop", random_crop)
+    num_threads = as_integer("num_threads", num_threads, least=1, most=2**12)
+    if device_id is not None:
+        device_id = as_integer("device_id", device_id, most=2**15)
     fn, types, dali_math = map(import_dali, ("fn", "types", "math"))
     height, width = _height_and_width(size)
     pipeline = import_dali("pipeline").Pipeline(
@@ -143,9 +162,10 @@ class DaliLoader(KeyedLoader):
         crop_area: Least and most of an image's area that a random window covers before it is
             resized, keyed by (seed, step, id); its aspect ratio lies between 3/4 and 4/3. All
             views of an image share the window. None takes the largest centred window.
-        augment: Engine that augments what was decoded, such as a `DaliAugment`, with the draws
-            that `MixMatch` would make for (seed, step); batches are then `AugmentedBatch`es. None
-            gives uint8, `SemiSupervisedBatch`es, for an engine of `MixMatch` itself.
+        augment: Engine that augments what was decoded, such as a `DaliAugment`, or a callable,
+            with the draws that `MixMatch` would make for (seed, step); batches are then
+            `AugmentedBatch`es. None gives uint8, `SemiSupervisedBatch`es, for an engine of
+            `MixMatch` itself.
         num_augmentations: K, where there is ``augment``.
         steps_per_epoch: Steps in an epoch; None takes one pass over the unlabelled images.
         seed: The key of the order and of all draws, 0 ≤ seed < 2^63.
@@ -164,6 +184,7 @@ class DaliLoader(KeyedLoader):
 
     Raises:
         ImportError: If DALI is not installed.
+        TypeError: If an argument is of the wrong kind.
         ValueError: If a number is out of its range, or a source holds no images.
     """
 
@@ -176,26 +197,26 @@ class DaliLoader(KeyedLoader):
         *,
         ratio: int = 1,
         crop_area: tuple[float, float] | None = None,
-        augment: Augment | None = None,
+        augment: Augment | Callable[[Tensor], Tensor] | None = None,
         num_augmentations: int = 2,
         steps_per_epoch: int | None = None,
         seed: int = 0,
-        on_error: Literal["raise", "skip"] = "raise",
+        on_error: OnError = "raise",
         device_id: int | None = None,
         num_threads: int = 2,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
-        if crop_area is not None and not 0 < crop_area[0] <= crop_area[1] <= 1:
-            raise ValueError(f"crop_area must be 0 < least <= most <= 1, got {crop_area}")
-        for name, number in (
-            ("num_augmentations", num_augmentations),
-            ("num_threads", num_threads),
-        ):
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
+        check_choice("on_error", on_error, OnError)
+        if crop_area is not None:
+            crop_area = as_pair("crop_area", crop_area, above=0, most=1)
+        num_augmentations = as_integer(
+            "num_augmentations", num_augmentations, least=1, most=MOST_VIEW
+        )
+        num_threads = as_integer("num_threads", num_threads, least=1, most=2**12)
+        if device_id is not None:
+            device_id = as_integer("device_id", device_id, most=2**15)
+        size = _height_and_width(size)
         self.labelled = open_images(labelled, labelled=True)
         self.unlabelled = open_images(unlabelled)
         order = BatchOrder(
@@ -209,9 +230,9 @@ class DaliLoader(KeyedLoader):
             world_size=world_size,
         )
         super().__init__(order)
-        self.size = _height_and_width(size)
+        self.size = size
         self.crop_area = crop_area
-        self.augment = augment
+        self.augment = None if augment is None else as_augment(augment)
         self.num_augmentations = num_augmentations
         self.on_error = on_error
         self.device_id = device_id
@@ -391,7 +412,8 @@ class _Part(NamedTuple):
 
 
 def _height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    if not (isinstance(height, int) and isinstance(width, int) and min(height, width) >= 1):
+    sides = size if isinstance(size, list | tuple) else (size, size)
+    if len(sides) != 2:
         raise ValueError(f"size must be one or two integers of at least 1, got {size!r}")
+    height, width = (as_integer("size", side, least=1, most=MOST_PADDING) for side in sides)
     return height, width

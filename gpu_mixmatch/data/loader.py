@@ -19,6 +19,13 @@ from torch.utils.data import (
     default_collate,
 )
 
+from gpu_mixmatch._validation import (
+    as_device,
+    as_integer,
+    as_number,
+    as_text,
+    check_callable,
+)
 from gpu_mixmatch.data.collate import batched, collate
 from gpu_mixmatch.data.decoding import UndecodableError
 from gpu_mixmatch.data.order import BatchOrder, KeyedLoader
@@ -60,7 +67,7 @@ class SemiSupervisedLoader(KeyedLoader):
         world_size: Number of processes, likewise.
 
     Raises:
-        TypeError: If a data set is not map-style.
+        TypeError: If a data set is not map-style, or an argument of the wrong kind.
         ValueError: If a number is out of its range, or a `DataLoader` has an order of its own.
     """
 
@@ -82,6 +89,11 @@ class SemiSupervisedLoader(KeyedLoader):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
+        image, label = as_text("image", image), as_text("label", label)
+        num_workers = as_integer("num_workers", num_workers, most=2**16)
+        timeout = as_number("timeout", timeout, least=0)
+        check_callable("collate_fn", collate_fn, "a function from samples to a batch")
+        device = torch.device("cpu") if device is None else as_device("device", device)
         sources = [
             _source(name, dataset, collate_fn, num_workers, timeout)
             for name, dataset in (("labelled", labelled), ("unlabelled", unlabelled))
@@ -99,7 +111,7 @@ class SemiSupervisedLoader(KeyedLoader):
         super().__init__(order)
         self.image = image
         self.label = label
-        self.device = torch.device("cpu" if device is None else device)
+        self.device = device
         self._upload = Upload(self.device) if self.device.type == "cuda" else None
         self._sources = sources
         self._loaders = self._new_loaders()
@@ -211,6 +223,12 @@ class _Source(NamedTuple):
         waiting = f"the {self.name} batch of step {step}"
         try:
             images, labels = next(batches)
+        except ConnectionResetError as error:
+            if not self.num_workers or str(error).startswith("Caught"):  # by the data set
+                raise
+            raise RuntimeError(  # in the midst of what it sent
+                f"a worker process died while {waiting} was waited for: {error}"
+            ) from error
         except RuntimeError as error:
             if str(error).startswith("DataLoader timed out"):
                 raise TimeoutError(
@@ -277,7 +295,9 @@ def _check_loader(name: str, loader: DataLoader[Any]) -> None:
 
 def _check_map_style(name: str, dataset: Any) -> None:
     is_map_style = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    if not is_map_style or isinstance(dataset, IterableDataset | tuple | Mapping):
+    is_number = isinstance(dataset, Tensor | np.ndarray) and dataset.ndim == 0
+    wrong = isinstance(dataset, IterableDataset | tuple | Mapping | str | bytes | type)
+    if not is_map_style or is_number or wrong:
         raise TypeError(
             f"{name} must be a map-style data set, with __len__ and __getitem__, or a DataLoader "
             f"of one, got {type(dataset).__name__}; tensors go into "

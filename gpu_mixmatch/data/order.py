@@ -9,8 +9,19 @@ from torch import Tensor
 
 from gpu_mixmatch import sampling
 from gpu_mixmatch._ranks import rank_and_world_size
-from gpu_mixmatch._validation import as_integer, came, check_seed
+from gpu_mixmatch._validation import (
+    MOST_IMAGES,
+    MOST_SAMPLES,
+    MOST_SEED,
+    MOST_STEP,
+    as_integer,
+    as_seed,
+    came,
+)
+from gpu_mixmatch.sampling.draws import epoch_orders
 from gpu_mixmatch.types import SemiSupervisedBatch
+
+_VALUES_AT_ONCE = 2**16
 
 
 class BatchOrder:
@@ -41,6 +52,7 @@ class BatchOrder:
             set, which ends all older ones.
 
     Raises:
+        TypeError: If a number is no integer.
         ValueError: If a number is out of its range.
     """
 
@@ -58,24 +70,24 @@ class BatchOrder:
     ) -> None:
         self._asks_for_ranks = rank is None
         rank, world_size = rank_and_world_size(rank, world_size)
-        for name, value in (
-            ("the length of the labelled data set", num_labelled),
-            ("the length of the unlabelled data set", num_unlabelled),
-            ("batch_size", batch_size),
-            ("ratio", ratio),
-            ("steps_per_epoch", 1 if steps_per_epoch is None else steps_per_epoch),
-        ):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        check_seed(seed)
-        self.num_labelled = num_labelled
-        self.num_unlabelled = num_unlabelled
-        self.batch_size = batch_size
-        self.ratio = ratio
+        self.num_labelled, self.num_unlabelled = (
+            as_integer(f"the length of the {name} data set", length, least=1, most=MOST_SAMPLES)
+            for name, length in (("labelled", num_labelled), ("unlabelled", num_unlabelled))
+        )
+        self.batch_size = as_integer("batch_size", batch_size, least=1, most=MOST_IMAGES)
+        self.ratio = as_integer("ratio", ratio, least=1, most=MOST_IMAGES)
+        if self.ratio * self.batch_size > MOST_IMAGES:
+            raise ValueError(
+                f"ratio · batch_size must be at most {MOST_IMAGES} images of a step and rank, got "
+                f"{self.ratio} · {self.batch_size}"
+            )
         if steps_per_epoch is None:
-            steps_per_epoch = max(1, num_unlabelled // (ratio * batch_size * world_size))
-        self.steps_per_epoch = steps_per_epoch
-        self.seed = seed
+            per_step = self.ratio * self.batch_size * world_size
+            steps_per_epoch = max(1, self.num_unlabelled // per_step)
+        self.steps_per_epoch = as_integer(
+            "steps_per_epoch", steps_per_epoch, least=1, most=MOST_STEP
+        )
+        self.seed = as_seed(seed)
         self.rank = rank
         self.world_size = world_size
         self.step = 0
@@ -103,9 +115,13 @@ class BatchOrder:
         return range(self.step, (self.epoch + 1) * self.steps_per_epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the beginning of an epoch; in the midst of it already, stay there."""
-        if epoch < 0:
-            raise ValueError(f"epoch must be at least 0, got {epoch}")
+        """Go to the beginning of an epoch; in the midst of it already, stay there.
+
+        Raises:
+            TypeError: If ``epoch`` is no integer.
+            ValueError: If ``epoch`` is out of its range.
+        """
+        epoch = as_integer("epoch", epoch, most=MOST_STEP // self.steps_per_epoch)
         if epoch != self.epoch:
             self.generation += 1
             self.step = epoch * self.steps_per_epoch
@@ -120,10 +136,18 @@ class BatchOrder:
         return self._indices(self.num_unlabelled, size, step, num_steps, view=1)
 
     def _indices(self, length: int, size: int, step: int, num_steps: int, *, view: int) -> Tensor:
-        per_step = self.world_size * size
-        start = step * per_step
-        stream = _positions(self.seed, start, start + num_steps * per_step, length, view)
-        return stream.view(num_steps, self.world_size, size)[:, self.rank]
+        step = as_integer("step", step, most=MOST_STEP)
+        num_steps = as_integer("num_steps", num_steps, most=MOST_IMAGES)
+        if self.world_size == 1:
+            stream = _positions(self.seed, step * size, (step + num_steps) * size, length, view)
+            return stream.view(num_steps, size)
+        starts = (
+            (number * self.world_size + self.rank) * size
+            for number in range(step, step + num_steps)
+        )
+        return torch.stack(
+            [_positions(self.seed, start, start + size, length, view) for start in starts]
+        )
 
 
 class KeyedLoader(ABC):
@@ -150,6 +174,10 @@ class KeyedLoader(ABC):
         """Go to the beginning of an epoch; in the midst of it already, stay there.
 
         Epochs follow each other by themselves; this is for training loops that call it anyway.
+
+        Raises:
+            TypeError: If ``epoch`` is no integer.
+            ValueError: If ``epoch`` is out of its range.
         """
         self.order.set_epoch(epoch)
 
@@ -173,19 +201,22 @@ class KeyedLoader(ABC):
                 the loader stays where it was.
         """
         if not isinstance(state, Mapping):
-            raise TypeError(f"state must be a mapping, got {came(state)}")
+            raise TypeError(f"state must be what state_dict() gave, got {came(state)}")
         mine = self._identity()
         if set(state) != {"seed", "step", *mine}:
             raise ValueError(
                 f"state must be of a loader, with {', '.join(['seed', 'step', *mine])}, got "
                 f"{', '.join(map(str, state)) or 'nothing'}"
             )
-        seed = as_integer("state['seed']", state["seed"], most=2**63 - 1)
-        step = as_integer("state['step']", state["step"])
+        seed = as_integer("state['seed']", state["seed"], most=MOST_SEED)
+        step = as_integer("state['step']", state["step"], most=MOST_STEP)
+        theirs = {
+            name: as_integer(f"state['{name}']", state[name], most=MOST_SEED) for name in mine
+        }
         different = [
-            f"{name} = {value} as here, got {state[name]}"
+            f"{name} = {value} as here, got {theirs[name]}"
             for name, value in mine.items()
-            if as_integer(f"state['{name}']", state[name]) != value
+            if theirs[name] != value
         ]
         if different:
             raise ValueError(
@@ -233,7 +264,12 @@ def _positions(seed: int, start: int, stop: int, length: int, view: int) -> Tens
     parts = []
     while start < stop:
         epoch, first = divmod(start, length)
-        part = _permutation(seed, epoch, length, view)[first : first + stop - start]
+        whole = (first + stop - start) // length
+        if whole > 1:  # a batch of many epochs: as many of them at once as fit into a cache
+            count = min(whole, max(1, _VALUES_AT_ONCE // length))
+            part = epoch_orders(seed, epoch, count, length, view).view(-1)[first:]
+        else:
+            part = _permutation(seed, epoch, length, view)[first : first + stop - start]
         parts.append(part)
         start += len(part)
     return torch.cat(parts)  # copies even a single part: the permutation itself is kept

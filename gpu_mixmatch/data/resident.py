@@ -7,11 +7,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpu_mixmatch._validation import (
+    as_device,
+    came,
+    check_tensor,
+    is_integer,
+)
 from gpu_mixmatch.data.collate import batched
 from gpu_mixmatch.data.order import BatchOrder, KeyedLoader
 from gpu_mixmatch.types import SemiSupervisedBatch
 
-_STEPS_AT_ONCE = 64  # indices are drawn and sent for so many steps at a time
+_STEPS_AT_ONCE = 64  # indices are drawn and sent for so many steps at a time, and for so many
+_IMAGES_AT_ONCE = 2**20  # images
 
 
 class ResidentLoader(KeyedLoader):
@@ -44,6 +51,7 @@ class ResidentLoader(KeyedLoader):
         unlabelled: The unlabelled images, on the device.
 
     Raises:
+        TypeError: If an argument is of the wrong kind.
         ValueError: If shapes, dtypes or lengths do not fit, or a number is out of its range.
     """
 
@@ -63,10 +71,12 @@ class ResidentLoader(KeyedLoader):
         world_size: int | None = None,
     ) -> None:
         images = _images("images", images)
-        labels = batched(_tensor(labels))
-        if len(labels) != len(images):
+        labels = batched(_tensor("labels", labels))
+        hard = labels.dim() == 1 and is_integer(labels.dtype)
+        if len(labels) != len(images) or not (hard or labels.dim() == 2):
             raise ValueError(
-                f"labels must be [N] with N = {len(images)} like images, got {list(labels.shape)}"
+                f"labels must be [N] integers or [N, L] with N = {len(images)} like images, got "
+                f"{came(labels)}"
             )
         self._labelled = None if labelled_indices is None else _indices(labelled_indices, images)
         others = None if unlabelled is None else _images("unlabelled", unlabelled)
@@ -87,7 +97,7 @@ class ResidentLoader(KeyedLoader):
                 world_size=world_size,
             )
         )
-        self.images: Tensor = images.to(device)
+        self.images: Tensor = images if device is None else images.to(as_device("device", device))
         self.labels = labels.to(self.images.device)
         self.unlabelled = self.images if others is None else others.to(self.images.device)
 
@@ -105,8 +115,10 @@ class ResidentLoader(KeyedLoader):
         )
 
     def _batches(self, steps: range) -> Iterator[SemiSupervisedBatch]:
-        for start in steps[::_STEPS_AT_ONCE]:
-            num_steps = min(_STEPS_AT_ONCE, steps.stop - start)
+        size = self.order.ratio * self.order.batch_size
+        at_once = max(1, min(_STEPS_AT_ONCE, _IMAGES_AT_ONCE // size))
+        for start in steps[::at_once]:
+            num_steps = min(at_once, steps.stop - start)
             ids_x = self.order.indices_x(start, num_steps)
             ids_u = self.order.indices_u(start, num_steps)
             rows_x = _to_device(
@@ -130,14 +142,27 @@ def _to_device(indices: Tensor, device: torch.device) -> Tensor:
     return indices.to(device, non_blocking=True)
 
 
-def _tensor(values: Any) -> Tensor:
+def _tensor(name: str, values: Any) -> Tensor:
+    """Return values that may be a tensor, an array, or what numpy makes an array of."""
     if isinstance(values, Tensor):
-        return values
-    return torch.from_numpy(np.require(values, requirements="W"))  # copies what is read-only
+        check_tensor(name, values)
+        found = values
+    else:
+        try:
+            array = np.asarray(values)
+        except ValueError:  # rows of different lengths
+            array = np.asarray(None)
+        if array.dtype.kind not in "iufb":
+            raise TypeError(f"{name} must be a tensor or a numpy array, got {came(values)}")
+        # copies what is read-only, or in another machine's order of bytes
+        found = torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
+    if found.dim() == 0 or found.device.type == "meta":
+        raise ValueError(f"{name} must be [N, ...] and hold values, got {came(values)}")
+    return found
 
 
 def _images(name: str, images: Any) -> Tensor:
-    tensor = batched(_tensor(images))
+    tensor = batched(_tensor(name, images))
     if tensor.dim() != 4 or tensor.dtype != torch.uint8:
         raise ValueError(
             f"{name} must be [N, C, H, W], [N, H, W, C] or [N, H, W] uint8, got "
@@ -147,14 +172,12 @@ def _images(name: str, images: Any) -> Tensor:
 
 
 def _indices(labelled_indices: Any, images: Tensor) -> Tensor:
-    indices = batched(torch.as_tensor(labelled_indices)).cpu()
-    if indices.dim() != 1 or indices.dtype != torch.int64:
-        raise ValueError(
-            f"labelled_indices must be [n] integers, got {list(indices.shape)} {indices.dtype}"
-        )
+    indices = batched(_tensor("labelled_indices", labelled_indices)).cpu()
+    if indices.dim() != 1 or (indices.dtype != torch.int64 and len(indices)):
+        raise ValueError(f"labelled_indices must be [n] integers, got {came(indices)}")
     if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(images):
         raise ValueError(
             f"labelled_indices must be in 0 .. {len(images) - 1}, the images' places, got "
             f"{int(indices.min())} .. {int(indices.max())}"
         )
-    return indices
+    return indices.long()

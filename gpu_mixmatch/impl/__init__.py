@@ -49,6 +49,14 @@ class Implementation(Protocol):
             out: ``[words·N]`` int32, laid out as `sampling.pack` does it.
         """
 
+    def prepare(self, plan: DrawPlan, device: torch.device) -> None:
+        """Make what `draw_batch` reads on ``device``, which no CUDA graph can make for itself.
+
+        Args:
+            plan: What will be drawn.
+            device: Where.
+        """
+
     def augment(
         self,
         sources: tuple[Tensor, ...],

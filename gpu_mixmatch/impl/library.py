@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpu_mixmatch._buffers import Workspace
+from gpu_mixmatch._validation import check_choice
 from gpu_mixmatch.impl import Implementation, implementation
 from gpu_mixmatch.types import (
     AugmentParams,
@@ -55,6 +56,9 @@ class Traced:
         num_augmentations, policy, *switches = plan
         flat = (num_augmentations, flat_policy(policy), *switches)
         draw_batch(seed, torch.as_tensor(step), *tensors, *counts, *flat, out, self.impl)
+
+    def prepare(self, plan: DrawPlan, device: torch.device) -> None:
+        """See `Implementation.prepare`; ops make it themselves."""
 
     def augment(
         self,
@@ -138,6 +142,7 @@ class Traced:
 
 def backend(impl: Impl, device: torch.device) -> Implementation:
     """Return what runs ``impl`` on ``device``, here and now or in the graph that is traced."""
+    check_choice("impl", impl, Impl)
     return Traced(impl) if torch.compiler.is_compiling() else implementation(impl, device)
 
 

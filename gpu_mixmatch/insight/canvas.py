@@ -118,7 +118,7 @@ class Page:
         """Stack distributions ``[L]``, one colour each, as horizontal bars, class 0 at the top."""
         axes = self.axes(left, top, BARS_WIDTH, height)
         num_classes = len(parts[0][0])
-        start = torch.zeros(num_classes)
+        start = torch.zeros(num_classes, dtype=torch.float32, device="cpu")
         for values, color in parts:
             ends = start + values
             if num_classes <= MOST_NAMED:

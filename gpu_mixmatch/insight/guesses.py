@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gpu_mixmatch._validation import as_number
+from gpu_mixmatch._validation import as_labels, as_number, came, check_kind, is_integer
 from gpu_mixmatch.methods.mixmatch import MixMatch
 from gpu_mixmatch.methods.passes import get_logits
 
@@ -71,22 +71,24 @@ class GuessWatch:
 
     Args:
         mixmatch: The builder.
-        truth: The true labels of the whole unlabelled data set, ``[n]`` integers, by sample id;
-            the builder must then be given ``ids_u``. They are compared, and never trained with.
+        truth: The true labels of the whole unlabelled data set, ``[n]`` integers, a tensor or a
+            numpy array, by sample id; the builder must then be given ``ids_u``. They are compared,
+            and never trained with.
 
     Attributes:
         paused: Whether calls of the builder are left out.
 
     Raises:
-        ValueError: If ``truth`` is not ``[n]`` integers; in a step, if ``ids_u`` is missing.
-        TypeError: In a step, if the model that guesses is not an ``nn.Module``.
+        ValueError: If ``truth`` is not ``[n]`` integers; in a step, if ``ids_u`` is missing; in
+            `read`, if ids lie beyond ``truth``.
+        TypeError: If an argument is of the wrong kind; in a step, if the model that guesses is not
+            an ``nn.Module``.
     """
 
     def __init__(self, mixmatch: MixMatch, truth: Tensor | None = None) -> None:
-        if truth is not None and (truth.dim() != 1 or truth.is_floating_point()):
-            raise ValueError(f"truth must be [n] integers, got {list(truth.shape)} {truth.dtype}")
+        check_kind("mixmatch", mixmatch, MixMatch, "a MixMatch")
         self.mixmatch = mixmatch
-        self.truth = None if truth is None else truth.cpu()
+        self.truth = None if truth is None else as_truth(truth)
         self._confidence: Tensor | None = None  # mean so far, 0-d, on the device
         self._num_guesses = 0
         self._guesses: list[Tensor] = []  # [M] int64 of each step, on the device
@@ -110,7 +112,13 @@ class GuessWatch:
             return None
         accuracy = None
         if self.truth is not None:
-            truth = self.truth[torch.cat([ids.cpu() for ids in self._ids])]
+            ids = torch.cat([ids.cpu() for ids in self._ids])
+            if int(ids.min()) < 0 or int(ids.max()) >= len(self.truth):
+                raise ValueError(
+                    f"ids_u must be in 0 .. {len(self.truth) - 1}, the places in truth, got "
+                    f"{int(ids.min())} .. {int(ids.max())}"
+                )
+            truth = self.truth[ids]
             accuracy = (torch.cat(self._guesses).cpu() == truth).double().mean().item()
         quality = GuessQuality(self._confidence.item(), accuracy, self._num_guesses)
         self._confidence, self._num_guesses = None, 0
@@ -170,7 +178,7 @@ class GuessWatch:
                     "ids_u must be passed to the builder where the truth is known: "
                     "mixmatch(x, y, u, model, ids_u=ids_u)"
                 )
-            self._ids.append(call["ids_u"])
+            self._ids.append(as_labels("ids_u", call["ids_u"]))
         self._model_hook = guesser.register_forward_hook(
             lambda _module, _inputs, output: self._outputs.append(output)
         )
@@ -197,6 +205,19 @@ class GuessWatch:
         self._confidence = confidence
         if self.truth is not None:
             self._guesses.append(guesses)
+
+
+def as_truth(truth: Any) -> Tensor:
+    """Return true labels as ``[n]`` integers on the CPU; see `GuessWatch`.
+
+    Raises:
+        TypeError: If they are neither a tensor nor a numpy array.
+        ValueError: If they are not ``[n]`` integers.
+    """
+    labels = as_labels("truth", truth)
+    if labels.dim() != 1 or not is_integer(labels.dtype) or labels.device.type == "meta":
+        raise ValueError(f"truth must be [n] integers, got {came(labels)}")
+    return labels.cpu()
 
 
 _SIGNATURE = inspect.signature(MixMatch.forward)

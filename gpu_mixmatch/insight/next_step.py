@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gpu_mixmatch import functional, sampling
+from gpu_mixmatch._validation import as_labels
 from gpu_mixmatch.methods.mixmatch import MixMatch
 from gpu_mixmatch.methods.passes import get_logits
 from gpu_mixmatch.types import AugmentParams, MixMatchBatch, MixUpParams
@@ -50,6 +51,11 @@ def next_step(
         RuntimeError: If the parts, mixed, do not give the batch.
     """
     views, step = mixmatch.num_augmentations, int(mixmatch.step)
+    y = as_labels("y", y)
+    ids_x, ids_u = (
+        None if ids is None else as_labels(name, ids)
+        for name, ids in (("ids_x", ids_x), ("ids_u", ids_u))
+    )
     guesser = model if mixmatch.teacher is None else mixmatch.teacher
     device = mixmatch.device
     outputs: list[Tensor] = []

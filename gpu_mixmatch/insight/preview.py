@@ -1,17 +1,22 @@
 """The preview of a builder's next batch: views, guesses and mixed pairs in one picture."""
 
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from gpu_mixmatch._extras import need
-from gpu_mixmatch.augment.base import float_images
+from gpu_mixmatch._validation import as_integer, came, check_images_alike, check_kind
+from gpu_mixmatch.augment.base import complete, float_images
 from gpu_mixmatch.insight.canvas import DPI, MOST_NAMED, ROW_PITCH, TO_HEADS, TO_ROWS, WIDTH, Page
 from gpu_mixmatch.insight.next_step import next_step
 from gpu_mixmatch.insight.page import draw_guesses, draw_heading, draw_pairs
 from gpu_mixmatch.methods.mixmatch import MixMatch
 from gpu_mixmatch.types import MixMatchBatch
+
+MOST_PREVIEWED = 1000  # rows of a picture
 
 
 def draw_preview(
@@ -50,6 +55,7 @@ def draw_preview(
 
     Raises:
         ImportError: If matplotlib is not installed.
+        TypeError: If an argument is of the wrong kind.
         ValueError: If ``rows`` or ``class_names`` do not fit, or the builder refuses the batch.
         RuntimeError: If the batch is not what its parts give, for instance because the engine
             does not draw the same for the same (seed, step).
@@ -58,19 +64,21 @@ def draw_preview(
     import matplotlib.style
     from matplotlib.figure import Figure
 
-    if rows < 1:
-        raise ValueError(f"rows must be at least 1, got {rows}")
-    if class_names is not None and len(class_names) != mixmatch.num_classes:
-        raise ValueError(
-            f"class_names must hold num_classes = {mixmatch.num_classes} names, "
-            f"got {len(class_names)}"
-        )
+    check_kind("mixmatch", mixmatch, MixMatch, "a MixMatch")
+    check_kind("model", model, nn.Module, "an nn.Module")
+    check_kind("path", path, (str, PathLike), "a path")
+    path = Path(path)
+    if not path.name:
+        raise ValueError(f"path must name a file, got {str(path)!r}")
+    rows = as_integer("rows", rows, least=1, most=MOST_PREVIEWED)
+    class_names = as_class_names(class_names, mixmatch.num_classes)
+    check_images_alike(x, u)
     if class_names is None:
         prefix = "" if mixmatch.num_classes <= MOST_NAMED else "class "
         class_names = [f"{prefix}{number}" for number in range(mixmatch.num_classes)]
     names = [name if len(name) <= 14 else f"{name[:13]}…" for name in map(str, class_names)]
+    layout = complete(mixmatch.augment).layout
     step = next_step(mixmatch, x, y, u, model, ids_x, ids_u)
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # a user's own style may be dark, and names of classes may hold dollar signs
     with matplotlib.style.context(["default", {"text.parse_math": False}]):
@@ -81,10 +89,28 @@ def draw_preview(
         height = tops[1] + TO_HEADS + TO_ROWS + ROW_PITCH * len(mixed_rows) + 0.1
         page = Page(Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white"))
         draw_heading(page, mixmatch, step)
-        draw_guesses(page, mixmatch, float_images(u[:guess_rows]), step, names, top=tops[0])
+        draw_guesses(page, mixmatch, float_images(u[:guess_rows], layout), step, names, top=tops[0])
         draw_pairs(page, mixmatch, step, mixed_rows, names, top=tops[1])
         page.figure.savefig(path, format="png")
     return path
+
+
+def as_class_names(class_names: Any, num_classes: int | None = None) -> Sequence[str] | None:
+    """Return names of L classes, or None; L is not looked at where it is None.
+
+    Raises:
+        TypeError: If they are no names.
+        ValueError: If they are not L.
+    """
+    if class_names is None:
+        return None
+    if not isinstance(class_names, Sequence) or isinstance(class_names, str | bytes):
+        raise TypeError(f"class_names must be a list of names, got {came(class_names)}")
+    if num_classes is not None and len(class_names) != num_classes:
+        raise ValueError(
+            f"class_names must hold num_classes = {num_classes} names, got {len(class_names)}"
+        )
+    return class_names
 
 
 def _rows_to_show(batch: MixMatchBatch, rows: int) -> list[int]:

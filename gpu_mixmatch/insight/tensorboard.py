@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gpu_mixmatch.insight.guesses import GuessWatch, call_arguments
-from gpu_mixmatch.insight.preview import draw_preview
+from gpu_mixmatch._validation import as_integer, came, check_kind
+from gpu_mixmatch.insight.guesses import GuessWatch, as_truth, call_arguments
+from gpu_mixmatch.insight.preview import MOST_PREVIEWED, as_class_names, draw_preview
 from gpu_mixmatch.methods.mixmatch import MixMatch
 
 
@@ -32,6 +33,7 @@ class TensorBoardInsight:
         rows: Rows of the preview, of each kind.
 
     Raises:
+        TypeError: If an argument is of the wrong kind.
         ValueError: If an argument is out of its range.
         ImportError: In a step, if matplotlib is not installed.
     """
@@ -46,14 +48,19 @@ class TensorBoardInsight:
         class_names: Sequence[str] | None = None,
         rows: int = 4,
     ) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        check_kind("mixmatch", mixmatch, MixMatch, "a MixMatch")
+        for method in ("add_scalar", "add_image"):
+            if isinstance(writer, type) or not callable(getattr(writer, method, None)):
+                raise TypeError(
+                    f"writer must be a SummaryWriter, with add_scalar and add_image, got "
+                    f"{came(writer)}"
+                )
         self.mixmatch = mixmatch
         self.writer = writer
-        self.every_n_steps = every_n_steps
-        self.truth = truth
-        self.class_names = class_names
-        self.rows = rows
+        self.every_n_steps = as_integer("every_n_steps", every_n_steps, least=1)
+        self.truth = None if truth is None else as_truth(truth)
+        self.class_names = as_class_names(class_names, mixmatch.num_classes)
+        self.rows = as_integer("rows", rows, least=1, most=MOST_PREVIEWED)
         self._handle = mixmatch.register_forward_pre_hook(self._before, with_kwargs=True)
         self._watch = GuessWatch(mixmatch, truth)
 

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from gpu_mixmatch._extras import need
-from gpu_mixmatch._validation import came
+from gpu_mixmatch._validation import as_integer, came
 from gpu_mixmatch.data import AugmentedBatch, KeyedLoader
 from gpu_mixmatch.insight import TensorBoardInsight
+from gpu_mixmatch.insight.guesses import as_truth
+from gpu_mixmatch.insight.preview import MOST_PREVIEWED, as_class_names
 from gpu_mixmatch.losses import MixMatchLoss
 from gpu_mixmatch.methods.mixmatch import MixMatch
 from gpu_mixmatch.methods.passes import get_logits
@@ -204,8 +206,14 @@ def insight_callback(
 
     Raises:
         ImportError: If lightning is not installed.
+        TypeError: If an argument is of the wrong kind.
         ValueError: If there is no TensorBoardLogger, or an argument is out of its range.
     """
+    every_n_steps = as_integer("every_n_steps", every_n_steps, least=1)
+    rows = as_integer("rows", rows, least=1, most=MOST_PREVIEWED)
+    truth = None if truth is None else as_truth(truth)
+    if class_names is not None:
+        class_names = as_class_names(class_names)
     need("lightning.pytorch.callbacks", "the callback")
     from lightning.pytorch.callbacks import LambdaCallback
     from lightning.pytorch.loggers import TensorBoardLogger

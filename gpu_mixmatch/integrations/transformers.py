@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gpu_mixmatch._extras import missing_package
+from gpu_mixmatch._validation import MOST_IMAGES, as_integer, as_text, check_kind
 from gpu_mixmatch.augment.base import complete
 from gpu_mixmatch.data.collate import collate
 from gpu_mixmatch.data.loader import SemiSupervisedLoader
@@ -54,6 +55,7 @@ class MixMatchTrainer(Trainer):
         options: Further arguments of `Trainer`.
 
     Raises:
+        TypeError: If an argument is of the wrong kind.
         ValueError: If an argument is one that `Trainer` would use and this class cannot.
     """
 
@@ -74,6 +76,11 @@ class MixMatchTrainer(Trainer):
         data_collator: Any = None,
         **options: Any,
     ) -> None:
+        check_kind("args", args, TrainingArguments, "TrainingArguments")
+        check_kind("mixmatch", mixmatch, MixMatch, "a MixMatch")
+        check_kind("criterion", criterion, MixMatchLoss, "a MixMatchLoss")
+        image, label = as_text("image", image), as_text("label", label)
+        ratio = as_integer("ratio", ratio, least=1, most=MOST_IMAGES)
         _check_arguments(args, options)
         super().__init__(
             model,

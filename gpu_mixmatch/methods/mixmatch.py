@@ -1,27 +1,48 @@
 """MixMatch: Algorithm 1 of the paper as a batch builder."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from gpu_mixmatch import functional, sampling
+from gpu_mixmatch import _streams, functional, sampling
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch._ranks import ids_or_positions
 from gpu_mixmatch._validation import (
+    MOST_SEED,
+    MOST_STEP,
+    as_flag,
+    as_integer,
+    as_labels,
+    as_plan,
+    as_seed,
+    as_smoothing,
+    as_temperature,
+    came,
+    check_callable,
     check_choice,
+    check_finite,
     check_images_alike,
+    check_key_tensor,
+    check_kind,
     check_labels,
-    check_least,
     check_not_empty,
-    check_plan,
-    check_seed,
+    check_tensor,
+    is_integer,
 )
 from gpu_mixmatch.augment import as_augment
 from gpu_mixmatch.augment.base import BuiltViews, Views, complete
 from gpu_mixmatch.impl import implementation, resolve_impl
-from gpu_mixmatch.methods.passes import GuessBatchNorm, GuessForward, Model, get_logits, guess_mode
+from gpu_mixmatch.methods.looks import Looks
+from gpu_mixmatch.methods.passes import (
+    GuessBatchNorm,
+    GuessForward,
+    Model,
+    check_model,
+    get_logits,
+    guess_mode,
+)
 from gpu_mixmatch.types import (
     AugmentParams,
     DrawPlan,
@@ -42,7 +63,7 @@ class MixMatch(nn.Module):
 
     Args:
         augment: An engine such as `WeakAugment`, or any callable from float images to float images.
-        num_classes: L.
+        num_classes: L, at least 2.
         num_augmentations: K, views per unlabelled image.
         temperature: T of the sharpening.
         alpha: α of Beta(α, α).
@@ -58,7 +79,8 @@ class MixMatch(nn.Module):
         label_smoothing: Share of the uniform distribution in labelled targets, in [0, 1).
         logits_getter: Takes the logits out of what the model returns; None if it returns them.
         reuse_buffers: Write inputs into two alternating buffers: a batch is overwritten two calls
-            later. On a CPU this saves the page faults of fresh memory.
+            later. On a CPU this saves the page faults of fresh memory. A backward pass that comes
+            after that raises.
         seed: The key of all draws, 0 ≤ seed < 2^63.
         impl: Implementation of the operations on tensors.
 
@@ -67,6 +89,7 @@ class MixMatch(nn.Module):
             depend on it.
 
     Raises:
+        TypeError: If an argument is of the wrong kind.
         ValueError: If an argument is out of its range.
 
     References:
@@ -94,37 +117,43 @@ class MixMatch(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        check_least("num_classes", num_classes, 1)
-        check_least("num_augmentations", num_augmentations, 1)
-        for name, value in (("temperature", temperature), ("alpha", alpha)):
-            if not value > 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
-        check_plan(DrawPlan(lam=lam, mix=mix))
+        if as_integer("num_classes", num_classes, least=1, most=2**31 - 1) == 1:
+            raise ValueError(
+                "num_classes must be at least 2, got 1: of one class nothing is learnt, since "
+                "every target is 1. For two classes give the model two logits"
+            )
+        plan = as_plan(DrawPlan(num_augmentations, None, alpha, lam, mix))
         check_choice("guess_bn", guess_bn, GuessBatchNorm)
         check_choice("guess_forward", guess_forward, GuessForward)
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-        check_seed(seed)
-        sampling.folded_beta_quantile(alpha)  # raises now if α is out of range
+        if teacher is not None:
+            check_kind("teacher", teacher, nn.Module, "an nn.Module or None")
+        if logits_getter is not None:
+            check_callable("logits_getter", logits_getter, "a function or None")
+        check_choice("impl", impl, Impl)
+        sampling.folded_beta_quantile(plan.alpha)  # takes a moment, once
         self.augment = as_augment(augment)
-        self.num_classes = num_classes
-        self.num_augmentations = num_augmentations
-        self.temperature = temperature
-        self.alpha = alpha
+        self.num_classes = int(num_classes)
+        self.num_augmentations = plan.num_augmentations
+        self.temperature = as_temperature(temperature)
+        self.alpha = plan.alpha
         self.lam = lam
         self.mix = mix
         self.guess_bn = guess_bn
         self.guess_forward = guess_forward
-        self.label_smoothing = label_smoothing
+        self.label_smoothing = as_smoothing(label_smoothing)
         self.logits_getter = logits_getter
-        self.seed = seed
+        self.seed = as_seed(seed)
         self.impl = impl
-        self.step = torch.zeros((), dtype=torch.int64)
+        with torch.inference_mode(False):  # batches may be built outside of it
+            self.step = torch.zeros((), dtype=torch.int64, device="cpu")
         self._teacher = (teacher,)  # a tuple hides the module from registration
+        reuse_buffers = as_flag("reuse_buffers", reuse_buffers)
         self._workspaces = (Workspace(), Workspace()) if reuse_buffers else None
+        self._looks = Looks()
         # follows .to(device); holds nothing
         self.register_buffer("_device_anchor", torch.empty(0), persistent=False)
         implementation(impl, self.device)  # raises now if it cannot run
+        self._prepare()
 
     @property
     def device(self) -> torch.device:
@@ -166,12 +195,13 @@ class MixMatch(nn.Module):
         Args:
             x: Labelled images, ``[B, C, H, W]`` or ``[B, H, W, C]``, uint8 or float in [0, 1], on
                 the CPU or on this module's device.
-            y: Labels, ``[B]`` integers or ``[B, L]`` distributions.
+            y: Labels, ``[B]`` integers or ``[B, L]`` distributions, a tensor or a numpy array.
             u: Unlabelled images, like x; M of them, which may differ from B.
             model: Maps ``[n, C, H, W]`` to logits ``[n, L]``. Its mode and its BatchNorm are left
                 as they came, and no gradient flows through the guess.
-            ids_x: Sample ids of x, ``[B]`` int64; None takes positions in the global batch. With a
-                data set's own indices the draws do not depend on batch size, order or world size.
+            ids_x: Sample ids of x, ``[B]`` int64, or a numpy array of integers; None takes
+                positions in the global batch. With a data set's own indices the draws do not depend
+                on batch size, order or world size.
             ids_u: Sample ids of u, ``[M]`` int64.
             key: Seed and step, ``[2]`` int64 on this module's device, to draw by in place of this
                 module's own: a CUDA graph reads them anew. Kernels only; see `capture`.
@@ -180,9 +210,20 @@ class MixMatch(nn.Module):
             The mixed batch of N = B + K·M rows.
 
         Raises:
-            ValueError: If images, labels, ids or the model's logits do not fit each other.
+            TypeError: If an argument is of the wrong kind.
+            ValueError: If images, labels, ids or the model's logits do not fit each other, floats
+                lie far outside of [0, 1], or a shape leaves the layout in doubt. On CUDA floats are
+                looked at in the first batch alone, and nothing waits for it: a later call raises.
+
+        Warns:
+            UserWarning: Once, if the model's logits are probabilities; likewise.
         """
         check_images_alike(x, u)
+        check_model(model)
+        if key is None:  # what is built while a graph is captured is made of any images
+            self.look_at(x, u)
+        else:
+            check_key_tensor(key)
         x, u = self._moved("x", x), self._moved("u", u)
         y = self._labels(y, len(x))
         ids = _ids(ids_x, ids_u, len(x), len(u))
@@ -193,7 +234,8 @@ class MixMatch(nn.Module):
         if draws is None:
             draws = engine.draw_batch(self.seed, int(self.step), *ids, self.num_augmentations)
         scratch = self._workspaces[0] if self._workspaces else None
-        views = engine.views(x, u, draws, self.num_augmentations, scratch)
+        with torch.no_grad():
+            views = engine.views(x, u, draws, self.num_augmentations, scratch)
         return self._guess_and_mix(views, y, model, mixup)
 
     def from_views(
@@ -220,8 +262,18 @@ class MixMatch(nn.Module):
             The mixed batch of N = B + K·M rows.
 
         Raises:
-            ValueError: If there are not K views, or shapes or dtypes differ.
+            TypeError: If an argument is of the wrong kind.
+            ValueError: If there are not K views, shapes or dtypes differ, or, on a CPU, images are
+                not finite.
         """
+        check_tensor("x", x)
+        check_model(model)
+        self._looks.judge()
+        check_kind("views", views, (Tensor, list, tuple), "[K, M, C, H, W] or K tensors")
+        if isinstance(views, Tensor) and views.dim() == 0:
+            raise ValueError("views must be [K, M, C, H, W] or K tensors, got a single number")
+        for number, view in enumerate(views):
+            check_tensor(f"views[{number}]", view)
         if len(views) != self.num_augmentations:
             raise ValueError(
                 f"views must hold num_augmentations = {self.num_augmentations} views, "
@@ -239,11 +291,26 @@ class MixMatch(nn.Module):
                     f"x and views must be of one floating point dtype, got {x.dtype} and "
                     f"{view.dtype}"
                 )
+        if x.dim() != 4:
+            raise ValueError(f"x must be [B, C, H, W], got {list(x.shape)}")
+        check_finite("x", x)
+        for view in views:
+            check_finite("views", view)
         images = torch.cat([self._moved("x", x), *(self._moved("views", view) for view in views)])
         y = self._labels(y, len(x))
         ids = _ids(ids_x, ids_u, len(x), len(views[0]))
         _, mixup = self._draw(self.plan._replace(policy=None), ids, None)
         return self._guess_and_mix(BuiltViews(images, len(x)), y, model, mixup)
+
+    def look_at(self, x: Tensor, u: Tensor) -> None:
+        """Look at the range of images, on a CPU now, on CUDA once and later, without waiting.
+
+        Raises:
+            ValueError: If floats lie far outside of [0, 1].
+        """
+        self._looks.judge()
+        self._looks.images("x", x)
+        self._looks.images("u", u)
 
     def _draw(
         self, plan: DrawPlan, ids: tuple[Tensor | int, Tensor | int], key: Tensor | None
@@ -287,9 +354,11 @@ class MixMatch(nn.Module):
                 f"model must return logits [{len(views)}, {self.num_classes}] "
                 f"(num_classes = {self.num_classes}), got {list(logits.shape)}"
             )
+        self._looks.logits(logits)
         return logits.view(self.num_augmentations, -1, self.num_classes)
 
-    def _labels(self, y: Tensor, length: int) -> Tensor:
+    def _labels(self, y: Any, length: int) -> Tensor:
+        y = as_labels("y", y)
         if y.dim() == 0 or len(y) != length:
             came = len(y) if y.dim() else "a single number"
             raise ValueError(f"y must have a label per image of x, {length}, got {came}")
@@ -300,11 +369,32 @@ class MixMatch(nn.Module):
         if tensor.device == self.device:
             return tensor
         if tensor.device.type == "cpu":
+            _streams.refuse_capture(
+                self.device,
+                f"{name} must be on {self.device} while a CUDA graph is captured: the graph would "
+                "not read it from the host again. Fill a tensor on the device before each replay",
+            )
             return tensor.to(self.device, non_blocking=True)
         raise ValueError(
             f"{name} must be on the CPU or on {self.device} like this module, got it on "
             f"{tensor.device}; move the module with .to({str(tensor.device)!r})"
         )
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow to another device, with what a batch needs there and no buffers of the last."""
+        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
+        if self._workspaces is not None:
+            self._workspaces = (Workspace(), Workspace())
+        self._prepare()
+        return self
+
+    def _prepare(self) -> None:
+        """Make the constants of the draws now: a CUDA graph that needs them cannot."""
+        try:
+            running = implementation(self.impl, self.device)
+        except RuntimeError:  # it cannot run there, and says so when a batch is built
+            return
+        running.prepare(self.plan, self.device)
 
     def _output(self, num_rows: int, like: Tensor) -> Tensor | None:
         """Where the next inputs go, rows like ``like``: one of two buffers in turn, or nowhere."""
@@ -313,14 +403,15 @@ class MixMatch(nn.Module):
         workspace = self._workspaces[int(self.step) % 2]
         if like.is_contiguous():
             shape = (num_rows, *like.shape[1:])
-            return workspace.empty("inputs", shape, like.dtype, like.device)
+            # an alias: whoever asks it for a gradient does not ask the buffer
+            return workspace.empty("inputs", shape, like.dtype, like.device).detach()
         shape = (num_rows, *like.shape[2:], like.shape[1])
         return workspace.empty("inputs", shape, like.dtype, like.device).permute(0, 3, 1, 2)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        destination[prefix + "seed"] = torch.tensor(self.seed, dtype=torch.int64)
+        destination[prefix + "seed"] = torch.tensor(self.seed, dtype=torch.int64, device="cpu")
         destination[prefix + "step"] = self.step.clone()
 
     def _load_from_state_dict(
@@ -339,10 +430,19 @@ class MixMatch(nn.Module):
             first = key.removeprefix(prefix).split(".", 1)
             if key.startswith(prefix) and (len(first) == 1 or first[0] not in self._modules):
                 unexpected_keys.append(key)
-        if prefix + "seed" in state_dict:
-            self.seed = int(state_dict[prefix + "seed"])
-        if prefix + "step" in state_dict:
-            self.step = torch.tensor(int(state_dict[prefix + "step"]), dtype=torch.int64)
+        try:
+            seed, step = (
+                _integer_of_state(prefix + name, state_dict.get(prefix + name, mine), most)
+                for name, mine, most in (
+                    ("seed", self.seed, MOST_SEED),
+                    ("step", self.step, MOST_STEP),
+                )
+            )
+        except (TypeError, ValueError) as error:  # the module raises them, together
+            error_msgs.append(str(error))
+            return
+        self.seed = seed
+        self.step = torch.tensor(step, dtype=torch.int64, device="cpu")
 
     def extra_repr(self) -> str:
         """Show every switch, the step and the implementation that runs."""
@@ -369,6 +469,14 @@ class MixMatch(nn.Module):
         running = resolve_impl(self.impl, self.device)
         shown += [f"step={int(self.step)}", f"impl={self.impl!r} -> {running} on {self.device}"]
         return ", ".join(shown)
+
+
+def _integer_of_state(name: str, value: Any, most: int) -> int:
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not is_integer(value.dtype) or value.device.type == "meta":
+            raise ValueError(f"{name} must be an integer, got {came(value)}")
+        value = value.item()
+    return as_integer(name, value, most=most)
 
 
 def _ids(

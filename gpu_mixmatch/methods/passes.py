@@ -9,6 +9,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gpu_mixmatch import functional
+from gpu_mixmatch._validation import (
+    as_flag,
+    as_length,
+    check_batch,
+    check_callable,
+    check_choice,
+    check_groups,
+)
 from gpu_mixmatch.types import MixMatchBatch
 
 Model = nn.Module | Callable[[Tensor], Any]
@@ -20,13 +28,16 @@ GuessBatchNorm = Literal["batch", "update", "eval"]
 GuessForward = Literal["joint", "separate"]
 
 
+RunningStats = Literal["first", "all"]
+
+
 def interleaved_forward(
     model: nn.Module,
     batch: MixMatchBatch,
     num_groups: int | None = None,
     *,
     swap: bool = True,
-    running_stats: Literal["first", "all"] = "first",
+    running_stats: RunningStats = "first",
     logits_getter: Callable[[Any], Tensor] | None = None,
 ) -> Tensor:
     """Run the model on groups of rows that each hold a share of X', as the reference does.
@@ -49,15 +60,21 @@ def interleaved_forward(
         Logits in batch order, ``[N, L]``.
 
     Raises:
+        TypeError: If an argument is of the wrong kind.
         ValueError: If ``num_groups`` is not in 1 .. N, or ``running_stats`` is unknown.
     """
-    length = len(batch.inputs)
+    check_model(model)
+    check_batch(batch)
+    length = as_length("batch.inputs", batch.inputs)
     if num_groups is None:
         num_groups = max(1, length // max(batch.num_labelled, 1))
-    if not 1 <= num_groups <= length:
-        raise ValueError(f"num_groups must be in 1 .. N = {length}, got {num_groups}")
-    if running_stats not in ("first", "all"):
-        raise ValueError(f"running_stats must be 'first' or 'all', got {running_stats!r}")
+    if length == 0:
+        raise ValueError(f"batch must have rows, got {list(batch.inputs.shape)}")
+    check_groups(num_groups, length)
+    check_choice("running_stats", running_stats, RunningStats)
+    swap = as_flag("swap", swap)
+    if logits_getter is not None:
+        check_callable("logits_getter", logits_getter, "a function or None")
     inputs = functional.interleave(batch.inputs, num_groups) if swap else batch.inputs
     first, *others = inputs.tensor_split(num_groups)
     logits = [get_logits(model(first), logits_getter)]
@@ -66,6 +83,11 @@ def interleaved_forward(
         logits += [get_logits(model(group), logits_getter) for group in others]
     rows = torch.cat(logits)
     return functional.interleave(rows, num_groups) if swap else rows
+
+
+def check_model(model: Any) -> None:
+    """Raise a TypeError if ``model`` cannot be called on images."""
+    check_callable("model", model, "an nn.Module or a function from images to logits")
 
 
 def guess_mode(model: Model, guess_bn: GuessBatchNorm) -> contextlib.AbstractContextManager[None]:

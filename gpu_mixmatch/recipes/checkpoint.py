@@ -152,10 +152,14 @@ def check_weights(
         if not isinstance(value, Tensor):
             continue
         other = theirs[key]
-        if not isinstance(other, Tensor) or other.shape != value.shape:
+        if (
+            not isinstance(other, Tensor)
+            or other.shape != value.shape
+            or other.dtype != value.dtype
+        ):
             raise ValueError(
-                f"{name} must hold the weights of {model}: {key!r} must be {list(value.shape)}, "
-                f"got {came(other)}"
+                f"{name} must hold the weights of {model}: {key!r} must be {came(value)}, got "
+                f"{came(other)}"
             )
 
 
@@ -174,6 +178,14 @@ def check_optimizer(optimizer: torch.optim.Optimizer, theirs: Mapping[str, Any])
             for value in entry.values()
         )
         for number, entry in theirs["state"].items()
+    )
+    settings = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in mine["param_groups"]
+    ]
+    fits = fits and all(
+        own.items() <= {**own, **group}.items()
+        for own, group in zip(settings, theirs["param_groups"], strict=True)
     )
     if not fits:
         raise ValueError(

@@ -1,5 +1,6 @@
 """The preview of a data set: the first batch of a run, guessed by a small network."""
 
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gpu_mixmatch import presets, sampling
+from gpu_mixmatch._validation import MOST_IMAGES, MOST_STEP, as_integer, as_seed, check_kind
 from gpu_mixmatch.augment import as_augment
 from gpu_mixmatch.data.datasets import FolderData
 from gpu_mixmatch.data.formats.common import ImageData, split_labels
-from gpu_mixmatch.insight.preview import draw_preview
+from gpu_mixmatch.insight.preview import MOST_PREVIEWED, draw_preview
 from gpu_mixmatch.methods.mixmatch import MixMatch
 from gpu_mixmatch.recipes.models import build_model
 
@@ -83,8 +85,19 @@ def preview_dataset(
 
     Raises:
         ImportError: If matplotlib is not installed.
+        TypeError: If an argument is of the wrong kind.
         ValueError: If the data set has no preset, or an argument does not fit it.
     """
+    check_kind("dataset", dataset, (ImageData, FolderData), "a data set of load_dataset")
+    check_kind("out", out, (str, PathLike), "a path")
+    seed = as_seed(seed)
+    if preset is not None:
+        check_kind("preset", preset, presets.Preset, "a Preset or None")
+    if labels is not None:
+        labels = as_integer("labels", labels, least=1)
+    train_steps = as_integer("train_steps", train_steps, most=MOST_STEP)
+    batch_size = as_integer("batch_size", batch_size, least=1, most=MOST_IMAGES)
+    rows = as_integer("rows", rows, least=1, most=MOST_PREVIEWED)
     preset = preset or presets.paper(dataset.name)
     builder = {**preset.builder, "num_augmentations": num_augmentations, "seed": seed}
     engine = preset.augment() if augment is None else augment
@@ -116,7 +129,7 @@ def _first_images(
         raise ValueError(f"labels must be a number for {dataset.name}, got None")
     images, targets = dataset.train_images, dataset.train_labels
     chosen = split_labels(targets, labels, seed, dataset.num_classes)
-    is_unlabelled = torch.ones(len(targets), dtype=torch.bool)
+    is_unlabelled = torch.ones(len(targets), dtype=torch.bool, device="cpu")
     is_unlabelled[chosen] = False
     unlabelled = is_unlabelled.nonzero().flatten()
     ids_u = unlabelled[sampling.epoch_order(seed, 0, len(unlabelled), view=1)[:batch_size]]
@@ -130,7 +143,7 @@ def _train_on_labelled(
     engine = as_augment(augment)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.002)
     for step in range(steps):
-        rows = torch.randint(len(x), (batch,))
+        rows = torch.randint(len(x), (batch,), device="cpu")
         draws = engine.draw_batch(seed, step, rows, rows, 1)
         images = engine.build(x[rows], x[rows], draws, 1)
         loss = cross_entropy(model(images.float()), y[rows].repeat(2))

@@ -27,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import TensorDataset
 
 from gpu_mixmatch._ranks import positions, rank, world_size
-from gpu_mixmatch._validation import as_flag, as_integer, as_number
+from gpu_mixmatch._validation import as_flag, as_integer, as_number, came
 from gpu_mixmatch._version import __version__
 from gpu_mixmatch.data.datasets import FolderData, ImageFiles, load_dataset
 from gpu_mixmatch.data.folder import OnError
@@ -509,6 +509,20 @@ class TrainRun:
         for name, module in weights:
             check_weights(name, module.state_dict(), state[name], type(self.model).__name__)
         check_optimizer(self.optimizer, state["optimizer"])
+        place = {"seed": self.config.seed, "step": state["step"]}
+        for name, value in place.items():
+            if state["loader"].get(name) != value:
+                raise ValueError(
+                    f"{name} of loader must be {value} as of the run, got "
+                    f"{came(state['loader'].get(name))}"
+                )
+        version = state["versions"].get("torch")
+        if version != torch.__version__:
+            warnings.warn(
+                f"the checkpoint is of torch {version} and this is {torch.__version__}: steps may "
+                "be rounded otherwise",
+                stacklevel=2,
+            )
         self.loader.load_state_dict(state["loader"])
         self.step = state["step"]
         for name, module in weights:

@@ -7,12 +7,13 @@ import numpy as np
 from numpy.polynomial import Chebyshev, Polynomial
 from numpy.typing import NDArray
 
+from gpu_mixmatch._validation import as_number
 from gpu_mixmatch.sampling.philox import Words
 
 
 def folded_beta(words: Words, alpha: float) -> NDArray[np.float32]:
     """λ' = max(λ, 1 - λ), λ ~ Beta(α, α), from one word each."""
-    quantile = folded_beta_quantile(alpha)
+    quantile = _fitted(alpha)
     # 1 - u, exact in float64: the tail probability of λ'
     log2_tail = np.log2(1.0 - (words >> np.uint64(8)).astype(np.float64) * 2.0**-24)
     power = np.exp2(log2_tail / alpha)
@@ -41,7 +42,6 @@ class FoldedBetaQuantile(NamedTuple):
     of_power: bool
 
 
-@lru_cache(maxsize=16)
 def folded_beta_quantile(alpha: float) -> FoldedBetaQuantile:
     """Fit the quantile of max(λ, 1 - λ), λ ~ Beta(α, α), for tail probabilities w in [2^-24, 1].
 
@@ -51,10 +51,14 @@ def folded_beta_quantile(alpha: float) -> FoldedBetaQuantile:
     normal tail is nearly straight, serves instead.
 
     Raises:
+        TypeError: If α is no number.
         ValueError: If α is not in [0.05, 1000], or the fit misses by more than 1e-7.
     """
-    if not 0.05 <= alpha <= 1000:
-        raise ValueError(f"alpha must be in [0.05, 1000], got {alpha}")
+    return _fitted(as_number("alpha", alpha, least=0.05, most=1000))
+
+
+@lru_cache(maxsize=16)
+def _fitted(alpha: float) -> FoldedBetaQuantile:
     cells = 4000
     # beyond this end the mass is below e^-20 of the least tail that is drawn
     end = min((24 * np.log(2) + 20) / (2 * alpha) + 1, 12 / np.sqrt(alpha) + 37 / alpha)

@@ -13,7 +13,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpu_mixmatch._validation import check_plan
+from gpu_mixmatch._validation import (
+    MOST_SAMPLES,
+    MOST_STEP,
+    MOST_VIEW,
+    as_ids,
+    as_integer,
+    as_pair,
+    as_plan,
+    as_policy,
+    as_views,
+    check_rows,
+)
 from gpu_mixmatch.sampling.beta import folded_beta
 from gpu_mixmatch.sampling.philox import (
     Purpose,
@@ -60,10 +71,14 @@ def draw_augment(
         Parameters of V·M rows on the CPU, view-major: all images of the first view come first.
 
     Raises:
-        ValueError: If the seed, the step or the ids are out of range.
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If the seed, the step, the ids or a field of the policy are out of range.
     """
+    check_key(seed, step)
+    ids, views = as_ids("ids", ids), as_views(views)
+    check_rows("ids", num_ids(ids) * len(views))
+    policy = as_policy(padding, zoom_px, flip, blur_sigma)
     rows = rows_of([(ids, views)])
-    policy = AugmentPolicy(padding, zoom_px, flip, blur_sigma)
     words = draw_words(seed, step, 1, _augment_requests(rows, policy))
     return AugmentParams(*map(torch.from_numpy, _of_step(_augment_arrays(words, policy), 0)))
 
@@ -100,7 +115,8 @@ def draw_mixup(
         λ' and partners of N = B + K·M rows, on the CPU.
 
     Raises:
-        ValueError: If the seed, the step, the ids or α are out of range.
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If the seed, the step, the ids, K or α are out of range, or a word is unknown.
 
     References:
         Berthelot et al. 2019, eq. 8-9 and Algorithm 1 line 12. For the bijection: Black and Rogaway
@@ -129,13 +145,16 @@ def draw_batch(
         Parameters of N = B + K·M rows, on the CPU; None where the plan has no policy.
 
     Raises:
+        TypeError: If an argument is of the wrong kind.
         ValueError: If the seed, the step, the ids or the plan are out of range.
     """
-    check_plan(plan)
+    check_key(seed, step)
+    seed, step, plan = int(seed), int(step), as_plan(plan)
+    ids_x, ids_u = as_ids("ids_x", ids_x), as_ids("ids_u", ids_u)
+    check_rows("ids_x and ids_u", num_ids(ids_x) + plan.num_augmentations * num_ids(ids_u))
     rows = rows_of([(ids_x, 0), (ids_u, range(1, plan.num_augmentations + 1))])
     num_labelled = num_ids(ids_x)
     if isinstance(ids_x, int) and isinstance(ids_u, int):
-        check_key(seed, step)
         ahead = max(1, min(16, 1536 // max(len(rows.low), 1)))  # arrays of at most 128 KiB
         block, number = divmod(step, ahead)
         arrays = _drawn_ahead(seed, block * ahead, ahead, rows, num_labelled, plan)
@@ -159,13 +178,22 @@ def epoch_order(seed: int, epoch: int, length: int, *, view: int = 0) -> Tensor:
 
     Returns:
         Indices, ``[length]`` int64, on the CPU.
+
+    Raises:
+        TypeError: If an argument is no integer.
+        ValueError: If an argument is out of its range.
     """
-    if length < 0:
-        raise ValueError(f"length must be at least 0, got {length}")
-    if not 0 <= epoch < 2**32:
-        raise ValueError(f"epoch must be an integer in [0, 2**32), got {epoch}")
-    words = draw_words(seed, epoch, 1, [(shuffle_rows(length, view), Purpose.EPOCH)])
-    return torch.from_numpy(bijection(next(words), length)[0])
+    epoch = as_integer("epoch", epoch, most=MOST_STEP)
+    length = as_integer("length", length, most=MOST_SAMPLES)
+    view = as_integer("view", view, most=MOST_VIEW)
+    check_key(seed, epoch)
+    return epoch_orders(int(seed), epoch, 1, length, view)[0]
+
+
+def epoch_orders(seed: int, epoch: int, count: int, length: int, view: int) -> Tensor:
+    """Return the orders of ``count`` consecutive epochs, ``[count, length]``; see `epoch_order`."""
+    words = draw_words(seed, epoch, count, [(shuffle_rows(length, view), Purpose.EPOCH)])
+    return torch.from_numpy(bijection(next(words), length))
 
 
 _SPLIT_VIEW = 65_535  # no stream of a loader has it
@@ -185,6 +213,7 @@ def split_order(seed: int, length: int, number: int = 0) -> Tensor:
     Returns:
         Indices, ``[length]`` int64, on the CPU.
     """
+    number = as_integer("number", number, most=MOST_STEP)
     return epoch_order(seed, number, length, view=_SPLIT_VIEW)
 
 
@@ -214,9 +243,14 @@ def draw_regions(
         between top and bottom and between left and right, from 0 to 1.
 
     Raises:
-        ValueError: If the seed, the step or the ids are out of range.
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If the seed, the step, the ids, the area or the aspect are out of range.
     """
-    (words,) = draw_words(seed, step, 1, [(rows_of([(ids_x, 0), (ids_u, 1)]), Purpose.REGION)])
+    check_key(seed, step)
+    rows = rows_of([(as_ids("ids_x", ids_x), 0), (as_ids("ids_u", ids_u), 1)])
+    area = as_pair("area", area, above=0, most=1)
+    aspect = as_pair("aspect", aspect, above=0, most=1000)
+    (words,) = draw_words(seed, step, 1, [(rows, Purpose.REGION)])
     uniforms = (words[:, 0] >> np.uint64(8)) * 2.0**-24  # [4, B + M] float64
     limits = np.array([area, np.log(aspect), (0, 1), (0, 1)])
     regions = limits[:, :1] + (limits[:, 1:] - limits[:, :1]) * uniforms

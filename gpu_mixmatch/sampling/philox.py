@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gpu_mixmatch._validation import MOST_SEED, MOST_STEP, as_ids, as_integer, came
+
 Words = NDArray[np.uint64]  # 32-bit words, held in 64 bits so that products do not overflow
 
 
@@ -58,9 +60,22 @@ def philox(counter: Words, seed: int) -> Words:
     Returns:
         Random 32-bit words, ``[4, n]`` uint64.
 
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If the seed is out of range, or the counters are not ``[4, n]``.
+
     References:
         Salmon et al. 2011; Random123's known-answer vectors hold it in the tests.
     """
+    seed = as_integer("seed", seed, most=2**64 - 1)
+    if not isinstance(counter, np.ndarray) or counter.dtype != np.uint64:
+        raise TypeError(f"counter must be a numpy array of uint64, got {came(counter)}")
+    if counter.ndim != 2 or len(counter) != 4:
+        raise ValueError(f"counter must be [4, n], got {came(counter)}")
+    return _encrypted(counter, seed)
+
+
+def _encrypted(counter: Words, seed: int) -> Words:
     key = np.array([seed & 0xFFFF_FFFF, seed >> 32], dtype=np.uint64)
     keys = ((key + _ROUNDS * _WEYL) & MASK).astype(np.uint32)[:, :, None]  # [10, 2, 1]
     even, odd = counter[0::2].astype(np.uint32), counter[1::2].astype(np.uint32)
@@ -74,6 +89,7 @@ def philox(counter: Words, seed: int) -> Words:
 
 def generator_seed(seed: int, step: int) -> int:
     """Return a 64-bit seed for a foreign generator, a function of (seed, step)."""
+    check_key(seed, step)
     (words,) = draw_words(seed, step, 1, [(position_rows(((1, (0,)),)), Purpose.FOREIGN)])
     return int(words[0, 0, 0]) | int(words[1, 0, 0]) << 32
 
@@ -84,6 +100,7 @@ def batch_seed(seed: int, step: int, ids_x: Tensor | int, ids_u: Tensor | int) -
     The first ids of x and u enter it, so that the ranks of a distributed run, whose batches begin
     with different positions or images, do not draw alike; no other id does.
     """
+    ids_x, ids_u = as_ids("ids_x", ids_x), as_ids("ids_u", ids_u)
     firsts = np.array([_first(ids_x), _first(ids_u)]).view(np.uint64)
     counter = np.concatenate([firsts & MASK, firsts >> SHIFT32])
     words = philox(counter[:, None], generator_seed(seed, step))
@@ -120,7 +137,10 @@ def rows_of(parts: list[tuple[Tensor | int, int | Sequence[int]]]) -> Rows:
         )
     return _id_rows(
         [
-            (torch.arange(ids) if isinstance(ids, int) else ids, (v,) if isinstance(v, int) else v)
+            (
+                torch.arange(ids, device="cpu") if isinstance(ids, int) else ids,
+                (v,) if isinstance(v, int) else v,
+            )
             for ids, v in parts
         ]
     )
@@ -129,13 +149,10 @@ def rows_of(parts: list[tuple[Tensor | int, int | Sequence[int]]]) -> Rows:
 @lru_cache(maxsize=16)
 def position_rows(parts: tuple[tuple[int, tuple[int, ...]], ...]) -> Rows:
     """`rows_of` of positions, kept for the next call."""
-    return _id_rows([(torch.arange(length), views) for length, views in parts])
+    return _id_rows([(torch.arange(length, device="cpu"), views) for length, views in parts])
 
 
 def _id_rows(parts: Sequence[tuple[Tensor, Sequence[int]]]) -> Rows:
-    for ids, _ in parts:
-        if ids.dim() != 1 or ids.dtype != torch.int64:
-            raise ValueError(f"ids must be [M] int64, got {list(ids.shape)} {ids.dtype}")
     words = np.concatenate(
         [np.tile(ids.cpu().numpy().view(np.uint64), len(views)) for ids, views in parts]
     )
@@ -147,18 +164,20 @@ def _id_rows(parts: Sequence[tuple[Tensor, Sequence[int]]]) -> Rows:
 
 
 def check_key(seed: int, step: int) -> None:
-    """Raise a ValueError if ``seed`` is not in [0, 2^63), or ``step`` not in [0, 2^32)."""
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be an integer in [0, 2**63), got {seed}")
-    if not 0 <= step < 2**32:
-        raise ValueError(f"step must be an integer in [0, 2**32), got {step}")
+    """Raise if ``seed`` is no integer in [0, 2^63), or ``step`` none in [0, 2^32).
+
+    Raises:
+        TypeError: If one is no integer.
+        ValueError: If one is out of its range.
+    """
+    as_integer("seed", seed, most=MOST_SEED)
+    as_integer("step", step, most=MOST_STEP)
 
 
 def draw_words(
     seed: int, step: int, num_steps: int, requests: Sequence[tuple[Rows, Purpose]]
 ) -> Iterator[Words]:
     """Encrypt the counters of all requests in one pass; words ``[4, S, R]`` of each in turn."""
-    check_key(seed, step)
     lengths = [len(rows.low) for rows, _ in requests]
     counter = np.empty((4, num_steps, sum(lengths)), dtype=np.uint64)
     counter[2] = np.arange(step, step + num_steps, dtype=np.uint64)[:, None]

@@ -6,12 +6,21 @@ from math import isqrt
 import numpy as np
 from numpy.typing import NDArray
 
+from gpu_mixmatch._validation import MOST_SAMPLES, as_integer, check_choice
 from gpu_mixmatch.sampling.philox import SHIFT32, Rows, Words
 from gpu_mixmatch.types import MixMode
 
 
 def shuffled_parts(num_rows: int, num_labelled: int, mix: MixMode) -> list[tuple[int, int, int]]:
-    """The parts within which rows are mixed: the shuffle's view, first row, row after the last."""
+    """The parts within which rows are mixed: the shuffle's view, first row, row after the last.
+
+    Raises:
+        TypeError: If a number is no integer.
+        ValueError: If a number is negative, or ``mix`` is unknown.
+    """
+    num_rows = as_integer("num_rows", num_rows)
+    num_labelled = as_integer("num_labelled", num_labelled, most=num_rows)
+    check_choice("mix", mix, MixMode)
     labelled, unlabelled = (0, 0, num_labelled), (1, num_labelled, num_rows)
     parts: dict[MixMode, list[tuple[int, int, int]]] = {
         "all": [(0, 0, num_rows)],
@@ -23,7 +32,6 @@ def shuffled_parts(num_rows: int, num_labelled: int, mix: MixMode) -> list[tuple
     return parts[mix]
 
 
-@lru_cache(maxsize=64)
 def shuffle_grid(length: int) -> tuple[int, int, int]:
     """Rows, columns and rounds of the Feistel network that permutes ``length`` positions.
 
@@ -31,7 +39,16 @@ def shuffle_grid(length: int) -> tuple[int, int, int]:
     side is even: a round turns cycles of a side's length, and odd ones alone would make every
     permutation an even one. The sign of a permutation fades by half a round, so that short ones
     take 24 rounds to be uniform.
+
+    Raises:
+        TypeError: If ``length`` is no integer.
+        ValueError: If ``length`` is out of its range.
     """
+    return _grid(as_integer("length", length, most=MOST_SAMPLES))
+
+
+@lru_cache(maxsize=64)
+def _grid(length: int) -> tuple[int, int, int]:
     num_rounds = 24 if length <= 64 else 8
     if length <= 2:
         return 1, length, num_rounds
@@ -64,7 +81,7 @@ def bijection(words: Words, length: int) -> NDArray[np.int64]:
     start = np.tile(np.arange(length), (num_steps, 1))
     if length < 2:
         return start
-    num_rows, num_columns, num_rounds = shuffle_grid(length)
+    num_rows, num_columns, num_rounds = _grid(length)
     by_block = words.reshape(4, num_steps, num_rounds // 4, -1).transpose(2, 0, 1, 3)
     rounds = by_block.reshape(num_rounds, -1)
     # [rounds, S·values]: the round functions of each step as tables, one after the other
@@ -89,7 +106,7 @@ def bijection(words: Words, length: int) -> NDArray[np.int64]:
 @lru_cache(maxsize=64)
 def shuffle_rows(length: int, view: int) -> Rows:
     """Counters of a bijection's round functions: the value as id, the block of rounds above it."""
-    num_rows, num_columns, num_rounds = shuffle_grid(length)
+    num_rows, num_columns, num_rounds = _grid(length)
     values, blocks = max(num_rows, num_columns), num_rounds // 4
     low = np.tile(np.arange(values, dtype=np.uint64), blocks)
     high = np.repeat(np.arange(blocks, dtype=np.uint64), values)

@@ -5,7 +5,7 @@ value back from the device or branches on one, so that all of it runs on CUDA wi
 """
 
 from gpu_mixmatch.impl.eager.augment import augment
-from gpu_mixmatch.impl.eager.draw import draw_batch
+from gpu_mixmatch.impl.eager.draw import draw_batch, prepare
 from gpu_mixmatch.impl.eager.guess_labels import batch_targets, guess_labels, sharpen
 from gpu_mixmatch.impl.eager.interleave import interleave
 from gpu_mixmatch.impl.eager.mixmatch_loss import (
@@ -27,5 +27,6 @@ __all__ = [
     "mixmatch_loss_backward",
     "mixmatch_losses",
     "mixup",
+    "prepare",
     "sharpen",
 ]

@@ -83,7 +83,7 @@ def _shifted(
 @constant
 def _padded(size: int, padding: int, mode: PaddingMode, device: torch.device) -> Tensor:
     """The lines, or columns, that a padded image repeats, ``[size + 2·padding]`` int64."""
-    position = torch.arange(-padding, size + padding)
+    position = torch.arange(-padding, size + padding, device="cpu")
     if mode == "reflect":
         position = (size - 1) - ((size - 1) - position.abs()).abs()
     elif mode == "edge":
@@ -101,5 +101,6 @@ def _image_starts(
     *once, last = counts
     first = sum(once)
     views = (num_rows - first) // max(last, 1)
-    image = torch.cat([torch.arange(first), torch.arange(first, first + last).repeat(views)])
+    position = torch.arange(first + last, device="cpu")
+    image = torch.cat([position[:first], position[first:].repeat(views)])
     return (image * image_size).to(device)

@@ -1,5 +1,6 @@
 """All draws of a batch: numpy makes them, one copy sends them."""
 
+import torch
 from torch import Tensor
 
 from gpu_mixmatch import sampling
@@ -19,3 +20,7 @@ def draw_batch(
     drawn = sampling.pack(*sampling.draw_batch(seed, int(step), ids_x, ids_u, plan))
     pinned = drawn.pin_memory() if out.device.type == "cuda" else drawn
     out.copy_(pinned, non_blocking=True)
+
+
+def prepare(plan: DrawPlan, device: torch.device) -> None:
+    """Do nothing: what numpy draws from stays on the host."""

@@ -64,14 +64,15 @@ def gaussian(sigma: Tensor, radius: int) -> Tensor:
 
 @constant
 def _half_squares(radius: int, device: torch.device) -> Tensor:
-    distance = torch.arange(-radius, radius + 1, dtype=torch.float32)
+    distance = torch.arange(-radius, radius + 1, dtype=torch.float32, device="cpu")
     return (-0.5 * distance.square()).to(device)
 
 
 @constant
 def _reflected_taps(size: int, radius: int, device: torch.device) -> Tensor:
     """1 where tap d of output i reads input j, ``[2·radius + 1, n·n]``."""
-    position = torch.arange(size) + torch.arange(-radius, radius + 1)[:, None]  # [taps, n]
+    taps = torch.arange(-radius, radius + 1, device="cpu")[:, None]
+    position = torch.arange(size, device="cpu") + taps  # [taps, n]
     period = max(2 * (size - 1), 1)
     position = position.remainder(period)
     position = torch.minimum(position, period - position).clamp_max(size - 1)

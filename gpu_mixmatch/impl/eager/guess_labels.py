@@ -51,4 +51,4 @@ def wide(tensor: Tensor) -> Tensor:
 
 @constant
 def _classes(num_classes: int, device: torch.device) -> Tensor:
-    return torch.arange(num_classes, device=device)
+    return torch.arange(num_classes).to(device)

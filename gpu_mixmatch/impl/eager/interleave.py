@@ -16,7 +16,7 @@ def interleave(rows: Tensor, num_groups: int) -> Tensor:
 
 @constant
 def _interleaved(length: int, num_groups: int, device: torch.device) -> Tensor:
-    index = torch.arange(length)
+    index = torch.arange(length, device="cpu")
     groups = index.tensor_split(num_groups)  # views: writing to them writes the index
     smallest = len(groups[-1])
     width, extra = divmod(smallest, num_groups)

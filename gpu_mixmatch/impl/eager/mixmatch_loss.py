@@ -11,7 +11,7 @@ from gpu_mixmatch.types import LossOutput
 def linear_rampup(step: Tensor, rampup_steps: int) -> Tensor:
     if rampup_steps == 0:
         return torch.ones_like(step, dtype=torch.float32)
-    return (step / rampup_steps).clamp(0.0, 1.0)
+    return (step.float() / rampup_steps).clamp(0.0, 1.0)
 
 
 def mixmatch_losses(

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from gpu_mixmatch import _validation
 from gpu_mixmatch.types import MixUpParams
 
 # Values that are blended at once in half precision: 2 MB of float32 stay in a CPU's cache.
@@ -18,6 +19,7 @@ def mixup(
 
 def blend(rows: Tensor, params: MixUpParams, out: Tensor) -> None:
     """Write λ'·row + (1 - λ')·row[index] of ``[N, values]``."""
+    _validation.check_mixup_values(params)
     lam, index = params.lam[:, None], params.index
     # lerp: partner + λ'·(row - partner)
     if rows.dtype == torch.float32:

@@ -9,6 +9,7 @@ from gpu_mixmatch.impl.eager import (
     guess_labels,
     mixmatch_loss,
     mixmatch_loss_backward,
+    prepare,
 )
 from gpu_mixmatch.impl.numba.augment import augment
 from gpu_mixmatch.impl.numba.mixup import mixup
@@ -21,4 +22,5 @@ __all__ = [
     "mixmatch_loss",
     "mixmatch_loss_backward",
     "mixup",
+    "prepare",
 ]

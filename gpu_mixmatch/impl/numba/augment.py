@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gpu_mixmatch._buffers import Workspace
-from gpu_mixmatch._validation import draws_error
+from gpu_mixmatch._validation import MOST_PADDING, draws_error, flip_error, sigma_error, zoom_error
 from gpu_mixmatch.impl.constants import constant
 from gpu_mixmatch.impl.eager.filters import gaussian
 from gpu_mixmatch.impl.numba.loops import (
@@ -20,12 +20,13 @@ from gpu_mixmatch.impl.numba.loops import (
     widen,
     write_views,
 )
-from gpu_mixmatch.impl.numba.mixup import blend, check_partners
+from gpu_mixmatch.impl.numba.mixup import blend, check_mixed
 from gpu_mixmatch.impl.numba.threads import in_threads, threads_for
 from gpu_mixmatch.types import AugmentParams, Geometry, MixUpParams, PaddingMode, Scaling
 
 # What zoom and blur of a value cost, in values that are only moved.
 _FILTER_COST = 8
+_MOST_FLOAT = np.finfo(np.float32).max
 
 
 class _Task(NamedTuple):
@@ -68,10 +69,10 @@ def augment(
         fill=["reflect", "edge", "zeros"].index(padding_mode),
     )
     images = tuple(_lines_of(source, channels_last_in, values).numpy() for source in sources)
-    factors = tuple(_per_value(factor, shape).numpy() for factor in scaling)
-    draws = tuple(draw.contiguous().numpy() for draw in params)
+    factors = tuple(_per_value(factor, shape).detach().numpy() for factor in scaling)
+    draws = tuple(draw.detach().contiguous().numpy() for draw in params)
     _check_draws(draws, 2 * padding)
-    taps = _half_kernels(params.sigma, blur_radius).numpy() if filters else None
+    taps = _half_kernels(params.sigma.detach(), blur_radius).numpy() if filters else None
     tables = _line_tables(height, width, padding, padding_mode, blur_radius)
     task = _Task(images, draws, factors, tables, shape)
 
@@ -141,8 +142,8 @@ def _mix_all(task: _Task, target: Tensor, mixup: MixUpParams, workspace: Workspa
     widened[total * pitch :] = 0
     wide, out = widened.numpy(), target.numpy()
     num_threads = threads_for(target.numel())
-    mixed = mixup.lam.contiguous().numpy(), mixup.index.contiguous().numpy()
-    check_partners(mixed[1])
+    mixed = tuple(draw.detach().contiguous().numpy() for draw in mixup)
+    check_mixed(*mixed)
     # a single source is drawn as often as there are rows
     num_x = 0 if len(images) == 1 else num_lines[0] // (shape.planes * shape.height)
     num_u = num_lines[-1] // (shape.planes * shape.height)
@@ -165,11 +166,16 @@ def _mix_all(task: _Task, target: Tensor, mixup: MixUpParams, workspace: Workspa
 
 def _check_draws(draws: tuple[Any, ...], most: int) -> None:
     """Raise before a compiled loop, which checks nothing, reads beyond an image."""
-    top, left, _, zoom, _ = draws
-    least_cut = zoom.min(initial=0)
-    if not (lie_within(top, most) and lie_within(left, most) and least_cut >= 0):
+    top, left, flip, zoom, sigma = draws
+    if not (lie_within(top, most) and lie_within(left, most)):
         offsets = np.concatenate([top, left])
-        raise draws_error(most, offsets.min(), offsets.max(), least_cut)
+        raise draws_error(most, offsets.min(), offsets.max())
+    if not lie_within(zoom.reshape(-1), MOST_PADDING):
+        raise zoom_error(zoom.min(), zoom.max())
+    if not lie_within(flip, 1):
+        raise flip_error(flip.min(), flip.max())
+    if not lie_within(sigma, _MOST_FLOAT):
+        raise sigma_error(sigma.min(), sigma.max())
 
 
 def _floats(name: str, like: Tensor, workspace: Workspace) -> Tensor:
@@ -199,7 +205,7 @@ def _half_kernels(sigma: Tensor, radius: int) -> Tensor:
 
 @constant
 def _filled(value: float, *shape: int) -> Tensor:
-    return torch.full(shape, value, dtype=torch.float32)
+    return torch.full(shape, value, dtype=torch.float32, device="cpu")
 
 
 @lru_cache(maxsize=32)

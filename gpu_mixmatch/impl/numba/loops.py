@@ -335,7 +335,7 @@ def _add_taps(sums, values, begin, stride, length, taps, reach):
 @_compiled
 def lie_within(values, most):
     for value in values:  # noqa: SIM110  # all() is no loop of Numba's
-        if value < 0 or value > most:
+        if not (value >= 0 and value <= most):  # nor is NaN within
             return False
     return True
 

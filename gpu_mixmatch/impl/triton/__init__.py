@@ -1,7 +1,7 @@
 """The operations as fused Triton kernels, one file each, with the names of `impl.eager`."""
 
 from gpu_mixmatch.impl.triton.augment import augment
-from gpu_mixmatch.impl.triton.draw import draw_batch
+from gpu_mixmatch.impl.triton.draw import draw_batch, prepare
 from gpu_mixmatch.impl.triton.guess_labels import batch_targets, guess_labels
 from gpu_mixmatch.impl.triton.mixmatch_loss import mixmatch_loss, mixmatch_loss_backward
 from gpu_mixmatch.impl.triton.mixup import mixup
@@ -14,4 +14,5 @@ __all__ = [
     "mixmatch_loss",
     "mixmatch_loss_backward",
     "mixup",
+    "prepare",
 ]

@@ -193,7 +193,16 @@ def _normalised(
     return value * scale + bias
 
 
-@triton.jit
+# A batch of another size must not be another kernel: its counts may be 1 or divisible by 16, and
+# its images and draws, slices often, may begin anywhere. Strides within an image are its layout's.
+_NUMBERS = ["num_x", "num_u", "stride_x_image", "stride_u_image"]
+_ANYWHERE = [
+    *("x_ptr", "u_ptr", "top_ptr", "left_ptr", "flip_ptr", "zoom_ptr", "sigma_ptr"),
+    *("lam_ptr", "index_ptr", "scale", "bias"),
+]
+
+
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_ANYWHERE)
 def augment_kernel(
     out_ptr,
     x_ptr,
@@ -270,7 +279,7 @@ def augment_kernel(
         tl.store(out_ptr + offs, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["sigma_ptr", "scale", "bias"])
 def blur_kernel(
     out_ptr,
     across_ptr,
@@ -327,9 +336,10 @@ def augment(
         (height, width * channels) if channels_last else (channels * height, width)
     )
     columns = _columns(num_columns)
-    # small batches need many programs to fill the device, large ones few instructions per value;
-    # zoom holds four pixels per value, and more of them do not fit into the registers
-    lines = (1024 if zoom or out.numel() < 2**22 else 4096) // columns
+    # small images need many programs to fill the device, large ones few instructions per value;
+    # zoom holds four pixels per value, and more of them do not fit into the registers. The number
+    # of images does not enter: a smaller batch would be another kernel
+    lines = (1024 if zoom or channels * height * width < 2**14 else 4096) // columns
     programs = num_rows * blocks(num_lines, lines) * blocks(num_columns, columns)
     first, last = sources[0], sources[-1]
     strides = [

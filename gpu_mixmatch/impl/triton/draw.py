@@ -4,14 +4,13 @@ The same Philox counters, integers and float64 arithmetic as `gpu_mixmatch.sampl
 view of an image) per lane.
 """
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpu_mixmatch import sampling
+from gpu_mixmatch import _streams, sampling
+from gpu_mixmatch.impl.constants import constant
 from gpu_mixmatch.impl.triton.launch import blocks, launch
 from gpu_mixmatch.types import AugmentPolicy, DrawPlan
 
@@ -23,12 +22,12 @@ _SHUFFLE = tl.constexpr(int(sampling.Purpose.SHUFFLE))
 
 
 @triton.jit
-def _encrypt(position, num_rows, num_columns, num_rounds, view, seed, step, MOST: tl.constexpr):
+def _encrypt(position, num_rows, num_columns, num_rounds, most_rounds, view, seed, step):
     """Send each position through the Feistel network of `sampling.shuffle.bijection`."""
     row = position // num_columns
     column = position % num_columns
     purpose = view * 256 + _SHUFFLE
-    for block in range(MOST // 4):
+    for block in range(most_rounds // 4):
         high = tl.zeros_like(position) + block
         active = block * 4 < num_rounds
         word, _, _, _ = tl.philox(seed, column, high, step, purpose)
@@ -101,14 +100,20 @@ def _store_cuts(
     tl.store(cuts_ptr + 3, least + tl.umulhi(word_3, bound).to(tl.int32), mask=mask)
 
 
-_RUNTIME = [  # a value of 1 or a multiple of 16 must not make another kernel
-    *("seed", "step", "num_x", "num_u", "num_rows", "boundary"),
+# A batch of another size must not be another kernel: numbers may be 1 or divisible by 16, and the
+# draws, which lie in one tensor, may begin anywhere.
+_NUMBERS = [
+    *("seed", "step", "num_x", "num_u", "num_rows", "boundary", "most_rounds"),
     *(f"{name}_{part}" for name in ("grid_rows", "grid_columns", "num_rounds") for part in (0, 1)),
     *("num_offsets", "least_zoom", "num_zooms", "flips_below"),
 ]
+_ANYWHERE = [
+    *("key_ptr", "ids_x_ptr", "ids_u_ptr", "index_ptr", "lam_ptr"),
+    *("top_ptr", "left_ptr", "flip_ptr", "zoom_ptr", "sigma_ptr"),
+]
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_ANYWHERE)
 def draw_kernel(
     key_ptr,
     seed,
@@ -133,13 +138,14 @@ def draw_kernel(
     grid_rows_1,
     grid_columns_1,
     num_rounds_1,
+    most_rounds,
     num_offsets,
     least_zoom,
     num_zooms,
     flips_below,
     least_sigma,
     sigma_range,
-    MOST_ROUNDS: tl.constexpr,
+    MIXES: tl.constexpr,
     DEGREE: tl.constexpr,
     OF_POWER: tl.constexpr,
     LAM_PER_BATCH: tl.constexpr,
@@ -176,7 +182,7 @@ def draw_kernel(
     mixed = mask & (num_rounds > 0)
     index = row
     lam = tl.full([BLOCK], 1.0, tl.float32)
-    if MOST_ROUNDS > 0:
+    if MIXES:
         if LAM_PER_BATCH:
             low = tl.zeros([BLOCK], tl.uint32)
             high, purpose = low, low
@@ -189,12 +195,12 @@ def draw_kernel(
         part = tl.where(first, 0, 1)
         inside = tl.where(mixed, row - start, 0)
         inside = _encrypt(
-            inside, grid_rows, grid_columns, num_rounds, part, seed, step, MOST_ROUNDS
+            inside, grid_rows, grid_columns, num_rounds, most_rounds, part, seed, step
         )
         outside = mixed & (inside >= length)
         while tl.max(outside.to(tl.int32), axis=0) > 0:  # cycle walking
             walked = _encrypt(
-                inside, grid_rows, grid_columns, num_rounds, part, seed, step, MOST_ROUNDS
+                inside, grid_rows, grid_columns, num_rounds, most_rounds, part, seed, step
             )
             inside = tl.where(outside, walked, inside)
             outside = mixed & (inside >= length)
@@ -233,7 +239,7 @@ def draw_batch(
         key if isinstance(key, Tensor) else None,
         seed,
         int(step),
-        *(_on_device(ids, device) for ids in (ids_x, ids_u)),
+        *_on_device((ids_x, ids_u), device),
         beta,
         mixup.index,
         mixup.lam,
@@ -244,13 +250,14 @@ def draw_batch(
         boundary,
         *grids[0],
         *grids[1],
+        max(grids[0][2], grids[1][2]),
         2 * padding + 1,
         least_zoom if most_zoom else 0,
         most_zoom - least_zoom + 1,
         round(flip * 2**24),
         low,
         high - low,
-        MOST_ROUNDS=max(grids[0][2], grids[1][2]),
+        MIXES=plan.mix != "none",
         DEGREE=degree,
         OF_POWER=of_power,
         LAM_PER_BATCH=plan.lam == "batch",
@@ -261,18 +268,35 @@ def draw_batch(
     )
 
 
-@lru_cache(maxsize=16)
+def prepare(plan: DrawPlan, device: torch.device) -> None:
+    _beta(plan.alpha, device)
+
+
+@constant
 def _beta(alpha: float, device: torch.device) -> tuple[int, bool, Tensor]:
     """The degree of the quantile's polynomial, its variable, and its numbers on the device."""
     quantile = sampling.folded_beta_quantile(alpha)
     numbers = [alpha, quantile.scale, quantile.shift, *quantile.coefficients]
-    with torch.inference_mode(False):
-        table = torch.tensor(numbers, dtype=torch.float64, device=device)
+    table = torch.tensor(numbers, dtype=torch.float64, device="cpu").to(device)
     return len(quantile.coefficients) - 1, quantile.of_power, table
 
 
-def _on_device(ids: Tensor | int, device: torch.device) -> Tensor | None:
-    if isinstance(ids, int) or ids.device == device:
-        return None if isinstance(ids, int) else ids.contiguous()
-    pinned = ids.pin_memory() if device.type == "cuda" else ids
-    return pinned.to(device, non_blocking=True)
+def _on_device(ids: tuple[Tensor | int, ...], device: torch.device) -> list[Tensor | None]:
+    """Ids where the kernel reads them: those that are on the host go there in one copy."""
+    sent = [part for part in ids if not isinstance(part, int) and part.device != device]
+    if sent:
+        _streams.refuse_capture(
+            device,
+            f"ids_x and ids_u must be on {device} while a CUDA graph is captured: the graph would "
+            "not read them from the host again. Fill tensors on the device before each replay",
+        )
+        # pinned, so that nothing waits; torch keeps pinned memory in a pool
+        joined = torch.cat(sent)
+        joined = joined.pin_memory() if device.type == "cuda" else joined
+        sent = list(joined.to(device, non_blocking=True).split([len(part) for part in sent]))
+    return [
+        None
+        if isinstance(part, int)
+        else (part.contiguous() if part.device == device else sent.pop(0))
+        for part in ids
+    ]

@@ -76,7 +76,14 @@ def _targets(
     return targets
 
 
-@triton.jit
+# A batch of another size must not be another kernel: its counts may be 1 or divisible by 16, and
+# labels and draws, slices often, may begin anywhere. The other strides are the layout's.
+_NUMBERS = ["stride_view", "num_x", "num_u", "num_rows"]
+
+
+@triton.jit(
+    do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["y_ptr", "lam_ptr", "index_ptr"]
+)
 def guess_labels_kernel(
     out_ptr,
     y_ptr,

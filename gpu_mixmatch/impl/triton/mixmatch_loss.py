@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpu_mixmatch import _streams
 from gpu_mixmatch.impl.triton.guess_labels import row_tile
 from gpu_mixmatch.impl.triton.launch import blocks, launch
 
@@ -33,7 +34,12 @@ def _rows(
     return tl.where(cls < num_classes, log_probs, 0.0), tl.exp(log_probs), targets
 
 
-@triton.jit(do_not_specialize=["num_labelled", "num_rows", "count_x", "count_u"])
+# A batch of another size must not be another kernel: its counts may be 1 or divisible by 16.
+_NUMBERS = ["num_labelled", "num_rows", "count_x", "count_u"]
+_GRADS = ["grad_loss_ptr", "grad_loss_x_ptr", "grad_loss_u_ptr"]
+
+
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["weight_ptr"])
 def mixmatch_loss_kernel(
     loss_ptr,
     loss_x_ptr,
@@ -94,7 +100,7 @@ def mixmatch_loss_kernel(
         tl.store(arrived_ptr, 0)  # for the next launch
 
 
-@triton.jit(do_not_specialize=["num_labelled", "num_rows", "count_x", "count_u"])
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["weight_ptr", *_GRADS])
 def mixmatch_loss_backward_kernel(
     grad_logits_ptr,
     grad_loss_ptr,
@@ -157,7 +163,7 @@ def mixmatch_loss(
         logits.device,
         *out,
         sums,
-        _arrived(logits.device, _stream(logits.device)),
+        _arrivals(logits.device),
         *_arguments(logits, targets, num_labelled, weight_u),
         ROWS=rows,
         CLASSES=classes,
@@ -208,12 +214,18 @@ def _arguments(
     )
 
 
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+def _arrivals(device: torch.device) -> Tensor:
+    """Where programs count themselves in: 0 before a launch."""
+    if _streams.is_capturing(device):
+        # the graph's own, which every replay sets to zero: a kept one would be shared by graphs,
+        # and one that is made here would be filled by this graph's replays alone
+        return torch.zeros((), dtype=torch.int32, device=device)
+    return _kept_arrivals(device, _streams.current_stream(device))
 
 
+# What is evicted was only used in the stream that it was made in, so that it may be freed there.
 @lru_cache(maxsize=64)
-def _arrived(device: torch.device, stream: int) -> Tensor:
-    """The number of programs that have arrived, 0 between launches; streams do not share it."""
+def _kept_arrivals(device: torch.device, stream: int) -> Tensor:
+    """A counter that launches of one stream leave at 0 for the next."""
     with torch.inference_mode(False):
         return torch.zeros((), dtype=torch.int32, device=device)

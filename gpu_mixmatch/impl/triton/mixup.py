@@ -20,7 +20,7 @@ def _blend(out_ptr, rows_ptr, row, partner, lam, length, offs):
     tl.store(out_ptr + row * length + offs, mixed.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["lam_ptr", "index_ptr"])  # where the draws begin
 def mixup_kernel(
     out_ptr,
     mixed_targets_ptr,
