@@ -74,7 +74,8 @@ class MixMatch(nn.Module):
         mix: "all" mixes every row with any other; the paper's ablation mixes X with X and U with
             U ("separate"), only one part within itself ("labelled", "unlabelled"), or "none".
         guess_bn: BatchNorm while guessing. "batch" uses batch statistics and leaves the running
-            ones alone (the reference), "update" lets them move (YU1ut), "eval" uses running ones.
+            ones alone (the reference), "update" lets them move (YU1ut), "eval" uses running ones,
+            which suits frozen layers. Other buffers of the model move with "update" only.
         guess_forward: "joint" guesses all K·M views in one pass, "separate" in K passes, as the
             reference does, so that BatchNorm sees one view at a time.
         teacher: The model that guesses, for instance an EMA copy; None is the model of the call.
@@ -203,8 +204,8 @@ class MixMatch(nn.Module):
                 the CPU or on this module's device.
             y: Labels, ``[B]`` integers or ``[B, L]`` distributions, a tensor or a numpy array.
             u: Unlabelled images, like x; M of them, which may differ from B.
-            model: Maps ``[n, C, H, W]`` to logits ``[n, L]``. Its mode and its BatchNorm are left
-                as they came, and no gradient flows through the guess.
+            model: Maps ``[n, C, H, W]`` to logits ``[n, L]``. Its modes and buffers are
+                left as they came, and no gradient flows through the guess.
             ids_x: Sample ids of x, ``[B]`` int64, or a numpy array of integers; None takes
                 positions in the global batch. With a data set's own indices the draws do not depend
                 on batch size, order or world size.
