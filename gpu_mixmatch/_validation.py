@@ -5,8 +5,10 @@ A message names the argument, what is wanted and what came.
 
 import math
 import operator
+import os
 from collections.abc import Sequence
 from numbers import Real
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -173,6 +175,21 @@ def as_text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a text, got {came(value)}")
     return value
+
+
+def as_path(name: str, value: Any) -> Path:
+    """Return a path, of which "~" is not read.
+
+    Raises:
+        TypeError: If it is neither a text nor a path.
+        ValueError: If it has a character that no path has.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} must be a path, got {came(value)}")
+    text = os.fsdecode(value)
+    if "\0" in text:
+        raise ValueError(f"{name} must be a path without the character 0, got {came(text)}")
+    return Path(text)
 
 
 def as_device(name: str, value: Any) -> torch.device:

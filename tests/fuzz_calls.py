@@ -15,9 +15,12 @@ import gpu_mixmatch as gm
 from gpu_mixmatch import functional, presets, sampling
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch.augment import CallableAugment
+from gpu_mixmatch.data.datasets import load_dataset
+from gpu_mixmatch.data.images import file_list, image_folder, tfrecords, web_dataset
 from gpu_mixmatch.insight import GuessWatch, TensorBoardInsight, draw_preview
 from gpu_mixmatch.types import AugmentPolicy, DrawPlan, Geometry, Scaling
 from tests.factories import PooledNet, random_images, random_labels
+from tests.image_files import encode, tile, write_tar, write_tfrecord
 
 CLASSES = 3
 POLICY = AugmentPolicy(1, (0, 1), 0.5, (0.0, 1.0))
@@ -442,10 +445,75 @@ def drawing(folder: Path) -> dict[str, Call]:
     }
 
 
+def reading(folder: Path) -> dict[str, Call]:
+    """Calls that read images below ``folder``, in a folder, a list and archives."""
+    root = folder / "labelled"
+    for name in ("labelled/a/0.png", "unlabelled/1.png"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_bytes(encode(tile(), "PNG"))
+    (folder / "list.txt").write_text("labelled/a/0.png\t0\n")
+    write_tar(folder / "data.tar", [(b"x", "jpg", 1)])
+    write_tfrecord(folder / "data.tfrecord", [(b"x", 1)])
+    missing = (OSError,)
+    archive = {"labelled": True}
+    return {
+        "ImageFiles": Call(
+            gm.ImageFiles,
+            lambda: {"source": root, "size": 8, "labelled": True},
+            {"source": ("root",)},
+        ),
+        "check_images": Call(
+            gm.check_images,
+            lambda: {
+                "root": root,
+                "list_path": folder / "good.txt",
+                "decoder": "pil",
+                "progress": lambda seen, total: None,
+                "num_threads": 1,
+            },
+            errors=missing,
+        ),
+        "image_folder": Call(image_folder, lambda: {"root": root, "labelled": True}),
+        "file_list": Call(
+            file_list, lambda: {"path": folder / "list.txt", "labelled": True}, errors=missing
+        ),
+        "web_dataset": Call(
+            web_dataset,
+            lambda: {"paths": [folder / "data.tar"], "label_suffix": "cls", **archive},
+            {"label_suffix": ("an integer in sample0000.",)},
+            missing,
+        ),
+        "tfrecords": Call(
+            tfrecords,
+            lambda: {
+                "paths": [folder / "data.tfrecord"],
+                "image_key": "image/encoded",
+                "label_key": "image/class/label",
+                **archive,
+            },
+            {"image_key": ("the feature",), "label_key": ("the feature",)},
+            missing,
+        ),
+        "load_dataset": Call(
+            load_dataset,
+            lambda: {
+                "name": "folder",
+                "root": folder,
+                "size": 8,
+                "on_error": "raise",
+                "list_path": None,
+                "decoder": "pil",
+                "progress": None,
+            },
+            {"list_path": ("path",)},
+            missing,
+        ),
+    }
+
+
 # What is public and no call with arguments of its own: tuples, protocols, modules, and what needs
 # another package and has a table in the tests of that package
 NOT_CALLED = {
-    "ImageFiles",
     "Augment",
     "AugmentParams",
     "AugmentedBatch",
@@ -463,7 +531,6 @@ NOT_CALLED = {
     "SemiSupervisedBatch",
     "Words",
     "__version__",
-    "check_images",
     "functional",
     "mixmatch_pipeline",
     "presets",

@@ -135,7 +135,7 @@ def test_train_reads_what_a_list_of_check_images_names(tmp_path, damaged):
     path.write_text("")
     result = RUNNER.invoke(app.app, ["train", "--out", str(tmp_path / "x"), *arguments, str(path)])
     assert result.exit_code == 2
-    assert "the list must name images of" in result.output
+    assert "--list must name images of" in result.output
     digits = ["train", "--out", str(tmp_path / "x"), "--on-error", "skip"]
     result = RUNNER.invoke(app.app, digits)
     assert result.exit_code == 2

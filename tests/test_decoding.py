@@ -161,8 +161,17 @@ def test_both_decoders_take_and_refuse_the_same_files():
         assert dali_error([as_array(REFUSED[name])]), name
 
 
-@pytest.mark.parametrize("decoder", ["pil", "dali"])
-def test_check_images_and_loaders_of_a_decoder_agree(tmp_path, decoder):
+ON_GPU = pytest.param(
+    *("dali", 0),
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ],
+)
+
+
+@pytest.mark.parametrize(("decoder", "device_id"), [("pil", None), ("dali", None), ON_GPU])
+def test_check_images_and_loaders_of_a_decoder_agree(tmp_path, decoder, device_id):
     if decoder == "dali":
         skip_without("nvidia.dali")
     write_folder(tmp_path / "labelled", 1)
@@ -180,9 +189,9 @@ def test_check_images_and_loaders_of_a_decoder_agree(tmp_path, decoder):
             assert reason in str(error.value)
             assert "check-images" in str(error.value)
         return
-    size = len(REFUSED)
+    size, folders = len(REFUSED), (tmp_path / "labelled", tmp_path / "unlabelled")
     with (
-        DaliLoader(tmp_path / "labelled", tmp_path / "unlabelled", size, 8) as loader,
+        DaliLoader(*folders, size, 8, device_id=device_id) as loader,
         pytest.raises(UndecodableError, match=f"{size} of {2 * size} images") as error,
     ):
         next(iter(loader))

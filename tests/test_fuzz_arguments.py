@@ -10,7 +10,7 @@ import torch
 import gpu_mixmatch
 from gpu_mixmatch import augment, data, functional, insight, losses, presets, sampling
 from gpu_mixmatch.insight import preview
-from tests.fuzz_calls import CALLS, NOT_CALLED, drawing
+from tests.fuzz_calls import CALLS, NOT_CALLED, drawing, reading
 
 BAD = {
     "None": None,
@@ -93,6 +93,22 @@ def test_a_bad_argument_of_a_picture_is_refused_by_its_name(tmp_path, monkeypatc
         assert problems_of(call) == []
 
 
+READING = {
+    *("ImageFiles", "check_images", "image_folder", "file_list", "web_dataset", "tfrecords"),
+    "load_dataset",
+}
+
+
+@pytest.mark.filterwarnings("ignore::gpu_mixmatch.data.index.LeftOutWarning")
+def test_a_bad_argument_of_what_reads_files_is_refused_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a text is a path
+    calls = reading(tmp_path)
+    assert calls.keys() == READING
+    for call in calls.values():
+        call.function(**call.arguments())
+        assert problems_of(call) == []
+
+
 def test_a_problem_is_seen():
     call = CALLS["linear_rampup"]
     for wrong in (lambda **_: {}["step"], lambda **_: int("rampup")):
@@ -114,4 +130,4 @@ def public_names(module):
     ids=lambda module: module.__name__,
 )
 def test_all_that_is_public_is_called(module):
-    assert public_names(module) - CALLS.keys() - NOT_CALLED - {"draw_preview"} == set()
+    assert public_names(module) - CALLS.keys() - NOT_CALLED - READING - {"draw_preview"} == set()

@@ -10,10 +10,12 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import torch
 
+from gpu_mixmatch._validation import as_flag, as_text
 from gpu_mixmatch.data.index import (
     HIDDEN,
     ImageIndex,
     PathLike,
+    as_paths,
     is_passed_over,
     kind_of_file,
     regular_size,
@@ -26,7 +28,7 @@ _BYTES_LIST, _INT64_LIST = 1, 3  # fields of a tf.train.Feature
 
 
 def web_dataset(
-    paths: Sequence[PathLike], *, labelled: bool = False, label_suffix: str = "cls"
+    paths: PathLike | Sequence[PathLike], *, labelled: bool = False, label_suffix: str = "cls"
 ) -> ImageIndex:
     """Find the images in WebDataset tars, which must not be compressed.
 
@@ -37,7 +39,7 @@ def web_dataset(
     name the later counts, as for tar. A warning names what looks like an image and is left out.
 
     Args:
-        paths: The tars.
+        paths: The tars, or one.
         labelled: Whether to read labels.
         label_suffix: Suffix of the file that holds a sample's label, an integer in digits.
 
@@ -46,10 +48,12 @@ def web_dataset(
         ValueError: If a file is no tar, is cut short or goes on after its end, or a label is wanted
             and missing.
     """
+    labelled = as_flag("labelled", labelled)
+    label_suffix = as_text("label_suffix", label_suffix)
     found: list[tuple[str, str, int, int]] = []
     labels: list[int] = []
     left_out: Counter[str] = Counter()
-    for path in map(str, paths):
+    for path in map(str, as_paths("paths", paths)):
         images: dict[str, tarfile.TarInfo] = {}
         digits: dict[str, bytes] = {}
         size = regular_size(path)
@@ -97,7 +101,7 @@ def web_dataset(
                     )
                 labels.append(int(text))
     left_out = +left_out
-    warn_of_left_out([*map(str, paths)], left_out)
+    warn_of_left_out([*map(str, as_paths("paths", paths))], left_out)
     return _archive_index(found, labels if labelled else None, left_out)
 
 
@@ -115,7 +119,7 @@ def _check_end(file: BinaryIO, start: int, size: int) -> None:
 
 
 def tfrecords(
-    paths: Sequence[PathLike],
+    paths: PathLike | Sequence[PathLike],
     *,
     labelled: bool = False,
     image_key: str = "image/encoded",
@@ -126,7 +130,7 @@ def tfrecords(
     The files must not be compressed. Lengths are held to the file; checksums are not looked at.
 
     Args:
-        paths: The files.
+        paths: The files, or one.
         labelled: Whether to read labels.
         image_key: Feature that holds the encoded image.
         label_key: Feature that holds the label, an integer from 0, taken as it stands.
@@ -136,10 +140,12 @@ def tfrecords(
         ValueError: If a file is cut short or no TFRecord, or a feature is missing or of the wrong
             kind.
     """
+    labelled = as_flag("labelled", labelled)
+    image_key, label_key = as_text("image_key", image_key), as_text("label_key", label_key)
     found: list[tuple[str, str, int, int]] = []
     labels: list[int] = []
     empty = 0
-    for path in map(str, paths):
+    for path in map(str, as_paths("paths", paths)):
         if regular_size(path) == 0:
             empty += 1
             continue

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from gpu_mixmatch._extras import import_dali, need
-from gpu_mixmatch._validation import as_integer, check_choice
+from gpu_mixmatch._validation import as_integer, as_path, check_callable, check_choice
 from gpu_mixmatch.data.decoding import Encoded, dali_error, pil_error, why_refused
 from gpu_mixmatch.data.images import image_folder
 from gpu_mixmatch.data.index import ImageIndex, LeftOutWarning, PathLike
@@ -60,14 +60,20 @@ def check_images(
 
     Raises:
         ImportError: If the decoder is not installed.
-        ValueError: If ``root`` is no folder.
+        OSError: If a folder cannot be looked into, or the list not be written.
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If ``root`` is no folder, or an argument out of its range.
     """
+    list_path = None if list_path is None else as_path("list_path", list_path)
+    if list_path and (list_path.is_dir() or not list_path.absolute().parent.is_dir()):
+        raise ValueError(f"list_path must be a file in a folder that exists, got {list_path}")
+    _check_options(decoder, progress, num_threads)
     images = image_folder(root)
     reasons = undecodable_images(images, decoder, progress=progress, num_threads=num_threads)
     good = [number for number in range(len(images)) if number not in reasons]
     unlisted: list[int] = []
     if list_path is not None and good:
-        unlisted = _write_list(Path(list_path), images, good)
+        unlisted = _write_list(list_path, images, good)
     return CheckedImages(
         [images.paths[number] for number in good],
         {images.paths[number]: why for number, why in reasons.items()},
@@ -94,8 +100,7 @@ def undecodable_images(
     Raises:
         ImportError: If the decoder is not installed.
     """
-    check_choice("decoder", decoder, Decoder)
-    num_threads = as_integer("num_threads", num_threads, least=1)
+    _check_options(decoder, progress, num_threads)
     if decoder == "pil":
         need("PIL.Image", "decoding images")
     else:
@@ -112,6 +117,13 @@ def undecodable_images(
             if progress:
                 progress(numbers.stop, len(images))
     return reasons
+
+
+def _check_options(decoder: Any, progress: Any, num_threads: Any) -> None:
+    check_choice("decoder", decoder, Decoder)
+    as_integer("num_threads", num_threads, least=1, most=2**12)
+    if progress is not None:
+        check_callable("progress", progress, "a function of two numbers or None")
 
 
 def read_or_error(images: ImageIndex, number: int) -> Encoded | Exception:

@@ -2,7 +2,14 @@
 
 from pathlib import Path
 
-from gpu_mixmatch._validation import as_integer, check_choice
+from gpu_mixmatch._validation import (
+    MOST_PADDING,
+    as_integer,
+    as_path,
+    check_callable,
+    check_choice,
+    shown,
+)
 from gpu_mixmatch.data import folder
 from gpu_mixmatch.data.check import Decoder
 from gpu_mixmatch.data.folder import FolderData, ImageFiles, OnError, Progress
@@ -68,9 +75,15 @@ def load_dataset(
         FileNotFoundError: If ``root`` does not hold the files.
         ImportError: If ``digits`` is asked for and scikit-learn is not installed.
     """
-    size = as_integer("size", size, least=1)
+    names = ["digits", *_CONTENTS]
+    if not isinstance(name, str) or name not in names:
+        raise ValueError(f"name must be one of {', '.join(names)}, got {shown(name)}")
+    size = as_integer("size", size, least=1, most=MOST_PADDING)
     check_choice("on_error", on_error, OnError)
     check_choice("decoder", decoder, Decoder)
+    list_path = None if list_path is None else as_path("list_path", list_path)
+    if progress is not None:
+        check_callable("progress", progress, "a function of two numbers or None")
     if name != "folder" and (on_error != "raise" or list_path is not None):
         raise ValueError(
             "on_error must be 'raise' and list_path None for a data set that is no folder of "
@@ -78,15 +91,12 @@ def load_dataset(
         )
     if name == "digits":
         return digits.load_digits_data()
-    if name not in _CONTENTS:
-        names = ", ".join(["digits", *_CONTENTS])
-        raise ValueError(f"name must be one of {names}, got {name!r}")
     if root is None:
         raise ValueError(
             f"root must be a folder with {_CONTENTS[name]} for {name}, got None; "
             "nothing is downloaded"
         )
-    root = Path(root).expanduser()
+    root = as_path("root", root).expanduser()
     if name == "folder":
         return folder.load_folder(
             root,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gpu_mixmatch._extras import need
-from gpu_mixmatch._validation import as_integer
+from gpu_mixmatch._validation import MOST_PADDING, as_flag, as_integer
 from gpu_mixmatch.data.check import Decoder, undecodable_images
 from gpu_mixmatch.data.collate import collate
 from gpu_mixmatch.data.decoding import UndecodableError, decode_by_pil
@@ -44,8 +44,10 @@ class ImageFiles(Dataset[Any]):
 
     Raises:
         ImportError: If Pillow is not installed.
-        ValueError: If ``size`` is below 1, or the source holds no images, or no labels that are
-            wanted.
+        OSError: If a file or folder of the source cannot be read.
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If ``size`` is below 1 or above 32,768, or the source holds no images, or no
+            labels that are wanted.
 
     Example:
         >>> labelled = ImageFiles("photos/labelled", 96, labelled=True)
@@ -59,7 +61,8 @@ class ImageFiles(Dataset[Any]):
         *,
         labelled: bool = False,
     ) -> None:
-        self.size = as_integer("size", size, least=1)
+        self.size = as_integer("size", size, least=1, most=MOST_PADDING)
+        labelled = as_flag("labelled", labelled)
         need("PIL.Image", "decoding images")
         index = open_images(source, labelled=labelled)
         is_index = isinstance(source, ImageIndex)
@@ -200,13 +203,13 @@ def _listed(
         numbers = [number for number, place in enumerate(places) if place in wanted]
         if not numbers:
             raise ValueError(
-                f"the list must name images of {root / part}, got none in {list_path}; "
+                f"list_path must name images of {root / part}, got none in {list_path}; "
                 f"gpu-mixmatch check-images {root} --list FILE writes one of all parts"
             )
         chosen[part] = index.take(numbers)
         if lost := _lost_classes(chosen[part]):
             raise ValueError(
-                f"the list must name an image of every class of {root / part}, got none of "
+                f"list_path must name an image of every class of {root / part}, got none of "
                 f"{', '.join(lost)} in {list_path}"
             )
     return chosen

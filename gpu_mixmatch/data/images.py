@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from gpu_mixmatch._validation import as_flag, as_path
 from gpu_mixmatch.data.archives import tfrecords, web_dataset
 from gpu_mixmatch.data.index import (
     FOUND_BEFORE,
@@ -19,6 +20,7 @@ from gpu_mixmatch.data.index import (
     SUFFIXES_READ,
     ImageIndex,
     PathLike,
+    as_paths,
     describe_left_out,
     is_passed_over,
     kind_of_file,
@@ -44,14 +46,16 @@ def open_images(
         labelled: Whether labels are wanted.
 
     Raises:
+        OSError: If a file is not there or cannot be read.
+        TypeError: If the source is none of these.
         ValueError: If the source is of no known kind, holds no image, or no labels that are wanted.
     """
+    labelled = as_flag("labelled", labelled)
     if isinstance(source, ImageIndex):
         index = source
     else:
-        sources = [source] if isinstance(source, str | os.PathLike) else source
-        paths = [Path(path) for path in sources]
-        single = sources is not source
+        single = isinstance(source, str | os.PathLike)
+        paths = as_paths("source", source)
         suffixes = {path.suffix.lower() for path in paths}
         if single and paths[0].is_dir():
             index = image_folder(paths[0], labelled=labelled)
@@ -101,7 +105,7 @@ def image_folder(root: PathLike, *, labelled: bool = False) -> ImageIndex:
         ValueError: If ``root`` is no folder. If labels are wanted: if an image lies in no class or,
             by links, in two, if a class has no image that is not empty, or two have one name.
     """
-    root = Path(root)
+    labelled, root = as_flag("labelled", labelled), as_path("root", root)
     if not root.is_dir():
         raise ValueError(f"root must be a folder, got {root}")
     found = _Scan(root)
@@ -142,7 +146,7 @@ def file_list(path: PathLike, *, labelled: bool = False) -> ImageIndex:
         ValueError: If a label is wanted and missing, or given twice and not the same, or a listed
             path is no file.
     """
-    path = Path(path)
+    labelled, path = as_flag("labelled", labelled), as_path("path", path)
     regular_size(path)
     text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     if "\0" in text:

@@ -5,11 +5,14 @@ import stat
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from gpu_mixmatch._validation import as_path
 
 # JPEG by its four names, and the formats that both Pillow and DALI read; no GIF or AVIF, which DALI
 # does not
@@ -120,6 +123,17 @@ class ImageIndex:
             self.classes,
             self.left_out,
         )
+
+
+def as_paths(name: str, value: PathLike | Sequence[PathLike]) -> list[Path]:
+    """Return one path, or several, as a list.
+
+    Raises:
+        TypeError: If they are none.
+        ValueError: If one has a character that no path has.
+    """
+    several = value if isinstance(value, list | tuple) else [value]
+    return [as_path(name, path) for path in several]
 
 
 def regular_size(path: PathLike) -> int:

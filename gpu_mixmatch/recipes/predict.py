@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gpu_mixmatch._validation import as_integer, came, check_tensor
+from gpu_mixmatch._validation import as_integer, as_path, came, check_tensor
 from gpu_mixmatch.augment import WeakAugment
 from gpu_mixmatch.data.collate import collate
 from gpu_mixmatch.data.folder import ImageFiles
@@ -109,7 +109,7 @@ def load_model(run: str | os.PathLike[str], device: str | torch.device = "cpu") 
         ValueError: If ``run`` is damaged, of something else, or of version 0.1, which did not keep
             what this needs; the message names the file.
     """
-    path = _as_path("run", run)
+    path = as_path("run", run).expanduser()
     path = path / "checkpoint.pt" if path.is_dir() else path
     place = _as_device(device)
     state = read_checkpoint(path)
@@ -231,7 +231,7 @@ def predict(
         ValueError: If ``run`` is no run that `load_model` takes, or ``folder`` no folder of images.
     """
     batch_size = as_integer("batch_size", batch_size, least=1)
-    place = _as_path("folder", folder)
+    place = as_path("folder", folder).expanduser()
     images = replace(image_folder(place), labels=None, classes=())
     if len(images) == 0:
         raise ValueError(f"folder must hold at least one image, got none in {place}")
@@ -287,12 +287,6 @@ def _network(config: dict[str, Any], num_classes: int, channels: int) -> nn.Modu
             return build_model(config.get("model"), num_classes, channels, filters)  # type: ignore[arg-type]
     except RuntimeError as error:  # more weights than can be counted
         raise ValueError(f"filters of its config must be fewer, got {filters}") from error
-
-
-def _as_path(name: str, value: Any) -> Path:
-    if not isinstance(value, str | os.PathLike):
-        raise TypeError(f"{name} must be a path, got {came(value)}")
-    return Path(value).expanduser()
 
 
 def _as_device(device: str | torch.device) -> torch.device:

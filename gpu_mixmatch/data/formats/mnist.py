@@ -8,6 +8,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from gpu_mixmatch._validation import as_integer, as_path
 from gpu_mixmatch.data.formats.common import (
     Batch,
     ImageData,
@@ -42,7 +43,9 @@ def read_idx(path: str | Path, *, dimensions: int | None = None) -> npt.NDArray[
         ValueError: If the file is not IDX, holds another type or number of dimensions, or is
             shorter or longer than its header says.
     """
-    path = Path(path)
+    path = as_path("path", path)
+    if dimensions is not None:
+        dimensions = as_integer("dimensions", dimensions, least=1, most=3)
     with opened(path) as file:
         shape = _idx_shape(file, path, dimensions)
         header_size = 4 + 4 * len(shape)
