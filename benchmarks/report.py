@@ -176,7 +176,8 @@ def _source(content: Content, rows: list[Row], remark: str = "") -> str:
         )
     if content["suite"] == schema.LEARNING:
         steps = sorted({row["steps"] for row in content["rows"]})
-        lengths = " or ".join(f"{count:,}" for count in steps)
+        *others, last = [f"{count:,}" for count in steps]
+        lengths = f"{', '.join(others)} or {last}" if others else last
         judged = "held-out training" if content["rows"][0]["on"] == "held" else "test"
         config = content["config"]
         batch = f"{config['batch_size']} + {config['batch_size']}"

@@ -250,10 +250,11 @@ def learning_tables(content: Content) -> Tables:
     Where it matters how sure the guesses were, a second table has it beside how many were right.
     """
     rows = content["rows"]
-    seeds = {row["case"]: len(row["seeds"]) for row in rows}
+    counts = {row["case"]: len(row["seeds"]) for row in rows}
+    seeds = {case: f"{n} seed" + ("" if n == 1 else "s") for case, n in counts.items()}
     table = pivot(
         rows,
-        lambda row: f"{row['case']} ({seeds[row['case']]} seeds)",
+        lambda row: f"{row['case']} ({seeds[row['case']]})",
         lambda row: f"{row['mean']:.2f} ± {row['deviation']:.2f}",
         "error in %: mean ± sd",
     )
