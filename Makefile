@@ -45,9 +45,19 @@ results: $(VENV)/.installed
 	$(RUN)/gpu-mixmatch demo --dataset fashion-mnist --root $(FASHION) --labels 100 --steps 4000 --seeds 0 --out runs/results/fashion-mnist-demo
 	$(RUN)/python -m benchmarks.tiles runs/results/tiles
 	$(RUN)/gpu-mixmatch demo --dataset folder --root runs/results/tiles --labels 24 --out runs/results/tiles-demo
+	$(RUN)/python -m benchmarks.tiles --textures runs/results/textures
+	$(RUN)/gpu-mixmatch demo --dataset folder --root runs/results/textures --labels 28 --out runs/results/textures-demo
 	mkdir -p runs/results/digits-preview
 	$(RUN)/gpu-mixmatch preview --out runs/results/digits-preview/preview.png
 	$(RUN)/python -m benchmarks.report --collect runs/results
+
+# Many short runs, hours of them: what the defaults of short runs were chosen by. Each finished run
+# is kept in runs/learning and not trained again.
+.PHONY: learning
+learning: export OMP_NUM_THREADS = 1
+learning: $(VENV)/.installed
+	$(RUN)/python -m benchmarks.learning --fashion $(FASHION)
+	$(RUN)/python -m benchmarks.report
 
 # Everything that wants a CUDA device, within eight minutes; results go to $$OUT, if it is set.
 .PHONY: gpu

@@ -174,6 +174,17 @@ def _source(content: Content, rows: list[Row], remark: str = "") -> str:
             f"`{config['model']}`, {place(content)}, {threads(rows[0])}, {content['date']}, "
             f"torch {versions['torch']}.\n"
         )
+    if content["suite"] == schema.LEARNING:
+        steps = sorted({row["steps"] for row in content["rows"]})
+        lengths = " or ".join(f"{count:,}" for count in steps)
+        judged = "held-out training" if content["rows"][0]["on"] == "held" else "test"
+        config = content["config"]
+        batch = f"{config['batch_size']} + {config['batch_size']}"
+        return (
+            f"{start}{lengths} steps of {batch} images, errors on {judged} images, model "
+            f"`{config['model']}`, {place(content)}, {threads(rows[0])}, {content['date']}, "
+            f"torch {versions['torch']}.\n"
+        )
     found = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     counts = sorted({row["threads"] for row in rows})
     of_threads = f", {threads(rows[0])}" if len(counts) == 1 else ""

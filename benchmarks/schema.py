@@ -3,7 +3,8 @@
 The header is made by `gpu_mixmatch._machine.header`. A row is one contender in one case. It is
 timed (``median_ms`` and the quartiles ``low_ms`` and ``high_ms``, over ``blocks`` blocks of calls)
 or ``skipped`` with a reason, or it holds other numbers alone, such as counts. Rows of what was
-trained hold the ``errors`` of the test images, one per seed, in percent.
+trained hold the ``errors`` of the test images, one per seed, in percent; in the suite ``learning``,
+whose rows are of several data sets, each row has ``seeds`` of its own.
 """
 
 import datetime
@@ -16,7 +17,8 @@ from gpu_mixmatch._machine import UNKNOWN
 
 SUITES = ("ops", "augment", "batch", "loader", "scaling")
 TRAINED = ("demo", "ablation")  # written by the package's own commands
-OTHERS = ("claims", "gpu")  # what is promised, and the parts of `make gpu`
+LEARNING = "learning"  # many short runs
+OTHERS = ("claims", "gpu", LEARNING)  # what is promised, and the parts of `make gpu`
 VERSIONS = ("gpu_mixmatch", "python", "torch", "numpy", "kornia", "dali", "triton", "numba")
 
 _HEADER: dict[str, tuple[type, ...]] = {
@@ -77,7 +79,7 @@ def check(content: Any) -> None:
         if key in seen:
             raise ValueError(f"rows[{number}] must be the only one of {key}, got a second")
         seen.add(key)
-    if content["suite"] in TRAINED:
+    if content["suite"] in (*TRAINED, LEARNING):
         _check_trained(content)
 
 
@@ -140,7 +142,8 @@ def _check_trained(content: dict[str, Any]) -> None:
         if missing:
             raise ValueError(f"rows[{number}] must have {sorted(missing)}, got {row}")
         errors = row.get("errors")
-        if not isinstance(errors, list) or len(errors) != len(content["seeds"]):
+        seeds = row.get("seeds", content["seeds"])
+        if not isinstance(errors, list) or len(errors) != len(seeds):
             raise ValueError(f"rows[{number}].errors must have one error per seed, got {errors!r}")
         if not all(isinstance(error, int | float) and 0 <= error <= 100 for error in errors):
             raise ValueError(f"rows[{number}].errors must be percentages, got {errors}")

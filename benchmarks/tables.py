@@ -1,6 +1,7 @@
 """Results as Markdown tables, a function per suite."""
 
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 from benchmarks.common import Row
@@ -243,6 +244,38 @@ def trained_tables(content: Content) -> Tables:
     return [("", "\n".join(lines) + "\n")]
 
 
+def learning_tables(content: Content) -> Tables:
+    """Test errors, contenders below each other and data sets beside each other.
+
+    Where it matters how sure the guesses were, a second table has it beside how many were right.
+    """
+    rows = content["rows"]
+    seeds = {row["case"]: len(row["seeds"]) for row in rows}
+    table = pivot(
+        rows,
+        lambda row: f"{row['case']} ({seeds[row['case']]} seeds)",
+        lambda row: f"{row['mean']:.2f} ± {row['deviation']:.2f}",
+        "error in %: mean ± sd",
+    )
+    parts = [("", table)]
+    if content["command"].endswith((" guesses", " collapse")):
+        parts.append(("", _guesses_table([row for row in rows if row["confidences"]])))
+    return parts
+
+
+def _guesses_table(rows: list[Row]) -> str:
+    """How sure guesses are beside how many are right, at the end of runs."""
+    several = len({row["case"] for row in rows}) > 1
+    heading = "MixMatch on" if several else "guesses"
+    lines = [f"| {heading} | confidence | accuracy | gap |", "|---|---|---|---|"]
+    for row in rows:
+        confidence = fmean(row["confidences"])
+        accuracy = 1 - fmean(row["errors"]) / 100
+        cells = f"{confidence:.2f} | {accuracy:.2f} | {confidence - accuracy:+.2f}"
+        lines.append(f"| {row['case' if several else 'contender']} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[Content], Tables]] = {
     "augment": augment_tables,
     "batch": batch_tables,
@@ -252,4 +285,5 @@ TABLES: dict[str, Callable[[Content], Tables]] = {
     "claims": claims_tables,
     "demo": trained_tables,
     "ablation": trained_tables,
+    "learning": learning_tables,
 }

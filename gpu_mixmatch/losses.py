@@ -17,7 +17,18 @@ from gpu_mixmatch.types import Impl, LossOutput, MixMatchBatch
 class MixMatchLoss(nn.Module):
     """Cross-entropy on X' plus λ_U times the squared error of probabilities on U'.
 
-    The weight ramps linearly from 0 with ``batch.step``, so that the loss itself has no state.
+    The weight ramps linearly from 0 with ``batch.step``, so that the loss itself has no state. The
+    defaults are the reference's, for runs of a million steps. Choose both for your own:
+
+    - *Length.* A run much shorter than the ramp never reaches λ_U: the default ramp is at 3.7 after
+      800 steps. Ramp over half of a short run, and take less λ_U, since its guesses are wrong more
+      often: ``gpu-mixmatch train`` takes 75 · (steps / 32,768)^(1/3), which is 22 at 800 steps.
+    - *Classes.* The squared error is a mean over the L classes, so that one image is pulled to its
+      guess with λ_U / L: 7.5 for λ_U = 75 and 10 classes. For the same pull take λ_U in proportion
+      to L, 15 for two classes.
+    - *Collapse.* If λ_U is too strong too early, guesses confirm each other whatever the labels
+      say: ``loss_u`` falls and confidence rises, while ``loss_x`` stays near log L or above and
+      most images get one class. Ramp more slowly, or lower λ_U.
 
     Args:
         lambda_u: λ_U at the end of its ramp.

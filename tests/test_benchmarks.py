@@ -20,6 +20,7 @@ from benchmarks import (
     drawings,
     gpu,
     kernels,
+    learning,
     loader,
     ops,
     peers,
@@ -33,6 +34,7 @@ from benchmarks.report import ROOT
 from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, _timing
 from gpu_mixmatch._machine import machine
 from gpu_mixmatch.cli import bench
+from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.recipes import ablate, plots
 from gpu_mixmatch.recipes.train import TrainConfig
 from gpu_mixmatch.types import AugmentParams, AugmentPolicy
@@ -872,3 +874,99 @@ def test_suites_run_on_the_device(suite):
     schema.check(content)
     assert content["gpu"]
     assert any("triton" in row["contender"] for row in content["rows"])
+
+
+# Learning
+
+
+@pytest.fixture
+def tiny_case(monkeypatch):
+    """A case of 20 digits, half of them held out, whose runs take three steps."""
+    data = load_dataset("digits")
+    images, labels = data.train_images[:200], data.train_labels[:200]
+    tiny = data._replace(train_images=images, train_labels=labels)
+    case = learning.Case("digits", "digits", 10, 3, 20)
+    monkeypatch.setitem(learning.CASES, "tiny", case)
+    monkeypatch.setattr(learning, "_load", lambda case, fashion, work: tiny)
+    return tiny
+
+
+def test_images_held_out_to_choose_on_are_not_trained_on(tiny_case):
+    data = learning.held_out(tiny_case, 20)
+    assert (len(data.train_images), len(data.test_images)) == (180, 20)
+    parts = torch.cat([data.train_images, data.test_images]).flatten(1)
+    whole = tiny_case.train_images.flatten(1)
+    assert torch.equal(parts.unique(dim=0, return_counts=True)[0], whole.unique(dim=0))
+    for image, label in zip(data.test_images, data.test_labels, strict=True):
+        (place,) = (tiny_case.train_images == image).all(dim=(1, 2, 3)).nonzero().flatten()
+        assert tiny_case.train_labels[place] == label
+
+
+def test_pooled_images_are_the_means_of_four_pixels():
+    images = torch.tensor([[1, 2, 0, 0], [3, 5, 255, 255]], dtype=torch.uint8).view(1, 1, 2, 4)
+    assert learning.pooled(images).tolist() == [[[[3, 128]]]]
+
+
+def test_runs_that_have_ended_are_not_trained_again(tiny_case, tmp_path, monkeypatch):
+    ours, theirs = learning.OURS, learning.YU1UT
+    part = learning.Part({"tiny": ((0, 1), None)}, (ours, theirs), on="held")
+    trials = [*part.trials("tiny", ours), *part.trials("tiny", theirs)]
+    store = learning.Store(tmp_path / "runs.jsonl")
+    learning.train(trials[:3], store, "", tell=lambda text: None)
+    with pytest.raises(KeyError):
+        learning.rows(part, store)
+    trained = []
+    real = learning.run
+    monkeypatch.setattr(learning, "run", lambda *args: trained.append(args[0]) or real(*args))
+    learning.train(trials, store, "", tell=lambda text: None)
+    assert trained == trials[3:]
+
+    path = learning.write("choice", learning.rows(part, store), tmp_path)
+    content = schema.load(path)
+    assert [row["contender"] for row in content["rows"]] == [ours.label, theirs.label]
+    assert content["rows"][1]["errors"][1] == real(trials[3], tiny_case)["error"]
+    assert [row["seeds"] for row in content["rows"]] == [[0, 1], [0, 1]]
+    text = report.part(content, path)
+    assert "| error in %: mean ± sd | digits (2 seeds) |" in text
+    assert "3 steps of 64 + 64 images, errors on held-out training images" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "moves", "averages"),
+    [
+        ({}, {"kernels"}, False),
+        ({"decay": "parameters"}, {"kernels", "scales"}, False),
+        ({"decay": "state", "average_statistics": True}, {"kernels", "scales", "statistics"}, True),
+    ],
+)
+def test_semantics_decay_and_average_what_they_say(tiny_case, settings, moves, averages):
+    semantics = learning.Semantics(**settings)
+    config = TrainConfig(steps=3, labels=10, lr=0.0, ema_decay=0.5)
+    training = learning.LearningRun(config, tiny_case, semantics)
+    norm = training.model.norm1
+    before = norm.weight.clone(), training.model.conv1.weight.clone()
+    training.train_step(next(iter(training.loader)))
+    share = 1 - training.preset.optimizer["decay"]
+    torch.testing.assert_close(training.model.conv1.weight, before[1] * share, rtol=1e-7, atol=0)
+    decayed = before[0] * share if "scales" in moves else before[0]
+    torch.testing.assert_close(norm.weight, decayed, rtol=1e-7, atol=0)
+    kept = {kernel.data_ptr() for kernel in training.kernels}
+    assert (norm.running_var.data_ptr() in kept) == ("statistics" in moves)
+    norm.running_mean.add_(1.0)
+    training.ema.update_parameters(training.model)
+    same = torch.equal(training.ema.module.norm1.running_mean, norm.running_mean)
+    assert same != averages
+
+
+def test_a_table_of_guesses_compares_confidence_with_accuracy(tiny_case, tmp_path):
+    part = learning.Part({"tiny": ((0,), None)}, (learning.OURS,))
+    store = learning.Store(tmp_path / "runs.jsonl")
+    (trial,) = part.trials("tiny", learning.OURS)
+    store.append(trial, {"error": 40.0, "confidence": 0.75})
+    content = schema.load(learning.write("guesses", learning.rows(part, store), tmp_path))
+    ((_, errors), (_, guesses)) = tables.learning_tables(content)
+    assert errors.splitlines()[-1] == "| defaults | 40.00 ± 0.00 |"
+    assert guesses.splitlines()[-1] == "| defaults | 0.75 | 0.60 | +0.15 |"
+    both = [*content["rows"], content["rows"][0] | {"case": "tiles"}]
+    (_, (_, guesses)) = tables.learning_tables(content | {"rows": both})
+    assert guesses.splitlines()[-2].startswith("| digits | 0.75 ")

@@ -245,14 +245,14 @@ def test_train_prints_a_line_per_evaluation_where_there_is_no_terminal(tmp_path)
     arguments = ("train", "--out", str(tmp_path / "run"), "--steps", "4", "--batch-size", "8")
     lines = run(*arguments, "--eval-every", "2").splitlines()
     entries = logged(tmp_path / "run")
-    assert len(lines) == 4
+    assert len(lines) == 5
     seconds = 0.0
     for line, entry in zip(lines, entries, strict=False):
         rate = 2 / (entry["seconds"] - seconds)
         seconds = entry["seconds"]
         assert line == (
-            f"step {entry['step']}/4  error {entry['error']:.2f} %  loss {entry['loss']:.4g}  "
-            f"{rate:.1f} steps/s"
+            f"step {entry['step']}/4  error {entry['error']:.2f} %  "
+            f"guesses {entry['confidence']:.2f} sure  loss {entry['loss']:.4g}  {rate:.1f} steps/s"
         )
 
 

@@ -1,6 +1,6 @@
 """collate: default_collate's structure, the pixels as they are, errors that name the sample."""
 
-import collections
+import collections.abc
 import io
 
 import numpy as np
@@ -466,3 +466,51 @@ def test_collate_keeps_the_pixels_that_default_collate_after_to_tensor_has(kind)
     x = x if kind == "PIL" else x.permute(0, 3, 1, 2)
     torch.testing.assert_close(x.float() / 255, expected)
     assert torch.equal(y, labels)
+
+
+# What data sets hold, and read again
+
+
+class Record(collections.abc.MutableMapping):
+    """A mapping whose shallow copy shares its fields."""
+
+    def __init__(self, **fields):
+        self.fields = fields
+
+    def __getitem__(self, key):
+        return self.fields[key]
+
+    def __setitem__(self, key, value):
+        self.fields[key] = value
+
+    def __delitem__(self, key):
+        del self.fields[key]
+
+    def __iter__(self):
+        return iter(self.fields)
+
+    def __len__(self):
+        return len(self.fields)
+
+
+def test_samples_of_a_data_set_are_left_as_they_are():
+    samples = [Record(image=np.full((2, 2, 3), value, np.uint8), label=value) for value in (3, 5)]
+    for _ in range(2):  # the first sample is still one image
+        batch = collate(samples)
+        assert batch["image"].shape == (2, 2, 2, 3)
+        assert batch["label"].tolist() == [3, 5]
+    assert samples[0]["label"] == 3
+    rows = [torch.zeros(2, 2), torch.ones(2, 2)]
+    collate(rows).fill_(7)
+    assert rows[1].max() == 1
+
+
+def test_indices_stay_with_their_samples_whatever_a_data_set_does_to_its_list():
+    class Sorting(Rows):
+        def __getitems__(self, indices):
+            order = sorted(range(len(indices)), key=indices.__getitem__)
+            indices.sort()  # reads go forwards
+            found = {place: self.rows[index] for place, index in zip(order, indices, strict=True)}
+            return [found[place] for place in range(len(indices))]
+
+    assert Indexed(Sorting([10, 11, 12, 13])).__getitems__([3, 0, 2]) == [(13, 3), (10, 0), (12, 2)]

@@ -106,6 +106,15 @@ def test_loops_of_linked_folders_end(tmp_path):
         index.read(2)
 
 
+def test_a_link_to_a_folder_above_does_not_bring_in_its_other_folders(tmp_path):
+    put(tmp_path, "data/unlabelled/0.png", "data/test/a/1.png", "2.png")
+    for link, target in (("up", ".."), ("far", "../..")):
+        (tmp_path / "data" / "unlabelled" / link).symlink_to(target)
+    with pytest.warns(LeftOutWarning, match=f"{FOUND_BEFORE}: 2"):
+        index = image_folder(tmp_path / "data" / "unlabelled")
+    assert places(index, tmp_path) == ["data/unlabelled/0.png"]
+
+
 def test_a_file_of_several_paths_is_taken_once_by_its_own(tmp_path):
     put(tmp_path, "a/1.png", "a/2.png")
     (tmp_path / "a" / "0.png").symlink_to("1.png")

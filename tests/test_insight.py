@@ -208,7 +208,8 @@ def test_watching_reads_nothing_back_in_the_step(monkeypatch, with_truth):
     kwargs = {"ids_u": ids_u}
     with NoExport(), NoSync(mixmatch.step):  # the draws of the eager CPU builder do export ids
         pre_hook(mixmatch, (x, y, u, model), kwargs)
-        model(torch.rand(12, 3, 12, 12))
+        for look in mixmatch._guess_hooks.values():
+            look(torch.rand(2, 6, NUM_CLASSES))
         hook(mixmatch, (x, y, u, model), kwargs, object())
 
 
@@ -335,7 +336,7 @@ def test_error_in_a_step_leaves_the_model_as_it_came_and_the_watch_intact():
         mixmatch(x, y[:2], u, model, ids_u=ids_of(1))
     with pytest.raises(ValueError, match="model must return logits"):
         mixmatch(x, y, u, nn.Sequential(model, nn.Linear(5, 3)), ids_u=ids_of(1))
-    assert not model._forward_hooks
+    assert not mixmatch._guess_hooks
     train(mixmatch, model, steps=1)
     assert watch.read().num_guesses == 12
 
@@ -353,11 +354,33 @@ def test_truth_that_is_not_one_row_of_integers_is_refused(truth):
         GuessWatch(builder_of(), truth)
 
 
-def test_function_for_a_model_is_refused():
-    mixmatch, model, (x, y, u) = builder_of(), new_net(), data()
-    GuessWatch(mixmatch)
-    with pytest.raises(TypeError, match=r"model must be an nn\.Module .* got function"):
-        mixmatch(x, y, u, lambda images: model(images))
+def test_function_for_a_model_is_watched_as_the_model_itself():
+    model, (x, y, u) = new_net(), data()
+    qualities = []
+    for guesser in (model, lambda images: model(images)):
+        mixmatch = builder_of()
+        watch = GuessWatch(mixmatch)
+        mixmatch(x, y, u, guesser)
+        qualities.append(watch.read())
+    assert qualities[0] == qualities[1]
+
+
+def test_watch_keeps_copies_of_what_others_overwrite():
+    memory, ids = torch.empty(6, NUM_CLASSES), torch.arange(6)
+    model = new_net().eval()
+
+    def static(images):  # as a captured graph: every pass overwrites the logits of the one before
+        return [memory.copy_(model(images))]
+
+    options = {"guess_forward": "separate", "guess_bn": "eval"}
+    wanted = builder_of(**options)
+    got = builder_of(**options, logits_getter=list.pop)  # which cannot be called twice
+    watches = [GuessWatch(builder, truth_of()) for builder in (wanted, got)]
+    for builder, guesser in ((wanted, model), (got, static)):
+        ids.copy_(torch.arange(6))
+        builder(*data(), guesser, ids_u=ids)
+        ids.add_(7)
+    assert watches[0].read() == watches[1].read()
 
 
 def test_interval_below_one_is_refused():

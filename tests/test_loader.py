@@ -947,3 +947,23 @@ def test_a_loader_made_before_the_process_group_is_refused(monkeypatch):
     with pytest.raises(RuntimeError, match="made for rank 0 of 1, got rank 1 of 2"):
         iter(loader)
     assert given.order.steps_left() == range(4)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_collate_fn_that_overwrites_the_labelled_part_is_refused(part):
+    memory = torch.zeros(2, 3, 4, 5, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+
+    def static(samples):
+        batch = list(collate(samples))
+        batch[part] = memory[part].copy_(batch[part])
+        return batch
+
+    images, labels = memory[0].repeat(2, 1, 1, 1), memory[1].repeat(2)
+    datasets = [TensorDataset(images + value, labels) for value in (1, 9)]
+    loader = SemiSupervisedLoader(*datasets, 2, collate_fn=static)
+    with pytest.raises(ValueError, match=r"collate_fn must return memory of its own .* step 0"):
+        next(iter(loader))
+    copied = lambda samples: [field.clone() for field in static(samples)]  # noqa: E731
+    for batch in SemiSupervisedLoader(*datasets, 2, collate_fn=copied):
+        assert (batch.x == 1).all()
+        assert (batch.u == 9).all()

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("without_numba")
 
 @pytest.fixture(autouse=True)
 def no_look_at_draws(monkeypatch):
-    """Draws on a CPU are looked at, those on a device are not."""
+    """Draws and views on a CPU are looked at, those on a device are not."""
     look_at_nothing(monkeypatch, but=("check_classes", "check_distributions"))
 
 

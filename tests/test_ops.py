@@ -177,9 +177,15 @@ POLICIES = {
 }
 
 
+class WritingNet(ConvNet):
+    def forward(self, images):
+        return super().forward(images.mul_(1.5))
+
+
 def trained(device, impl, backend, num_steps=4, policy="plain", **switches):
     """Batches, losses and BatchNorm's statistics of some steps, built and trained on."""
-    model = ConvNet(NUM_CLASSES).to(device)
+    # where W is stored, a model that writes into its views
+    model = (WritingNet if policy == "zoom" else ConvNet)(NUM_CLASSES).to(device)
     augment = WeakAugment(**POLICIES[policy], impl=impl)
     mixmatch = MixMatch(augment, NUM_CLASSES, seed=3, impl=impl, **switches).to(device)
     criterion = MixMatchLoss(75.0, rampup_steps=3).to(device)
@@ -242,6 +248,21 @@ def test_a_training_step_is_one_graph(device, impl, policy, switches):
     plain = trained(device, impl, None, policy=policy, **switches)
     compiled = trained(device, impl, "aot_eager", policy=policy, **switches)
     assert_equal_histories(compiled, plain)
+
+
+def test_compiled_model_that_writes_into_its_views_changes_no_batch():
+    model = WritingNet(NUM_CLASSES)
+    compiled = torch.compile(model, backend="aot_eager")
+    augment = WeakAugment(**POLICIES["zoom"])
+    batches = []
+    for guesser in (compiled, lambda images: model(images.clone())):
+        mixmatch = MixMatch(augment, NUM_CLASSES, guess_bn="eval")
+        model.eval()
+        data = random_data(num_classes=NUM_CLASSES)
+        mixmatch(*data, lambda images: images.new_zeros(len(images), NUM_CLASSES))
+        batches.append(mixmatch(*data, guesser))
+    assert torch.equal(batches[0].inputs, batches[1].inputs)
+    torch.testing.assert_close(batches[0].targets, batches[1].targets)
 
 
 @pytest.mark.slow

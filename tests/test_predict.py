@@ -154,6 +154,8 @@ def test_normalize_takes_both_layouts_bytes_and_floats(channels):
     for each in (images, images / 255):
         for batch in (each, each.permute(0, 2, 3, 1)):
             torch.testing.assert_close(normalize(batch).contiguous(), expected)
+    narrow = images[:, :, :, :3]  # whose axes no shape tells apart
+    torch.testing.assert_close(normalize(narrow).contiguous(), expected[:, :, :, :3])
 
 
 @pytest.mark.parametrize(

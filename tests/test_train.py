@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.optim.swa_utils import update_bn
 
 from gpu_mixmatch import DaliAugment, KorniaAugment, WeakAugment
 from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.data.formats.common import ImageData
 from gpu_mixmatch.insight import GuessWatch
+from gpu_mixmatch.recipes import train as recipe
 from gpu_mixmatch.recipes.checkpoint import read_checkpoint, write_checkpoint
 from gpu_mixmatch.recipes.choices import AUGMENTS, LOADERS, PRESET_NAMES, make_augment
 from gpu_mixmatch.recipes.models import SmallCNN, build_model, wideresnet28
@@ -286,7 +288,8 @@ def test_run_writes_metrics_events_curves_and_its_configuration(tmp_path):
     assert list(out.glob("events.out.tfevents.*"))
     config = json.loads((out / "config.json").read_text())
     assert config == {**asdict(resolved(SHORT)), "num_parameters": 56_554}
-    assert (config["lambda_u"], config["rampup_steps"], config["ema_decay"]) == (75.0, 3, 0.0)
+    assert config["lambda_u"] == pytest.approx(75 * (6 / 32_768) ** (1 / 3))
+    assert (config["rampup_steps"], config["ema_decay"]) == (3, 0.0)
     assert not list(out.glob("*.partial"))
 
 
@@ -384,6 +387,28 @@ def test_weight_ramps_over_half_of_a_short_run(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("fields", "lambda_u", "rampup_steps"),
+    [
+        ({"steps": 512}, 75 / 4, 256),
+        ({"steps": 4096}, 75 / 2, 2048),
+        ({"steps": 32_767}, 75.0, 16_383),
+        ({"steps": 32_768}, 75.0, 16_384),
+        ({"steps": 1_048_576}, 75.0, 16_384),
+        ({"steps": 512, "preset": "usb"}, 100 / 4, 256),
+        ({"steps": 512, "lambda_u": 75.0}, 75.0, 256),
+        ({"steps": 512, "rampup_steps": 0}, 75 / 4, 0),
+        ({"steps": 4096, "planned_steps": 512}, 75 / 4, 256),
+    ],
+)
+def test_weight_of_the_unlabelled_loss_follows_the_length_of_the_run(
+    fields, lambda_u, rampup_steps
+):
+    criterion = TrainRun(TrainConfig(**fields)).criterion
+    assert criterion.lambda_u == pytest.approx(lambda_u, rel=1e-4)
+    assert criterion.rampup_steps == rampup_steps
+
+
+@pytest.mark.parametrize(
     ("preset", "model"), [*((name, "cnn") for name in PRESET_NAMES), ("paper", "wrn-28-2")]
 )
 def test_a_step_of_every_preset_moves_every_kernel(preset, model):
@@ -434,6 +459,39 @@ def test_filters_of_the_config_replace_those_of_the_preset(preset, model):
     run = TrainRun(config, images_of("cifar100", 100))
     assert num_parameters(run.model) == num_parameters(build_model(model, 100, 3, 4))
     assert run.description()["filters"] == 4
+
+
+@pytest.mark.parametrize(
+    ("model", "steps", "planned", "momentum"),
+    [
+        ("wrn-28-2", 1, None, 1.0),
+        ("wrn-28-2", 150, None, 10 / 150),
+        ("wrn-28-2", 10_000, None, 0.001),
+        ("wrn-28-2", 20_000, None, 0.001),
+        ("wrn-28-2", 20_000, 150, 10 / 150),  # resumed with more steps
+        ("cnn", 50, None, 0.2),
+        ("cnn", 150, None, 0.1),
+    ],
+)
+def test_batch_norm_of_a_run_moves_as_fast_as_its_length_asks(model, steps, planned, momentum):
+    run = TrainRun(TrainConfig(model=model, filters=2, steps=steps, planned_steps=planned))
+    norms = [module for module in run.model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert {norm.momentum for norm in norms} == {momentum}
+    assert len(norms) == (25 if model == "wrn-28-2" else 3)
+
+
+def test_short_run_is_evaluated_with_statistics_that_it_has_filled(monkeypatch):
+    data = load_dataset("digits")
+    fields = {"model": "wrn-28-2", "filters": 8, "steps": 40, "lr": 0.01}
+    config = TrainConfig(labels=400, supervised=True, **fields)
+    run = take_steps(TrainRun(config, data), 40)
+    error = run.test_error()
+    update_bn([run.normalize(images) for images in data.train_images.split(64)], run.ema)
+    assert error == pytest.approx(run.test_error(), abs=1.5)
+
+    monkeypatch.setattr(recipe, "fill_statistics_in", lambda model, steps: None)
+    papers = take_steps(TrainRun(config, data), 40)
+    assert papers.test_error() > error + 50
 
 
 def test_small_cnn_is_the_same_under_every_preset():

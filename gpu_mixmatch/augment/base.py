@@ -1,7 +1,6 @@
 """Engines: what a method asks of one, and what engines share."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -31,6 +30,13 @@ class Views(Protocol):
     @property
     def unlabelled(self) -> Tensor:
         """The views of u, which the model guesses on, ``[K·M, C, H, W]``, view-major."""
+
+    @property
+    def mixes_unlabelled(self) -> bool:
+        """Whether `mix` reads what `unlabelled` gave: a model may have written into it."""
+
+    def copy(self) -> "Views":
+        """Return the same views in memory of their own, as far as `mix` reads them."""
 
     def mix(
         self, params: MixUpParams, make_targets: MakeTargets, out: Tensor | None, impl: Impl
@@ -63,6 +69,15 @@ class BuiltViews(NamedTuple):
     def unlabelled(self) -> Tensor:
         """The views of u; see `Views`."""
         return self.images[self.num_labelled :]
+
+    @property
+    def mixes_unlabelled(self) -> bool:
+        """True: they lie in the buffer that is mixed; see `Views`."""
+        return True
+
+    def copy(self) -> "BuiltViews":
+        """Copy the buffer; see `Views`."""
+        return self._replace(images=self.images.clone())
 
     def mix(
         self, params: MixUpParams, make_targets: MakeTargets, out: Tensor | None, impl: Impl
@@ -209,7 +224,7 @@ def complete(engine: Any) -> Augment:
 
 
 class DrawsForeign(Augment):
-    """What engines share that draw from torch's global generators, by position in the batch."""
+    """What engines share that draw from global generators, by position in the batch."""
 
     def draw_batch(
         self,
@@ -221,19 +236,6 @@ class DrawsForeign(Augment):
     ) -> int:
         """Return the seed of the call: of (seed, step) and the first ids of x and u."""
         return sampling.batch_seed(seed, step, ids_x, ids_u)
-
-
-@contextlib.contextmanager
-def seeded_generators(seed: int) -> Iterator[None]:
-    """Seed torch's global generators for a while, of the CPU and of all CUDA devices in use."""
-    # torch.manual_seed would also leave a seed to devices that are not in use yet
-    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = range(torch.cuda.device_count() if in_use else 0)
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)
-        for device in devices:
-            torch.cuda.default_generators[device].manual_seed(seed)
-        yield
 
 
 class NormalizedViews(nn.Module, Augment):

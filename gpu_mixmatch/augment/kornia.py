@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch._extras import need
+from gpu_mixmatch._generators import seeded_generators
 from gpu_mixmatch._validation import (
     MOST_PADDING,
     as_integer,
@@ -17,7 +18,7 @@ from gpu_mixmatch._validation import (
     check_pixels,
     image_layout,
 )
-from gpu_mixmatch.augment.base import DrawsForeign, NormalizedViews, float_images, seeded_generators
+from gpu_mixmatch.augment.base import DrawsForeign, NormalizedViews, float_images
 from gpu_mixmatch.augment.weak import WeakAugment
 from gpu_mixmatch.types import Layout
 
@@ -30,11 +31,11 @@ class KorniaAugment(DrawsForeign, NormalizedViews):
     The module gets x once and u K times, one after the other, as one batch ``[B + K·M, C, H, W]``
     in [0, 1] and in ``dtype``; what it returns is normalised. It may change the size of the images.
 
-    Kornia draws from torch's global generators. They are seeded for the call from (seed, step) and
-    put back afterwards, so that a run resumes exactly. But Kornia draws by position: other batch
-    sizes, another order, device or version of Kornia give other views, and sample ids do not key
-    them. The first id of x and that of u enter the seed, so that the ranks of a distributed run,
-    whose batches begin with different positions or images, do not draw alike.
+    Kornia draws from torch's global generators. They, numpy's and ``random``'s are seeded for the
+    call from (seed, step) and put back afterwards, so that a run resumes exactly. But Kornia draws
+    by position: other batch sizes, another order, device or version of Kornia give other views, and
+    sample ids do not key them. The first id of x and that of u enter the seed, so that the ranks of
+    a distributed run, whose batches begin with different positions or images, do not draw alike.
 
     What Kornia draws once per call, all views share: ``same_on_batch=True``, or the operations
     that RandAugment chooses.

@@ -334,6 +334,15 @@ class _ViewsOfBytes(NamedTuple):
     draws: AugmentParams
     workspace: Workspace | None
 
+    @property
+    def mixes_unlabelled(self) -> bool:
+        """False: all rows are built anew; see `Views`."""
+        return False
+
+    def copy(self) -> "_ViewsOfBytes":
+        """Return these views, of which mixing reads none; see `Views`."""
+        return self
+
     def mix(
         self, params: MixUpParams, make_targets: MakeTargets, out: Tensor | None, impl: Impl
     ) -> tuple[Tensor, Tensor]:

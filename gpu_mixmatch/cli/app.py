@@ -166,7 +166,10 @@ def train_command(
         bool, typer.Option("--resume", help="Continue from the checkpoint in the folder.")
     ] = False,
     lambda_u: Annotated[
-        float | None, typer.Option(help="Weight of the unlabelled loss; default: preset's.")
+        float | None,
+        typer.Option(
+            help="Weight of the unlabelled loss; default: preset's, less in a run below 32,768."
+        ),
     ] = None,
     rampup_steps: Annotated[
         int | None,

@@ -88,7 +88,8 @@ class Indexed(Dataset[tuple[Any, int]]):
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
         """Return the samples at ``indices``, each with its index."""
         fetch = getattr(self.dataset, "__getitems__", None)
-        samples = fetch(indices) if fetch else [self.dataset[index] for index in indices]
+        # a copy: a data set may sort its indices, or take them off the list
+        samples = fetch(list(indices)) if fetch else [self.dataset[index] for index in indices]
         return list(zip(samples, indices, strict=True))
 
     def __repr__(self) -> str:
@@ -215,7 +216,11 @@ def _mapping(samples: Sequence[Any], place: str) -> Any:
         if not isinstance(first, MutableMapping):
             return type(first)(fields)
         clone = copy.copy(first)  # keeps what a mapping holds beside its fields
+        own = {key: first[key] for key in fields}
         clone.update(fields)
+        if any(first[key] is not own[key] for key in own):
+            first.update(own)  # the copy writes into the sample, which the data set may hold
+            return fields
         return clone
     except TypeError:  # a mapping that cannot be made of fields
         return fields

@@ -227,7 +227,9 @@ class _Scan:
         self.folders: list[str] = []
         self.left_out: Counter[str] = Counter()
         self._root = root
-        self._seen = {_identity(root.stat())}
+        # with the folders above: a link to one of them leads back here, past all its other folders
+        above = root.resolve().parents
+        self._seen = {_identity(place.stat()) for place in (root, *above)}
         self._waiting: deque[tuple[_Parts, bool]] = deque([((), False)])
         self._links: deque[_Parts] = deque()  # to folders: looked into after all without links
         while self._waiting or self._links:

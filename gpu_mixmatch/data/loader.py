@@ -1,6 +1,7 @@
 """SemiSupervisedLoader: a labelled and an unlabelled data set as one stream of batches."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from gpu_mixmatch._validation import (
     as_text,
     check_callable,
 )
+from gpu_mixmatch._writes import count_of_writes
 from gpu_mixmatch.data.collate import batched, collate
 from gpu_mixmatch.data.decoding import UndecodableError
 from gpu_mixmatch.data.order import BatchOrder, KeyedLoader
@@ -172,14 +174,26 @@ class SemiSupervisedLoader(KeyedLoader):
     ) -> Iterator[SemiSupervisedBatch]:
         for step in steps:
             ids = self.order.indices_x(step)[0], self.order.indices_u(step)[0]
+            labelled, unlabelled = (
+                partial(source.next_batch, iterator, step, len(indices))
+                for source, iterator, indices in zip(self._sources, iterators, ids, strict=True)
+            )
             try:
-                (x, y), (u, _) = (
-                    source.next_batch(iterator, step, len(indices))
-                    for source, iterator, indices in zip(self._sources, iterators, ids, strict=True)
-                )
+                x, y = labelled()
+                before = count_of_writes(x), count_of_writes(y)
+                u, _ = unlabelled()
             except TimeoutError:
                 self._loaders = self._new_loaders()  # a stalled worker would stall all that follow
                 raise
+            overwritten = (count_of_writes(x), count_of_writes(y)) != before
+            # what goes past torch's count shows in the address, unless both are of the same samples
+            same = x.numel() and x.data_ptr() == u.data_ptr() and not torch.equal(*ids)
+            if overwritten or same:
+                raise ValueError(
+                    "collate_fn must return memory of its own every time, got a function whose "
+                    f"unlabelled batch of step {step} overwrote the labelled one: clone what it "
+                    "returns"
+                )
             yield SemiSupervisedBatch(x, y, u, *ids)
 
 

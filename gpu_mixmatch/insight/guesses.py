@@ -10,7 +10,6 @@ from torch.utils.hooks import RemovableHandle
 
 from gpu_mixmatch._validation import as_labels, as_number, came, check_kind, is_integer
 from gpu_mixmatch.methods.mixmatch import MixMatch
-from gpu_mixmatch.methods.passes import get_logits
 
 OVERCONFIDENT = 0.1  # a gap above it went with sets where MixMatch loses to the labels alone
 
@@ -66,7 +65,7 @@ def _as_accuracy(held_accuracy: Any) -> float:
 class GuessWatch:
     """Watch what a builder guesses; only `read` waits for the device.
 
-    The guess is read off the model's own passes, so that only a softmax is computed twice. Where
+    The guess is read off the builder's own passes, so that only a softmax is computed twice. Where
     the truth is known each step leaves two small tensors, until the next `read`.
 
     Args:
@@ -81,8 +80,7 @@ class GuessWatch:
     Raises:
         ValueError: If ``truth`` is not ``[n]`` integers; in a step, if ``ids_u`` is missing; in
             `read`, if ids lie beyond ``truth``.
-        TypeError: If an argument is of the wrong kind; in a step, if the model that guesses is not
-            an ``nn.Module``.
+        TypeError: If an argument is of the wrong kind.
     """
 
     def __init__(self, mixmatch: MixMatch, truth: Tensor | None = None) -> None:
@@ -94,8 +92,8 @@ class GuessWatch:
         self._guesses: list[Tensor] = []  # [M] int64 of each step, on the device
         self._ids: list[Tensor] = []  # [M] int64, as they were given
         self._warned = False
-        self._outputs: list[Any] = []  # of the model, in the step under way
-        self._model_hook: RemovableHandle | None = None
+        self._guess: tuple[Tensor, Tensor] | None = None  # of the step under way, both [M]
+        self._guess_hook: RemovableHandle | None = None
         self.paused = False
         self._handles: list[RemovableHandle] = [
             mixmatch.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -166,42 +164,36 @@ class GuessWatch:
         if self.paused:
             return
         call = call_arguments(args, kwargs)
-        guesser = call["model"] if self.mixmatch.teacher is None else self.mixmatch.teacher
-        if not isinstance(guesser, nn.Module):
-            raise TypeError(
-                "model must be an nn.Module for its guesses to be watched, got "
-                f"{type(guesser).__name__}"
-            )
         if self.truth is not None:
             if call.get("ids_u") is None:
                 raise ValueError(
                     "ids_u must be passed to the builder where the truth is known: "
                     "mixmatch(x, y, u, model, ids_u=ids_u)"
                 )
-            self._ids.append(as_labels("ids_u", call["ids_u"]))
-        self._model_hook = guesser.register_forward_hook(
-            lambda _module, _inputs, output: self._outputs.append(output)
-        )
+            # a copy: a loader may use that memory again
+            self._ids.append(as_labels("ids_u", call["ids_u"]).clone())
+        self._guess_hook = self.mixmatch.register_guess_hook(self._look)
+
+    def _look(self, logits: Tensor) -> None:
+        probs = logits.float().softmax(dim=-1).mean(dim=0)  # [M, L]
+        confidence, guess = probs.max(dim=-1)
+        self._guess = confidence, guess
 
     def _after(self, mixmatch: nn.Module, args: Any, kwargs: Any, batch: Any) -> None:
         if self.paused:
             return
-        if self._model_hook is not None:
-            self._model_hook.remove()
-        outputs, self._outputs = self._outputs, []
-        if batch is None:  # an error is on its way to the caller
+        if self._guess_hook is not None:
+            self._guess_hook.remove()
+        guess, self._guess = self._guess, None
+        if batch is None or guess is None:  # an error is on its way to the caller
             del self._ids[len(self._guesses) :]
             return
-        with torch.no_grad():
-            logits = torch.cat([get_logits(o, self.mixmatch.logits_getter) for o in outputs])
-            views = logits.float().view(self.mixmatch.num_augmentations, -1, logits.shape[-1])
-            probs = views.softmax(dim=-1).mean(dim=0)  # [M, L]
-            confidences, guesses = probs.max(dim=-1)
-            confidence = confidences.mean()
-            self._num_guesses += len(guesses)
-            if self._confidence is not None:
-                weight = len(guesses) / self._num_guesses
-                confidence = self._confidence.lerp(confidence, weight)
+        confidences, guesses = guess
+        confidence = confidences.mean()
+        self._num_guesses += len(guesses)
+        if self._confidence is not None:
+            weight = len(guesses) / self._num_guesses
+            confidence = self._confidence.lerp(confidence, weight)
         self._confidence = confidence
         if self.truth is not None:
             self._guesses.append(guesses)

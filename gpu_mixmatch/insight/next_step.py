@@ -5,12 +5,14 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpu_mixmatch import functional, sampling
+from gpu_mixmatch._generators import kept_generators
 from gpu_mixmatch._validation import as_labels
+from gpu_mixmatch.methods.layers import buffers_kept
 from gpu_mixmatch.methods.mixmatch import MixMatch
-from gpu_mixmatch.methods.passes import get_logits
+from gpu_mixmatch.methods.passes import Model, modules_of
 from gpu_mixmatch.types import AugmentParams, MixMatchBatch, MixUpParams
 
 
@@ -37,7 +39,7 @@ def next_step(
     x: Tensor,
     y: Tensor,
     u: Tensor,
-    model: nn.Module,
+    model: Model,
     ids_x: Tensor | None,
     ids_u: Tensor | None,
 ) -> NextStep:
@@ -58,13 +60,9 @@ def next_step(
     )
     guesser = model if mixmatch.teacher is None else mixmatch.teacher
     device = mixmatch.device
-    outputs: list[Tensor] = []
+    guesses: list[Tensor] = []
     # the guess is read off the builder's own passes: a second one would draw other dropout masks
-    hook = guesser.register_forward_hook(
-        lambda _module, _inputs, output: outputs.append(
-            get_logits(output, mixmatch.logits_getter).detach()  # a view of a parameter, even here
-        )
-    )
+    hook = mixmatch.register_guess_hook(lambda logits: guesses.append(logits.clone()))
     try:
         with _left_unchanged(mixmatch, guesser):
             batch = mixmatch(x, y, u, model, ids_x=ids_x, ids_u=ids_u)
@@ -77,7 +75,7 @@ def next_step(
     finally:
         hook.remove()
 
-    logits = torch.cat(outputs).view(views, len(u), mixmatch.num_classes)
+    (logits,) = guesses
     targets = functional.batch_targets(
         y.to(device),
         logits,
@@ -102,19 +100,15 @@ def next_step(
 
 
 @contextmanager
-def _left_unchanged(mixmatch: MixMatch, guesser: nn.Module) -> Iterator[None]:
-    """Put back the builder's step, the model's buffers and torch's generators at the end."""
+def _left_unchanged(mixmatch: MixMatch, guesser: Model) -> Iterator[None]:
+    """Put back the builder's step, the model's buffers and the generators at the end."""
     step = mixmatch.step.clone()
-    buffers = [(buffer, buffer.clone()) for buffer in guesser.buffers()]
-    devices = [mixmatch.device] if mixmatch.device.type == "cuda" else []
+    devices = [mixmatch.device.index or 0] if mixmatch.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with kept_generators(devices), buffers_kept(modules_of(guesser), of_batch_norm=True):
             yield
     finally:
         mixmatch.step = step
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
 
 
 def _check_mixed(name: str, mixed: Tensor, rows: Tensor, batch: MixMatchBatch) -> None:

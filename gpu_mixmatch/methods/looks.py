@@ -58,6 +58,18 @@ class Looks:
             return
         self._later("logits", logits, lambda: _signs(logits), self._warn)
 
+    def difference(self, one: Tensor, other: Tensor, judge: Callable[[bool], None]) -> None:
+        """Tell ``judge`` whether values differ, on a CPU now and on CUDA in a later call."""
+        if one.device.type != "cuda":
+            judge(_differ(one, other))
+            return
+        self._later(
+            "difference",
+            one,
+            lambda: (one != other).any()[None],
+            lambda differs: judge(bool(differs[0])),
+        )
+
     def judge(self) -> None:
         """Judge what has arrived from a device since the last call.
 
@@ -100,6 +112,10 @@ class Looks:
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record(torch.cuda.current_stream(tensor.device))
         self._pending.append((host, arrived, judge))
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    return one.device.type == "cpu" and not torch.equal(one, other)
 
 
 def _signs(logits: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """MixMatch: Algorithm 1 of the paper as a batch builder."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gpu_mixmatch import _streams, functional, sampling
 from gpu_mixmatch._buffers import Workspace
@@ -31,6 +33,7 @@ from gpu_mixmatch._validation import (
     check_tensor,
     is_integer,
 )
+from gpu_mixmatch._writes import count_of_writes, share_memory
 from gpu_mixmatch.augment import as_augment
 from gpu_mixmatch.augment.base import BuiltViews, Views, complete
 from gpu_mixmatch.impl import implementation, resolve_impl
@@ -71,7 +74,8 @@ class MixMatch(nn.Module):
         mix: "all" mixes every row with any other; the paper's ablation mixes X with X and U with
             U ("separate"), only one part within itself ("labelled", "unlabelled"), or "none".
         guess_bn: BatchNorm while guessing. "batch" uses batch statistics and leaves the running
-            ones alone (the reference), "update" lets them move (YU1ut), "eval" uses running ones.
+            ones alone (the reference), "update" lets them move (YU1ut), "eval" uses running ones,
+            which suits frozen layers. Other buffers of the model move with "update" only.
         guess_forward: "joint" guesses all K·M views in one pass, "separate" in K passes, as the
             reference does, so that BatchNorm sees one view at a time.
         teacher: The model that guesses, for instance an EMA copy; None is the model of the call.
@@ -148,6 +152,9 @@ class MixMatch(nn.Module):
             self.step = torch.zeros((), dtype=torch.int64, device="cpu")
         self._teacher = (teacher,)  # a tuple hides the module from registration
         reuse_buffers = as_flag("reuse_buffers", reuse_buffers)
+        self._guess_hooks: OrderedDict[int, Callable[[Tensor], None]] = OrderedDict()
+        # whether a guess was seen to write into its views; None before the first
+        self._model_writes: bool | None = None
         self._workspaces = (Workspace(), Workspace()) if reuse_buffers else None
         self._looks = Looks()
         # follows .to(device); holds nothing
@@ -197,8 +204,8 @@ class MixMatch(nn.Module):
                 the CPU or on this module's device.
             y: Labels, ``[B]`` integers or ``[B, L]`` distributions, a tensor or a numpy array.
             u: Unlabelled images, like x; M of them, which may differ from B.
-            model: Maps ``[n, C, H, W]`` to logits ``[n, L]``. Its mode and its BatchNorm are left
-                as they came, and no gradient flows through the guess.
+            model: Maps ``[n, C, H, W]`` to logits ``[n, L]``. Its modes and buffers are
+                left as they came, and no gradient flows through the guess.
             ids_x: Sample ids of x, ``[B]`` int64, or a numpy array of integers; None takes
                 positions in the global batch. With a data set's own indices the draws do not depend
                 on batch size, order or world size.
@@ -230,13 +237,31 @@ class MixMatch(nn.Module):
 
         # Algorithm 1: whatever is random, then lines 3-6, the views of x and u; the rest is below
         engine = complete(self.augment)
-        draws, mixup = self._draw(self.plan, ids, key)
-        if draws is None:
-            draws = engine.draw_batch(self.seed, int(self.step), *ids, self.num_augmentations)
-        scratch = self._workspaces[0] if self._workspaces else None
-        with torch.no_grad():
-            views = engine.views(x, u, draws, self.num_augmentations, scratch)
-        return self._guess_and_mix(views, y, model, mixup)
+
+        def draw() -> tuple[Any, MixUpParams]:
+            draws, mixup = self._draw(self.plan, ids, key)
+            if draws is None:
+                draws = engine.draw_batch(self.seed, int(self.step), *ids, self.num_augmentations)
+            return draws, mixup
+
+        def build(draws: Any) -> Views:
+            scratch = self._workspaces[0] if self._workspaces else None
+            before = [count_of_writes(images) for images in (x, u)]
+            with torch.no_grad():
+                views = engine.views(x, u, draws, self.num_augmentations, scratch)
+            if [count_of_writes(images) for images in (x, u)] != before:
+                raise RuntimeError(
+                    "augment must leave x and u as they came, since they are read again, got an "
+                    f"engine that writes into them: {type(self.augment).__name__}.build must copy "
+                    "what it changes"
+                )
+            # what the model writes into its views must not be written into the caller's images
+            shared = any(share_memory(views.unlabelled, images) for images in (x, u))
+            return views.copy() if shared else views
+
+        draws, mixup = draw()
+        # an engine of the user's may have written into its draws: drawn again to build again
+        return self._guess_and_mix(build(draws), lambda: build(draw()[0]), y, model, mixup)
 
     def from_views(
         self,
@@ -296,11 +321,24 @@ class MixMatch(nn.Module):
         check_finite("x", x)
         for view in views:
             check_finite("views", view)
-        images = torch.cat([self._moved("x", x), *(self._moved("views", view) for view in views)])
+        sources = [self._moved("x", x), *(self._moved("views", view) for view in views)]
+
+        def build() -> Views:
+            return BuiltViews(torch.cat(sources), len(x))
+
         y = self._labels(y, len(x))
         ids = _ids(ids_x, ids_u, len(x), len(views[0]))
         _, mixup = self._draw(self.plan._replace(policy=None), ids, None)
-        return self._guess_and_mix(BuiltViews(images, len(x)), y, model, mixup)
+        return self._guess_and_mix(build(), build, y, model, mixup)
+
+    def register_guess_hook(self, hook: Callable[[Tensor], None]) -> RemovableHandle:
+        """Call ``hook(logits)`` with the logits of all views, ``[K, M, L]``, of every guess.
+
+        They may lie in memory of the model: a hook copies what it keeps, and writes nothing.
+        """
+        handle = RemovableHandle(self._guess_hooks)
+        self._guess_hooks[handle.id] = hook
+        return handle
 
     def look_at(self, x: Tensor, u: Tensor) -> None:
         """Look at the range of images, on a CPU now, on CUDA once and later, without waiting.
@@ -320,10 +358,15 @@ class MixMatch(nn.Module):
         )
 
     def _guess_and_mix(
-        self, views: Views, y: Tensor, model: Model, mixup: MixUpParams
+        self,
+        views: Views,
+        build_again: Callable[[], Views],
+        y: Tensor,
+        model: Model,
+        mixup: MixUpParams,
     ) -> MixMatchBatch:
         """Lines 7-14 of Algorithm 1: guess, sharpen, label all rows, shuffle and mix them."""
-        logits = self._guess_logits(views.unlabelled, model)  # line 7
+        views, logits = self._guess(views, build_again, model)  # line 7
 
         def targets(params: MixUpParams | None) -> Tensor:  # lines 8, 10 and 11
             return functional.batch_targets(
@@ -342,12 +385,49 @@ class MixMatch(nn.Module):
         self.step += 1
         return MixMatchBatch(inputs, mixed_targets, len(y), step, mixup)
 
+    def _guess(
+        self, views: Views, build_again: Callable[[], Views], model: Model
+    ) -> tuple[Views, Tensor]:
+        """Guess on the views; return them as they were before, whatever the model wrote into them.
+
+        Guesses keep a copy until a first one was looked at, and if any was seen to write. Else
+        tensors count what is written into them, and views that were changed are built again.
+        """
+        shown = views.unlabelled
+        if not views.mixes_unlabelled:
+            return views, self._guess_logits(shown, model)
+        count = count_of_writes(shown)
+        kept = views.copy() if count is None or self._keeps_views(shown) else None
+        logits = self._guess_logits(shown, model)
+        if count is not None and count_of_writes(shown) != count:
+            self._model_writes = True
+            if kept is None:
+                # logits may lie in the views, which may be built again in the same memory
+                logits, kept = logits.clone(), build_again()
+        elif count is not None and kept is not None and self._model_writes is None:
+            self._looks.difference(shown, kept.unlabelled, self._judge_model)
+        return views if kept is None else kept, logits
+
+    def _keeps_views(self, views: Tensor) -> bool:
+        if self._model_writes is None and views.is_cuda:
+            # the warm-up has looked; a graph would copy for ever what is looked at once
+            return not torch.cuda.is_current_stream_capturing()
+        return self._model_writes is not False
+
+    def _judge_model(self, writes: bool) -> None:
+        """Take in whether the first guess wrote into its views past torch's count."""
+        self._model_writes = self._model_writes or writes
+
     def _guess_logits(self, views: Tensor, model: Model) -> Tensor:
         """Logits of all views, ``[K, M, L]``, without gradients."""
         guesser = model if self.teacher is None else self.teacher
         passes = 1 if self.guess_forward == "joint" else self.num_augmentations
         with torch.no_grad(), guess_mode(guesser, self.guess_bn):
-            parts = [get_logits(guesser(part), self.logits_getter) for part in views.chunk(passes)]
+            parts: list[Tensor] = []
+            for number, part in enumerate(views.chunk(passes), 1):
+                logits = get_logits(guesser(part), self.logits_getter)
+                # a model may return the same memory every time
+                parts.append(logits if number == passes else logits.clone())
             logits = parts[0] if len(parts) == 1 else torch.cat(parts)
         if tuple(logits.shape) != (len(views), self.num_classes):
             raise ValueError(
@@ -355,7 +435,10 @@ class MixMatch(nn.Module):
                 f"(num_classes = {self.num_classes}), got {list(logits.shape)}"
             )
         self._looks.logits(logits)
-        return logits.view(self.num_augmentations, -1, self.num_classes)
+        logits = logits.view(self.num_augmentations, -1, self.num_classes)
+        for hook in self._guess_hooks.values():
+            hook(logits)
+        return logits
 
     def _labels(self, y: Any, length: int) -> Tensor:
         y = as_labels("y", y)

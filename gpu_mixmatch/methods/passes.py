@@ -1,12 +1,12 @@
 """How the model is run: for a guess, and on a mixed batch."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gpu_mixmatch import functional
 from gpu_mixmatch._validation import (
@@ -17,6 +17,7 @@ from gpu_mixmatch._validation import (
     check_choice,
     check_groups,
 )
+from gpu_mixmatch.methods.layers import buffers_kept, check_guessable, norm_flags
 from gpu_mixmatch.types import MixMatchBatch
 
 Model = nn.Module | Callable[[Tensor], Any]
@@ -75,13 +76,19 @@ def interleaved_forward(
     swap = as_flag("swap", swap)
     if logits_getter is not None:
         check_callable("logits_getter", logits_getter, "a function or None")
-    inputs = functional.interleave(batch.inputs, num_groups) if swap else batch.inputs
+    # copies, either way: a model may write into what it is given
+    inputs = functional.interleave(batch.inputs, num_groups) if swap else batch.inputs.clone()
     first, *others = inputs.tensor_split(num_groups)
-    logits = [get_logits(model(first), logits_getter)]
-    tracking = None if running_stats == "all" else False
-    with batch_norm_flags(model, tracking=tracking):
-        logits += [get_logits(model(group), logits_getter) for group in others]
-    rows = torch.cat(logits)
+    parts = [get_logits(model(first), logits_getter)]
+    with contextlib.ExitStack() as stack:
+        if running_stats == "first":
+            modules = modules_of(model)
+            stack.enter_context(norm_flags(modules, tracking=False))
+            stack.enter_context(buffers_kept(modules))
+        for group in others:
+            parts[-1] = parts[-1].clone()  # a model may return the same memory every time
+            parts.append(get_logits(model(group), logits_getter))
+    rows = torch.cat(parts)
     return functional.interleave(rows, num_groups) if swap else rows
 
 
@@ -90,39 +97,32 @@ def check_model(model: Any) -> None:
     check_callable("model", model, "an nn.Module or a function from images to logits")
 
 
-def guess_mode(model: Model, guess_bn: GuessBatchNorm) -> contextlib.AbstractContextManager[None]:
-    """Set the BatchNorm layers of ``model`` for a guess, and put them back afterwards.
+@contextlib.contextmanager
+def guess_mode(model: Model, guess_bn: GuessBatchNorm) -> Iterator[None]:
+    """Set the normalisation layers of a model for a guess, and leave all as it came afterwards.
 
     Args:
-        model: Any module, of which other layers are left alone, or a function.
-        guess_bn: "batch" normalises with batch statistics and leaves the running ones alone,
-            "update" lets them move, "eval" normalises with the running ones.
+        model: Any module, or a function.
+        guess_bn: "batch" normalises with batch statistics and leaves every buffer of the model as
+            it is, "update" lets them move, "eval" normalises with the running ones.
+
+    Raises:
+        ValueError: If a layer was traced or exported in the other mode; the message names it.
     """
-    if guess_bn == "batch":
-        return batch_norm_flags(model, training=True, tracking=False)
-    return batch_norm_flags(model, training=guess_bn == "update")
-
-
-@contextlib.contextmanager
-def batch_norm_flags(
-    model: Model, *, training: bool | None = None, tracking: bool | None = None
-) -> Iterator[None]:
-    """Set flags of all BatchNorm layers for a while; None leaves a flag as it is.
-
-    A layer in training mode that does not track normalises with batch statistics, and neither
-    reads nor writes its running ones.
-    """
-    modules = model.modules() if isinstance(model, nn.Module) else ()  # a function has none
-    layers = [module for module in modules if isinstance(module, _BatchNorm)]
-    flags = [(layer.training, layer.track_running_stats) for layer in layers]
-    try:
-        for layer, (_, tracked) in zip(layers, flags, strict=True):
-            layer.training = layer.training if training is None else training
-            layer.track_running_stats = tracked and tracking is not False
+    modules = modules_of(model)
+    check_guessable(modules, guess_bn)
+    tracking = False if guess_bn == "batch" else None
+    flags = norm_flags(modules, training=guess_bn != "eval", tracking=tracking)
+    with flags, buffers_kept([] if guess_bn == "update" else modules):
         yield
-    finally:
-        for layer, (trained, tracked) in zip(layers, flags, strict=True):
-            layer.training, layer.track_running_stats = trained, tracked
+
+
+def modules_of(model: Model) -> list[nn.Module]:
+    """Return all modules behind what is called, as far as they can be seen; a function has none."""
+    while isinstance(model, functools.partial):
+        model = model.func
+    owner = getattr(model, "__self__", model)  # of a bound method, such as model.forward
+    return list(owner.modules()) if isinstance(owner, nn.Module) else []
 
 
 def get_logits(output: Any, logits_getter: Callable[[Any], Tensor] | None) -> Tensor:

@@ -15,6 +15,7 @@ from gpu_mixmatch.data.datasets import ImageFiles
 PRESETS = {"paper": presets.paper, "yu1ut": presets.yu1ut, "usb": presets.usb}
 PRESET_NAMES = ("fast", *PRESETS)
 AUGMENTS = ("weak", "kornia", "dali")
+FULL_WEIGHT_STEPS = 32_768  # twice the paper's ramp of λ_U
 LOADERS = ("resident", "dataloader", "dali")
 
 
@@ -40,6 +41,19 @@ def choose_filters(model: str, filters: int | None, preset: presets.Preset) -> i
     if filters is None and model == "wrn-28-2":
         return preset.filters
     return filters
+
+
+def choose_weight(preset: presets.Preset, steps: int) -> tuple[float, int]:
+    """Return λ_U and the length of its ramp for a run of so many steps.
+
+    In a run of `FULL_WEIGHT_STEPS` or more both are the preset's. A shorter one ramps over its
+    first half, and λ_U is the preset's times the cube root of the share of `FULL_WEIGHT_STEPS`
+    that it takes: 0.29 of it at 800 steps, a half at 4,096. A short run reaches the end of its
+    ramp while many guesses are wrong still, and the full weight would teach them; a weight in
+    proportion to the steps would be too weak to teach anything.
+    """
+    lambda_u = preset.loss["lambda_u"] * min(1.0, steps / FULL_WEIGHT_STEPS) ** (1 / 3)
+    return lambda_u, min(preset.loss["rampup_steps"], steps // 2)
 
 
 def make_weak(dataset: str, preset: presets.Preset, size: int) -> WeakAugment:

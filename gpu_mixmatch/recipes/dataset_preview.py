@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gpu_mixmatch import presets, sampling
+from gpu_mixmatch._generators import seeded_generators
 from gpu_mixmatch._validation import MOST_IMAGES, MOST_STEP, as_integer, as_seed, check_kind
 from gpu_mixmatch.augment import as_augment
 from gpu_mixmatch.data.datasets import FolderData
@@ -108,8 +109,7 @@ def preview_dataset(
     if isinstance(dataset, FolderData):
         names = dataset.class_names
     ids_x = sampling.epoch_order(seed, 0, len(x))[:batch_size]
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed CUDA
+    with seeded_generators(seed):
         model = build_model("cnn", dataset.num_classes, x.shape[1])
         _train_on_labelled(model, engine, x, y, seed, train_steps)
     x, y = x[ids_x], y[ids_x]

@@ -40,7 +40,10 @@ class Normalize(nn.Module):
         # where channels are alike the run itself normalised by one number
         shared = len({*zip(mean, std, strict=True)}) == 1
         self.engine = WeakAugment(
-            mean=mean[0] if shared else mean, std=std[0] if shared else std, channels_last=True
+            mean=mean[0] if shared else mean,
+            std=std[0] if shared else std,
+            channels_last=True,
+            layout="NCHW",
         )
         self.register_buffer("_device_anchor", torch.empty(0), persistent=False)
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import TensorDataset
 
+from gpu_mixmatch._generators import seeded_generators
 from gpu_mixmatch._ranks import positions, rank, world_size
 from gpu_mixmatch._validation import as_flag, as_integer, as_number, came
 from gpu_mixmatch._version import __version__
@@ -50,11 +51,12 @@ from gpu_mixmatch.recipes.choices import (
     PRESET_NAMES,
     choose_filters,
     choose_preset,
+    choose_weight,
     make_augment,
     make_loader,
     make_weak,
 )
-from gpu_mixmatch.recipes.models import build_model, kernel_parameters
+from gpu_mixmatch.recipes.models import build_model, fill_statistics_in, kernel_parameters
 from gpu_mixmatch.recipes.run_log import MetricsLog, check_tools
 from gpu_mixmatch.types import SemiSupervisedBatch
 
@@ -73,7 +75,8 @@ class TrainConfig:
         labels: Number of labelled images, balanced over the classes; None takes all there are.
         steps: Length of the run in batches.
         batch_size: B, and M = B, of each process.
-        model: A name that `build_model` knows.
+        model: A name that `build_model` knows. Its BatchNorm's running statistics move by at
+            least 10 / steps a step, so that a short run fills them; see `fill_statistics_in`.
         filters: Channels of the network's first stage; None takes the preset's for "wrn-28-2",
             135 for CIFAR-100 and else 32, and for "cnn" its own.
         preset: "paper", "yu1ut" or "usb"; "fast" is the paper's with one joint guess and one
@@ -87,15 +90,17 @@ class TrainConfig:
         sync_batchnorm: Take BatchNorm's statistics over the batches of all processes; on CUDA.
         supervised: Train on the labelled images alone, augmented but not mixed.
         lr: Learning rate; None takes the preset's.
-        lambda_u: λ_U; None takes the preset's.
+        lambda_u: λ_U; None takes the preset's, and less in a run of under 32,768 steps; see
+            `choose_weight`.
         rampup_steps: Of λ_U; None takes the preset's, and at most half of the run.
         ema_decay: Of the evaluated weights; None takes the preset's, and at most 1 - 10 / steps,
             so that a short run forgets its start.
         ema_teacher: Let the averaged model guess.
         builder: Keyword arguments of `MixMatch` that replace the preset's.
         eval_every: Steps between evaluations; 0 takes a twentieth of the run.
-        planned_steps: Length that a default of ``rampup_steps`` and ``ema_decay`` is for; None
-            takes ``steps``. A run that is resumed with more steps keeps its first length here.
+        planned_steps: Length that BatchNorm's momentum and a default of ``lambda_u``,
+            ``rampup_steps`` and ``ema_decay`` are for; None takes ``steps``. A run that is
+            resumed with more steps keeps its first length here.
         on_error: What becomes of a folder's files that do not decode: "raise" stops at the first,
             "skip" finds all of them before the first step and leaves them out.
         list_path: List of a folder's files that may be read, as `check_images` writes it; None
@@ -196,12 +201,13 @@ def resolved(config: TrainConfig) -> TrainConfig:
     """Return a configuration with its preset's numbers in place of None."""
     preset = choose_preset(config.preset, config.dataset)
     planned = config.planned_steps or config.steps
+    lambda_u, rampup_steps = choose_weight(preset, planned)
     settings = {
         "planned_steps": planned,
         "filters": choose_filters(config.model, None, preset),
         "lr": preset.optimizer["lr"],
-        "lambda_u": preset.loss["lambda_u"],
-        "rampup_steps": min(preset.loss["rampup_steps"], planned // 2),
+        "lambda_u": lambda_u,
+        "rampup_steps": rampup_steps,
         "ema_decay": min(preset.ema_decay, max(0.0, 1 - 10 / planned)),
     }
     own = {name: getattr(config, name) for name in _RESOLVED}
@@ -336,9 +342,10 @@ class TrainRun:
 
     def _new_model(self, num_classes: int, channels: int) -> nn.Module:
         config = self.config
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+        with seeded_generators(config.seed):
             model = build_model(config.model, num_classes, channels, config.filters)
+        assert config.planned_steps is not None  # resolved
+        fill_statistics_in(model, config.planned_steps)
         if config.sync_batchnorm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         return model
