@@ -1,4 +1,4 @@
-"""How often a tensor was written to: whether code of others changed what it was given."""
+"""What code of others may have done to a tensor: how often it was written to, who shares it."""
 
 import torch
 from torch import Tensor
@@ -13,3 +13,11 @@ def count_of_writes(tensor: Tensor) -> int | None:
     if torch.compiler.is_compiling() or tensor.is_inference():
         return None
     return tensor._version
+
+
+def share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors may lie in the same memory; False in a traced program."""
+    if torch.compiler.is_compiling():
+        return False
+    address = one.untyped_storage().data_ptr()
+    return address != 0 and address == other.untyped_storage().data_ptr()

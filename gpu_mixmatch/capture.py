@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from gpu_mixmatch._ranks import positions
 from gpu_mixmatch._validation import as_labels, check_images_alike, check_kind, check_labels
+from gpu_mixmatch.methods.layers import buffers_kept
 from gpu_mixmatch.methods.mixmatch import MixMatch
-from gpu_mixmatch.methods.passes import Model, check_model
+from gpu_mixmatch.methods.passes import Model, check_model, modules_of
 from gpu_mixmatch.types import MixMatchBatch
 
 _WARM_UP = 3  # calls before the capture, as torch's own wrappers make them
@@ -230,10 +231,9 @@ class _Place(NamedTuple):
 
 
 def _places(guesser: Model) -> list[_Place]:
-    modules = guesser.modules() if isinstance(guesser, nn.Module) else ()  # a function has none
     return [
         _Place(holder, name, tensor, tensor.data_ptr())
-        for module in modules
+        for module in modules_of(guesser)
         for holder in (module._parameters, module._buffers)
         for name, tensor in holder.items()
         # others, such as sharded ones, have no memory themselves
@@ -251,19 +251,14 @@ def _unchanged(mixmatch: MixMatch, model: Model) -> Iterator[None]:
 
     The builder's own buffers are out of reach meanwhile: what is captured is the graph's.
     """
-    guesser = _guesser(mixmatch, model)
-    buffers = list(guesser.buffers()) if isinstance(guesser, nn.Module) else []
-    kept = [buffer.clone() for buffer in buffers]
+    modules = modules_of(_guesser(mixmatch, model))
     step = mixmatch.step.clone()
     workspaces, mixmatch._workspaces = mixmatch._workspaces, None
     autocast = torch.is_autocast_enabled("cuda")
     # a cached cast of a weight would be captured once and never made again
     cast = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), autocast, cache_enabled=False)
     try:
-        with cast:
+        with cast, buffers_kept(modules, of_batch_norm=True):
             yield
     finally:
         mixmatch.step, mixmatch._workspaces = step, workspaces
-        with torch.no_grad():
-            for buffer, value in zip(buffers, kept, strict=True):
-                buffer.copy_(value)

@@ -1,5 +1,6 @@
 """A batch depends on nothing that a model does to its input, and a guess leaves any model as is."""
 
+import copy
 import functools
 import warnings
 
@@ -9,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gpu_mixmatch import MixMatch, WeakAugment, interleaved_forward
+from gpu_mixmatch.capture import capture
 from tests.batches import assert_same_mixed
 from tests.factories import random_data
 
@@ -66,16 +68,24 @@ def clean(model):
     return lambda images: model(images.clone())
 
 
-KORNIA_LIKE = {
-    "callable": lambda images: images + torch.rand_like(images),
-    "callable that returns what it gets": lambda images: images,
-}
+class Whole:
+    """An engine whose buffer, x and u in one, is the caller's own memory."""
+
+    def draw_batch(self, *_):
+        return None
+
+    def build(self, x, u, draws, num_augmentations, workspace=None):
+        assert num_augmentations == 1
+        return torch.as_strided(x, (len(x) + len(u), *x.shape[1:]), x.stride())
+
+
 ENGINES = {
     "shift": WeakAugment(padding=1),
     "zoom": WeakAugment(padding=0, zoom_px=(0, 2)),
     "blur, channels last": WeakAugment(padding=1, blur_sigma=(0.0, 0.5), channels_last=True),
     "eager": WeakAugment(padding=1, impl="eager"),
-    **KORNIA_LIKE,
+    "callable": lambda images: images + torch.rand_like(images),
+    "callable that returns what it gets": lambda images: images,
 }
 
 
@@ -97,6 +107,16 @@ def test_logits_that_lie_in_the_views_are_read_as_they_were_returned(engine, reu
     mine, other = (builder_of(ENGINES[engine], **options) for _ in range(2))
     for model in (logits_of, returns_its_input, returns_its_input):  # at first it does not write
         assert_same_mixed(mine(*data_of(), model), other(*data_of(), clean(model)))
+
+
+def test_views_that_are_mixed_from_bytes_do_not_mind_what_a_model_writes(monkeypatch):
+    monkeypatch.setattr("gpu_mixmatch.augment.weak._LEAST_TO_MIX_BYTES", 0)
+    for guess_forward in ("joint", "separate"):
+        options = {"guess_forward": guess_forward, "reuse_buffers": True}
+        mine, other = (builder_of(**options) for _ in range(2))
+        for _ in range(3):
+            wanted = other(*data_of(), clean(writes_in_place))
+            assert_same_mixed(mine(*data_of(), writes_in_place), wanted)
 
 
 @pytest.mark.parametrize("engine", ["zoom", "callable"])
@@ -138,6 +158,18 @@ def test_ready_views_and_the_users_own_images_are_left_alone(model):
         other(x, y, u, clean(model))
     for images, wanted in zip([x, *views], before, strict=True):
         assert torch.equal(images, wanted)
+
+
+def test_caller_keeps_images_that_an_engine_passes_on_as_they_are():
+    x, y, u = data_of()
+    images = torch.cat([x, u]) / 255
+    before = images.clone()
+    mine, other = (builder_of(Whole(), num_augmentations=1) for _ in range(2))
+    for _ in range(2):
+        x, u = images[: len(x)], images[len(x) :]
+        batch = mine(x, y, u, writes_in_place)
+        assert torch.equal(images, before)
+        assert_same_mixed(batch, other(x, y, u, clean(writes_in_place)))
 
 
 def test_batches_of_inference_mode_are_kept_from_the_model_too():
@@ -516,3 +548,52 @@ def test_interleaved_forward_moves_buffers_with_the_first_group_alone(norm):
     for group in batch.inputs.tensor_split(2):
         twin(group)
     assert_as_it_came(model, state_of(twin))
+
+
+# On a GPU
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("writes", [torch.Tensor.relu_, lambda images: images.data.relu_()])
+@pytest.mark.parametrize("engine", ["shift", "zoom", "callable"])
+def test_batch_on_a_gpu_is_that_of_a_model_that_leaves_its_input_alone(engine, writes):
+    dense = DENSE.cuda()
+
+    def model(images):
+        writes(images)
+        return images.flatten(1) @ dense.T
+
+    mine, other = (builder_of(copy.deepcopy(ENGINES[engine])).cuda() for _ in range(2))
+    for _ in range(4):
+        data = [part.cuda() for part in data_of()]
+        assert_same_mixed(mine(*data, model), other(*data, clean(model)))
+        torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("norm", NORMS)
+def test_guess_on_a_gpu_leaves_every_buffer_and_mode_as_they_came(norm):
+    model = net(NORMS[norm]()).cuda()
+    state = state_of(model)
+    builder_of().cuda()(*(part.cuda() for part in data_of()), model)
+    assert_as_it_came(model, state)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_captured_builder_leaves_every_buffer_as_it_came():
+    model = net(HandMade()).cuda()
+    state = state_of(model)
+    data = [part.cuda() for part in data_of()]
+    builder, other = (builder_of(copy.deepcopy(ENGINES["zoom"])).cuda() for _ in range(2))
+    captured = capture(builder, model, *data)
+    assert_as_it_came(model, state)
+    batch = captured(*data)
+    assert_as_it_came(model, state)
+    wanted = other(*data, model)
+    torch.testing.assert_close(batch.inputs, wanted.inputs)

@@ -33,7 +33,7 @@ from gpu_mixmatch._validation import (
     check_tensor,
     is_integer,
 )
-from gpu_mixmatch._writes import count_of_writes
+from gpu_mixmatch._writes import count_of_writes, share_memory
 from gpu_mixmatch.augment import as_augment
 from gpu_mixmatch.augment.base import BuiltViews, Views, complete
 from gpu_mixmatch.impl import implementation, resolve_impl
@@ -255,7 +255,9 @@ class MixMatch(nn.Module):
                     f"engine that writes into them: {type(self.augment).__name__}.build must copy "
                     "what it changes"
                 )
-            return views
+            # what the model writes into its views must not be written into the caller's images
+            shared = any(share_memory(views.unlabelled, images) for images in (x, u))
+            return views.copy() if shared else views
 
         draws, mixup = draw()
         # an engine of the user's may have written into its draws: drawn again to build again
