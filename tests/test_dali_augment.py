@@ -249,10 +249,10 @@ def test_the_batch_does_not_depend_on_what_the_model_writes_into_its_views():
     y = torch.tensor([0, 1, 2, 3, 0])
     model = LinearNet(4, (3, 16, 16))
     builders = [MixMatch(DaliAugment(WeakAugment(4)), 4) for _ in range(2)]
-    models = (lambda views: model(views.mul_(2)), lambda views: model(views * 2))
-    for given in ((model, model), models, models):  # memory of DALI's, at first left alone
+    writing = lambda views: model(views.mul_(2)), lambda views: model(views * 2)
+    for models in ((model, model), writing, writing):  # memory of DALI's, at first left alone
         batch, expected = (
-            builder(x, y, u, each) for builder, each in zip(builders, given, strict=True)
+            builder(x, y, u, guesser) for builder, guesser in zip(builders, models, strict=True)
         )
         assert torch.equal(batch.inputs, expected.inputs)
         assert torch.equal(batch.targets, expected.targets)

@@ -335,7 +335,11 @@ class MixMatch(nn.Module):
         """Call ``hook(logits)`` with the logits of all views, ``[K, M, L]``, of every guess.
 
         They may lie in memory of the model: a hook copies what it keeps, and writes nothing.
+
+        Raises:
+            TypeError: If ``hook`` cannot be called.
         """
+        check_callable("hook", hook, "a function of the logits")
         handle = RemovableHandle(self._guess_hooks)
         self._guess_hooks[handle.id] = hook
         return handle
