@@ -404,7 +404,7 @@ PARTS: dict[str, tuple[Part, ...]] = {
     "guesses": (
         Part(
             _seeded(TEST_SEEDS[:3], "digits", "textures", "fashion-28", "photographs"),
-            (OURS,),
+            (SUPERVISED, OURS),
         ),
     ),
     "remedies": (
