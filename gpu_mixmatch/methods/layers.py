@@ -63,8 +63,11 @@ def buffers_kept(modules: Sequence[nn.Module], *, of_batch_norm: bool = False) -
         of_batch_norm: Whether those of torch's own BatchNorm layers are among them, which
             `norm_flags` keeps from moving.
     """
-    # DDP sends rank 0's buffers to the others in every forward pass
-    of_all = of_batch_norm or any(isinstance(m, DistributedDataParallel) for m in modules)
+    # DDP sends rank 0's buffers to the others before a forward pass, and not before one that
+    # follows a pass without gradients: what is put back here must be sent again
+    replicated = [module for module in modules if isinstance(module, DistributedDataParallel)]
+    sends = [module.require_forward_param_sync for module in replicated]
+    of_all = of_batch_norm or bool(replicated)
     owners = [
         module for module in modules if module._buffers and (of_all or not _obeys_flags(module))
     ]
@@ -90,6 +93,8 @@ def buffers_kept(modules: Sequence[nn.Module], *, of_batch_norm: bool = False) -
             with torch.no_grad():
                 for buffer in kept:
                     buffer.put_back()
+            for module, sent in zip(replicated, sends, strict=True):
+                module.require_forward_param_sync = sent
 
 
 class _Kept(NamedTuple):

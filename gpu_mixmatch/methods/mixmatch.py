@@ -439,7 +439,7 @@ class MixMatch(nn.Module):
                 f"(num_classes = {self.num_classes}), got {list(logits.shape)}"
             )
         self._looks.logits(logits)
-        logits = logits.view(self.num_augmentations, -1, self.num_classes)
+        logits = logits.detach().view(self.num_augmentations, -1, self.num_classes)
         for hook in self._guess_hooks.values():
             hook(logits)
         return logits
