@@ -1,9 +1,14 @@
 """Settings of the whole test run."""
 
 import os
+import signal
 
 import pytest
 import torch
+
+# a shell that runs the tests in the background lets them ignore Ctrl-C, and what they start too
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():  # before anything imports the kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
