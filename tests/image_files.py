@@ -106,6 +106,13 @@ def write_folder(root, count, kind="png", **size):
     return written
 
 
+def write_parts(root, **counts):
+    """Write so many JPEG tiles per class into each part of a folder to train on; return it."""
+    for part, count in counts.items():
+        write_folder(root / part, count, "jpg")
+    return root
+
+
 def write_tar(path, samples):
     """Write (encoded image, suffix, label or None) as a WebDataset."""
     with tarfile.open(path, "w") as archive:

@@ -550,6 +550,21 @@ def test_interleaved_forward_moves_buffers_with_the_first_group_alone(norm):
     assert_as_it_came(model, state_of(twin))
 
 
+def test_ddp_sends_its_buffers_before_training_as_if_nothing_had_been_guessed(tmp_path):
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        net = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.LazyLinear(NUM_CLASSES))
+        x, y, u = data_of()
+        net(x.float())
+        model = nn.parallel.DistributedDataParallel(net)
+        model(x.float()).sum().backward()
+        assert model.require_forward_param_sync
+        builder_of()(x, y, u, model)
+        assert model.require_forward_param_sync
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # On a GPU
 
 

@@ -22,18 +22,14 @@ from gpu_mixmatch.recipes.models import MODEL_NAMES, build_model
 from gpu_mixmatch.recipes.predict import Normalize, Prediction, predict
 from gpu_mixmatch.recipes.train import TrainConfig, TrainRun, train
 from tests.factories import random_images
-from tests.image_files import CLASSES, broken_images, decode, encode, tile, write_folder
+from tests.image_files import CLASSES, broken_images, decode, encode, tile, write_parts
 
 SIZE = 12
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """JPEG files of three photographs: labelled, unlabelled and to test on."""
-    root = tmp_path_factory.mktemp("folder")
-    for part, count in (("labelled", 4), ("unlabelled", 6), ("test", 5)):
-        write_folder(root / part, count, "jpg")
-    return root
+    return write_parts(tmp_path_factory.mktemp("folder"), labelled=4, unlabelled=6, test=5)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from gpu_mixmatch.recipes.choices import AUGMENTS, LOADERS, PRESET_NAMES, make_a
 from gpu_mixmatch.recipes.models import SmallCNN, build_model, wideresnet28
 from gpu_mixmatch.recipes.train import DivergenceError, TrainConfig, TrainRun, resolved, train
 from tests.digest import parameter_digest
-from tests.image_files import write_folder
+from tests.image_files import write_parts
 
 SHORT = TrainConfig(steps=6, eval_every=2, batch_size=8)
 
@@ -45,11 +45,7 @@ SLOW = {"steps": 24, "eval_every": 3, "batch_size": 8}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """JPEG files of three photographs: 4 labelled, 8 unlabelled and 3 test tiles of each."""
-    root = tmp_path_factory.mktemp("folder")
-    for part, count in (("labelled", 4), ("unlabelled", 8), ("test", 3)):
-        write_folder(root / part, count, "jpg")
-    return root
+    return write_parts(tmp_path_factory.mktemp("folder"), labelled=4, unlabelled=8, test=3)
 
 
 def of_folder(root: Path, **fields) -> TrainConfig:
