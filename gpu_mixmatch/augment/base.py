@@ -353,9 +353,8 @@ def _scaling(
     means, stds = (
         torch.tensor(values, dtype=torch.float32, device="cpu") for values in (mean, std)
     )
-    return Scaling(
-        (1 / (unit * stds)).expand(channels).to(device), (-means / stds).expand(channels).to(device)
-    )
+    scale, bias = 1 / (unit * stds), -means / stds
+    return Scaling(*(factor.expand(channels).contiguous().to(device) for factor in (scale, bias)))
 
 
 def float_images(images: Tensor, layout: Layout | None = None, name: str = "images") -> Tensor:

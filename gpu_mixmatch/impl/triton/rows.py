@@ -1,0 +1,101 @@
+"""What kernels of views have in common: a row's image, its draws, and how it is normalised."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gpu_mixmatch.types import AugmentParams, Scaling
+
+_WORDS_BEFORE_SIGMA = 7  # of a row: top, left, flip and four of zoom
+_FARTHEST = 2**28  # words between fields that kernels may count in int32
+
+
+@triton.jit
+def image_of(row, num_x, num_u, inverse_u):
+    """Whether a row is made of x, and the place of its image there or in u, which has K views.
+
+    The place in u is the remainder by ``num_u``, through a product with its inverse: a division
+    takes longer than all else before the first pixel is read.
+    """
+    from_x = row < num_x
+    place = tl.maximum(row - num_x, 0)
+    view = tl.umulhi((place * 2).to(tl.uint32), inverse_u.to(tl.uint32)).to(tl.int32)
+    place -= view * num_u
+    place = tl.where(place >= num_u, place - num_u, place)
+    return from_x, tl.where(from_x, row, place)
+
+
+def inverse(num_u: int) -> int:
+    """What `image_of` multiplies by: 2^31 / ``num_u``, or a little less, as an int32."""
+    return (2**31 - 1) // max(num_u, 1)
+
+
+class PackedDraws(NamedTuple):
+    """Where a kernel finds the draws of an augmentation.
+
+    Attributes:
+        draws: `AugmentParams.top`; the other fields lie behind it.
+        pitch: Words from one field to the next: ``left`` is ``top + pitch``, ``flip`` is ``top + 2
+            · pitch``, and ``sigma``, float32, is ``top + 7 · pitch``.
+        to_zoom: Words from ``top`` to ``zoom``, of which a row has four.
+    """
+
+    draws: Tensor
+    pitch: int
+    to_zoom: int
+
+
+def packed_draws(params: AugmentParams) -> PackedDraws:
+    """Find draws by one address, as `sampling.pack` lays them out; others are packed, in a launch.
+
+    A slice of rows of packed draws is packed, too.
+    """
+    top, left, flip, zoom, sigma = params
+    start = top.data_ptr()
+    pitch, to_zoom = left.data_ptr() - start, zoom.data_ptr() - start
+    if (
+        flip.data_ptr() - start == 2 * pitch
+        and sigma.data_ptr() - start == _WORDS_BEFORE_SIGMA * pitch
+        and all(field.is_contiguous() for field in params)
+        and 0 <= pitch <= 4 * _FARTHEST
+        and 0 <= to_zoom <= 16 * _FARTHEST
+        and pitch % 4 == to_zoom % 4 == 0
+    ):
+        return PackedDraws(top, pitch // 4, to_zoom // 4)
+    words = torch.cat([field.reshape(-1).view(torch.int32) for field in params])
+    return PackedDraws(words, len(top), 3 * len(top))
+
+
+class Normalisation(NamedTuple):
+    """value · scale + bias in a kernel: two numbers, or two tensors of a value per channel."""
+
+    scale: Any
+    bias: Any
+    per_channel: bool
+
+
+def normalisation(scaling: Scaling, channels: int, device: torch.device) -> Normalisation:
+    """Return what `normalised` takes: numbers as they are, else both as contiguous ``[C]``."""
+    if not any(isinstance(factor, Tensor) for factor in scaling):
+        return Normalisation(scaling.scale, scaling.bias, per_channel=False)
+    scale, bias = (_of_channels(factor, channels, device) for factor in scaling)
+    return Normalisation(scale, bias, per_channel=True)
+
+
+def _of_channels(factor: Tensor | float, channels: int, device: torch.device) -> Tensor:
+    if isinstance(factor, Tensor):
+        return factor.contiguous()
+    return torch.full((channels,), factor, dtype=torch.float32, device=device)
+
+
+@triton.jit
+def normalised(value, channel, scale, bias, PER_CHANNEL: tl.constexpr, CHANNELS: tl.constexpr):
+    """Scale and shift; ``channel`` is a number, or a tile that broadcasts to ``value``."""
+    if PER_CHANNEL:
+        known = channel < CHANNELS
+        scale = tl.load(scale + channel, mask=known, other=0.0)
+        bias = tl.load(bias + channel, mask=known, other=0.0)
+    return value * scale + bias
