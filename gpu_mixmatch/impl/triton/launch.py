@@ -1,11 +1,25 @@
-"""How a kernel is launched: in one place, so that tests can count launches and look at them."""
+"""How a kernel is launched: in one place, so that tests can count launches and look at them.
 
-from contextlib import nullcontext
-from typing import Any
+For every launch Triton binds the arguments anew, to find what it compiled for arguments like these.
+On the host that takes longer than the kernel on the device. Here what it found is kept, by a key
+that tells apart whatever Triton tells apart, and is called directly from the second launch on.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import JITFunction, driver
 
 MOST_PROGRAMS = 2**31 - 1
+# How a kernel is compiled and called is no documented part of Triton: it was read in these
+# versions, for NVIDIA's GPUs. With any other one all launches are bound by Triton.
+_READ_VERSIONS = ((3, 6), (3, 7), (3, 8))
+_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+KEEPS_KERNELS = _VERSION in _READ_VERSIONS and torch.version.hip is None
 
 
 def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:
@@ -21,8 +35,10 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **optio
             f"inputs must need at most {MOST_PROGRAMS} programs of a kernel, got {programs}; "
             'split the batch, or use impl="eager"'
         )
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else nullcontext():
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            run(kernel, programs, *args, **options)
+    else:
         run(kernel, programs, *args, **options)
 
 
@@ -33,4 +49,144 @@ def blocks(length: int, size: int) -> int:
 
 def run(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
     """Run a kernel on the current device. Whoever counts launches puts a function in its place."""
-    kernel[(programs,)](*args, **options)
+    if not KEEPS_KERNELS or type(kernel) is not JITFunction or _is_watched(kernel):
+        kernel[(programs,)](*args, **options)
+        return
+    variants = _variants.get(id(kernel))
+    if variants is None:
+        variants = _variants[id(kernel)] = _Variants(kernel)
+    active = driver.active
+    device = active.get_current_device()
+    key = variants.key(device, args, options)
+    found = variants.found.get(key)
+    if found is None or any(place.get(name) is not value for place, name, value in found.globals):
+        variants.keep(key, kernel[(programs,)](*args, **options), args, options)
+        return
+    stream = active.get_current_stream(device)
+    enter = _installed(knobs.runtime.launch_enter_hook)
+    leave = _installed(knobs.runtime.launch_exit_hook)
+    metadata = None
+    if enter is not None or leave is not None:
+        metadata = found.compiled.launch_metadata((programs,), stream, *args, *found.constexprs)
+    found.call(
+        programs, 1, 1, stream, found.function, found.packed_metadata, metadata, enter, leave,
+        *args, *found.constexprs,
+    )  # fmt: skip
+
+
+class _Variant(NamedTuple):
+    """What Triton compiled for some arguments.
+
+    Attributes:
+        compiled: Held, since it unloads itself.
+        call: Launches it, given what is below and the arguments.
+        function: Its handle on the device.
+        packed_metadata: Warps and shared memory.
+        constexprs: Values of the parameters that follow the arguments.
+        globals: Where what the kernel reads of its module lies, its name, and what it was.
+    """
+
+    compiled: Any
+    call: Any
+    function: Any
+    packed_metadata: Any
+    constexprs: tuple[Any, ...]
+    globals: tuple[tuple[dict[str, Any], str, Any], ...]
+
+
+class _Variants:
+    """What Triton compiled of a kernel, by what it distinguishes arguments by."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel  # held, so that no other has its id
+        self.found: dict[tuple[Any, ...], _Variant] = {}
+        self._specialised = tuple(
+            param.num
+            for param in kernel.params
+            if not param.is_constexpr
+            and not param.do_not_specialize
+            and not param.do_not_specialize_on_alignment
+        )
+        self._unaligned = {
+            param.num
+            for param in kernel.params
+            if param.do_not_specialize_on_alignment and not param.do_not_specialize
+        }
+
+    def key(self, device: int, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+        """Tell apart what Triton does: no two launches of one key are compiled differently.
+
+        That holds for arguments of `_KINDS` and options of `_CONSTANTS`; others are not kept.
+        """
+        values = options.values()
+        return (
+            device,
+            tuple(
+                [
+                    arg.dtype
+                    if type(arg) is Tensor
+                    else -0x80000000 <= arg < 0x80000000
+                    if type(arg) is int
+                    else type(arg)
+                    for arg in args
+                ]
+            ),
+            tuple(
+                [
+                    arg.data_ptr() % 16 == 0
+                    if type(arg) is Tensor
+                    else (arg == 1, arg % 16 == 0)
+                    if type(arg) is int
+                    else None
+                    for arg in [args[place] for place in self._specialised]
+                ]
+            ),
+            tuple(options),
+            tuple(values),
+            tuple(map(type, values)),  # True is 1, and another constant
+        )
+
+    def keep(
+        self, key: tuple[Any, ...], compiled: Any, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        """Keep what a launch compiled, where its key says all about it."""
+        names = self.kernel.arg_names[len(args) :]
+        if (
+            type(compiled) is not CompiledKernel
+            or not all(type(arg) in _KINDS for arg in args)
+            or not all(type(value) in _CONSTANTS for value in options.values())
+            or not options.keys() >= set(names)
+            # an integer that may be 1: the key does not say it
+            or any(type(args[place]) is int for place in self._unaligned if place < len(args))
+            or any(type(arg) is int and not -(2**63) <= arg < 2**63 for arg in args)
+        ):
+            return
+        used = self.kernel.used_global_vals.items()
+        self.found[key] = _Variant(
+            compiled,
+            compiled.run,
+            compiled.function,
+            compiled.packed_metadata,
+            tuple(options[name] for name in names),
+            tuple((place, name, place.get(name)) for (name, _), (_, place) in used),
+        )
+
+
+_KINDS = (Tensor, int, float, type(None))
+_CONSTANTS = (int, float, bool, str, type(None))
+_variants: dict[int, _Variants] = {}
+
+
+def _is_watched(kernel: Any) -> bool:
+    """Whether a launch is to be looked at, or compiled, in a way of its own."""
+    return bool(
+        knobs.runtime.debug
+        or knobs.compilation.instrumentation_mode
+        or knobs.runtime.add_stages_inspection_hook
+        or kernel.pre_run_hooks
+    )
+
+
+def _installed(hook: Any) -> Any:
+    """A hook, or None for a chain of none, which would be called for nothing."""
+    return None if isinstance(hook, knobs.HookChain) and not hook.calls else hook
