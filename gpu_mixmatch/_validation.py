@@ -687,9 +687,19 @@ _DRAWS = (
 def check_params(params: Any, called: str = "params") -> int:
     """Raise if ``params`` are not draws of R rows, all on one device; return R."""
     check_kind(called, params, AugmentParams, "AugmentParams")
-    check_tensor(f"{called}.top", params.top)
-    rows = params.top.shape[0] if params.top.dim() else -1
+    top = params.top
+    check_tensor(f"{called}.top", top)
+    rows = top.shape[0] if top.dim() else -1
+    device = top.device
     for (name, dtype, row), tensor in zip(_DRAWS, params, strict=True):
+        if (
+            type(tensor) is Tensor
+            and tensor.shape == (rows, *row)
+            and tensor.dtype is dtype
+            and tensor.layout is torch.strided
+            and tensor.device == device
+        ):
+            continue
         check_tensor(f"{called}.{name}", tensor)
         if tuple(tensor.shape) != (rows, *row) or tensor.dtype != dtype:
             raise ValueError(
@@ -697,8 +707,7 @@ def check_params(params: Any, called: str = "params") -> int:
                 f"{'' if rows < 0 else f' with R = {rows} like {called}.top'}, "
                 f"got {list(tensor.shape)} {dtype_name(tensor.dtype)}"
             )
-        if tensor.device != params.top.device:
-            check_device(f"{called}.{name}", tensor, f"{called}.top", params.top)
+        check_device(f"{called}.{name}", tensor, f"{called}.top", top)
     return rows
 
 

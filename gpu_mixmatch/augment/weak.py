@@ -25,7 +25,7 @@ from gpu_mixmatch._validation import (
     check_tensor,
     image_layout,
 )
-from gpu_mixmatch.augment.base import MakeTargets, NormalizedViews, Views
+from gpu_mixmatch.augment.base import BuiltViews, MakeTargets, NormalizedViews, Views
 from gpu_mixmatch.impl import resolve_impl
 from gpu_mixmatch.types import (
     AugmentParams,
@@ -266,7 +266,8 @@ class WeakAugment(NormalizedViews):
         nhwc, image_shape = check_sources(sources, self.layout)
         check_kind("params", draws, AugmentParams, "AugmentParams")
         check_tensor("params.top", draws.top)
-        if not self.remixes_from_bytes(x, draws.top.shape[0]):
+        remixes = self.remixes_from_bytes(x, draws.top.shape[0])
+        if not remixes and getattr(self.build, "__func__", None) is not WeakAugment.build:
             return super().views(x, u, draws, num_augmentations, workspace)
         check_reflection(self.padding, self.padding_mode, *image_shape[1:])
         if draws.top.device != x.device:
@@ -274,8 +275,10 @@ class WeakAugment(NormalizedViews):
         check_draws_of(sources, draws)
         check_no_grad(images=x, u=u)
         num_x = x.shape[0]
-        draws_u = AugmentParams(*[draw[num_x:] for draw in draws])
         write = partial(self._write, nhwc=nhwc, image_shape=image_shape, workspace=workspace)
+        if not remixes:
+            return _WholeViews(write(sources, draws), num_x)
+        draws_u = AugmentParams(*[draw[num_x:] for draw in draws])
         return _ViewsOfBytes(write((u,), draws_u), sources, draws, write)
 
     def _write(
@@ -375,6 +378,16 @@ class WeakAugment(NormalizedViews):
         return cls(
             **{"padding": 0, "zoom_px": (0, 16), "flip": 0.5, "blur_sigma": (0.0, 3.0), **fields}
         )
+
+
+class _WholeViews(BuiltViews):
+    """W as this engine builds it: images that are known to fit what they are mixed with."""
+
+    def mix(
+        self, params: MixUpParams, make_targets: MakeTargets, out: Tensor | None, impl: Impl
+    ) -> tuple[Tensor, Tensor]:
+        """Blend rows and targets in one pass; see `Views`."""
+        return _unchecked.mixup(self.images, make_targets(None), params, out, impl)
 
 
 class _ViewsOfBytes(NamedTuple):

@@ -32,13 +32,16 @@ def norm_flags(
         tracking: False stops a BatchNorm's running statistics.
     """
     layers = [module for module in modules if _is_norm(module)]
+    if not layers:
+        yield
+        return
     flags = [(layer.training, getattr(layer, "track_running_stats", None)) for layer in layers]
 
     def set_flags(layer: nn.Module) -> None:
         if training is not None:
-            layer.training = training
+            _set_flag(layer, "training", training)
         if tracking is False and isinstance(layer, _BatchNorm) and not _is_unmade(layer):
-            layer.track_running_stats = False
+            _set_flag(layer, "track_running_stats", False)
 
     with contextlib.ExitStack() as hooks:
         try:
@@ -49,9 +52,9 @@ def norm_flags(
             yield
         finally:
             for layer, (trained, tracked) in zip(layers, flags, strict=True):
-                layer.training = trained
+                _set_flag(layer, "training", trained)
                 if isinstance(layer, _BatchNorm):
-                    layer.track_running_stats = tracked  # type: ignore[assignment]
+                    _set_flag(layer, "track_running_stats", tracked)
 
 
 @contextlib.contextmanager
@@ -71,6 +74,9 @@ def buffers_kept(modules: Sequence[nn.Module], *, of_batch_norm: bool = False) -
     owners = [
         module for module in modules if module._buffers and (of_all or not _obeys_flags(module))
     ]
+    if not owners and not replicated:
+        yield
+        return
     kept: list[_Kept] = []
 
     def keep(owner: nn.Module) -> None:
@@ -119,6 +125,20 @@ class _Kept(NamedTuple):
             # and a graph that holds the buffer for its backward pass must not be told otherwise.
             with _unsafe_preserve_version_counter(buffer):
                 buffer.copy_(self.value)
+
+
+def _set_flag(layer: nn.Module, name: str, value: bool | None) -> None:
+    """Set a flag of a layer if it has another value.
+
+    A module takes ten times as long as an object: it looks whether the flag is a parameter. There
+    are several flags per layer and guess.
+    """
+    if getattr(layer, name) is value:
+        return
+    if type(layer).__setattr__ is nn.Module.__setattr__ and not torch.compiler.is_compiling():
+        object.__setattr__(layer, name, value)
+    else:
+        setattr(layer, name, value)
 
 
 def _is_writable(tensor: Tensor) -> bool:
@@ -177,6 +197,7 @@ class FixedLayer(NamedTuple):
     training: bool
 
 
+_GRAPHS = (torch.jit.ScriptModule, fx.GraphModule)
 _fixed_layers: WeakKeyDictionary[nn.Module, list[FixedLayer]] = WeakKeyDictionary()
 
 
@@ -220,7 +241,7 @@ def check_guessable(modules: Sequence[nn.Module], guess_bn: str) -> None:
 
 
 def _is_graph(module: nn.Module) -> bool:
-    return isinstance(module, torch.jit.ScriptModule | fx.GraphModule)
+    return isinstance(module, _GRAPHS)
 
 
 def _layers_of_graph(module: nn.Module) -> Iterator[FixedLayer]:

@@ -49,25 +49,32 @@ def blocks(length: int, size: int) -> int:
 
 def run(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
     """Run a kernel on the current device. Whoever counts launches puts a function in its place."""
-    if not KEEPS_KERNELS or type(kernel) is not JITFunction or _is_watched(kernel):
+    variants = _variants.get(id(kernel)) or _variants_of(kernel)
+    runtime = knobs.runtime
+    if (
+        variants is None
+        or runtime.debug
+        or runtime.add_stages_inspection_hook is not None
+        or knobs.compilation.instrumentation_mode
+        or kernel.pre_run_hooks
+        or len(args) < variants.num_arguments
+    ):  # compiled or watched in a way of its own
         kernel[(programs,)](*args, **options)
         return
-    variants = _variants.get(id(kernel))
-    if variants is None:
-        variants = _variants[id(kernel)] = _Variants(kernel)
     active = driver.active
     device = active.get_current_device()
     key = variants.key(device, args, options)
     found = variants.found.get(key)
-    if found is None or any(place.get(name) is not value for place, name, value in found.globals):
+    if found is None or not found.is_current():
         variants.keep(key, kernel[(programs,)](*args, **options), args, options)
         return
     stream = active.get_current_stream(device)
-    enter = _installed(knobs.runtime.launch_enter_hook)
-    leave = _installed(knobs.runtime.launch_exit_hook)
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     metadata = None
-    if enter is not None or leave is not None:
+    if getattr(enter, "calls", True) or getattr(leave, "calls", True):
         metadata = found.compiled.launch_metadata((programs,), stream, *args, *found.constexprs)
+    else:  # chains of no hooks, which would be called for nothing
+        enter = leave = None
     found.call(
         programs, 1, 1, stream, found.function, found.packed_metadata, metadata, enter, leave,
         *args, *found.constexprs,
@@ -93,6 +100,13 @@ class _Variant(NamedTuple):
     constexprs: tuple[Any, ...]
     globals: tuple[tuple[dict[str, Any], str, Any], ...]
 
+    def is_current(self) -> bool:
+        """Whether what the kernel reads of its module is what it was."""
+        for place, name, value in self.globals:  # noqa: SIM110 - all() takes three times as long
+            if place.get(name) is not value:
+                return False
+        return True
+
 
 class _Variants:
     """What Triton compiled of a kernel, by what it distinguishes arguments by."""
@@ -100,50 +114,45 @@ class _Variants:
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel  # held, so that no other has its id
         self.found: dict[tuple[Any, ...], _Variant] = {}
-        self._specialised = tuple(
-            param.num
+        self.num_arguments = sum(not param.is_constexpr for param in kernel.params)
+        specialised = [
+            param
             for param in kernel.params
-            if not param.is_constexpr
-            and not param.do_not_specialize
-            and not param.do_not_specialize_on_alignment
+            if not param.is_constexpr and not param.do_not_specialize
+        ]
+        self._aligned = tuple(
+            param.num for param in specialised if not param.do_not_specialize_on_alignment
         )
         self._unaligned = {
-            param.num
-            for param in kernel.params
-            if param.do_not_specialize_on_alignment and not param.do_not_specialize
+            param.num for param in specialised if param.do_not_specialize_on_alignment
         }
 
     def key(self, device: int, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
         """Tell apart what Triton does: no two launches of one key are compiled differently.
 
-        That holds for arguments of `_KINDS` and options of `_CONSTANTS`; others are not kept.
+        That holds for arguments of `_KINDS` and options of `_CONSTANTS`; others are not kept. What
+        is before the options' names is no text, so that no two calls are mixed up.
         """
-        values = options.values()
         return (
             device,
-            tuple(
-                [
-                    arg.dtype
-                    if type(arg) is Tensor
-                    else -0x80000000 <= arg < 0x80000000
-                    if type(arg) is int
-                    else type(arg)
-                    for arg in args
-                ]
-            ),
-            tuple(
-                [
-                    arg.data_ptr() % 16 == 0
-                    if type(arg) is Tensor
-                    else (arg == 1, arg % 16 == 0)
-                    if type(arg) is int
-                    else None
-                    for arg in [args[place] for place in self._specialised]
-                ]
-            ),
-            tuple(options),
-            tuple(values),
-            tuple(map(type, values)),  # True is 1, and another constant
+            *[
+                arg.dtype
+                if type(arg) is Tensor
+                else -0x80000000 <= arg < 0x80000000
+                if type(arg) is int
+                else type(arg)
+                for arg in args
+            ],
+            *[
+                arg.data_ptr() % 16 == 0
+                if type(arg) is Tensor
+                else (arg == 1, arg % 16 == 0)
+                if type(arg) is int
+                else None
+                for arg in [args[place] for place in self._aligned]
+            ],
+            *options,
+            *options.values(),
         )
 
     def keep(
@@ -177,16 +186,8 @@ _CONSTANTS = (int, float, bool, str, type(None))
 _variants: dict[int, _Variants] = {}
 
 
-def _is_watched(kernel: Any) -> bool:
-    """Whether a launch is to be looked at, or compiled, in a way of its own."""
-    return bool(
-        knobs.runtime.debug
-        or knobs.compilation.instrumentation_mode
-        or knobs.runtime.add_stages_inspection_hook
-        or kernel.pre_run_hooks
-    )
-
-
-def _installed(hook: Any) -> Any:
-    """A hook, or None for a chain of none, which would be called for nothing."""
-    return None if isinstance(hook, knobs.HookChain) and not hook.calls else hook
+def _variants_of(kernel: Any) -> _Variants | None:
+    """Where what is compiled of a kernel is kept; None for one that Triton interprets or binds."""
+    if not KEEPS_KERNELS or type(kernel) is not JITFunction:
+        return None
+    return _variants.setdefault(id(kernel), _Variants(kernel))
