@@ -40,16 +40,23 @@ CASES = (
 
 
 class Driver:
-    """What Triton asks CUDA's driver for, without one: a launch does nothing."""
+    """What Triton asks CUDA's driver for, without one: a launch does nothing.
 
-    launcher_cls = staticmethod(lambda source, metadata: lambda *arguments: None)
+    Args:
+        device: The number of the current device.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, device: int = 0) -> None:
+        self.device = device
         self.utils = self
 
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        """Make what launches a kernel, given its arguments."""
+        return lambda *arguments: None
+
     def get_current_device(self) -> int:
-        """The first one."""
-        return 0
+        """The number that was given."""
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         """The default stream."""
@@ -67,7 +74,7 @@ class Driver:
 
     def load_binary(self, *arguments: Any) -> tuple[int, int, int, int, int]:
         """Handles of a module and of its function, registers, spills and threads."""
-        return 1, 1, 0, 0, 1024
+        return 1, 1000 + self.device, 0, 0, 1024
 
     def unload_module(self, module: int) -> None:
         """Nothing was loaded."""

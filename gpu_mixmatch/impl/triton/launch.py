@@ -130,8 +130,8 @@ class _Variants:
     def key(self, device: int, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
         """Tell apart what Triton does: no two launches of one key are compiled differently.
 
-        That holds for arguments of `_KINDS` and options of `_CONSTANTS`; others are not kept. What
-        is before the options' names is no text, so that no two calls are mixed up.
+        That holds where `tells` says so; other launches are not kept. Only the options have names
+        that are texts, so that what comes before them is not taken for them.
         """
         return (
             device,
@@ -155,21 +155,26 @@ class _Variants:
             *options.values(),
         )
 
+    def tells(self, args: tuple[Any, ...], options: dict[str, Any]) -> bool:
+        """Whether a key says all that Triton would look at."""
+        return (
+            all(type(arg) in _KINDS for arg in args)
+            and all(type(value) in _CONSTANTS for value in options.values())
+            and options.keys() >= set(self.kernel.arg_names[len(args) :])
+            # not an integer that Triton compiles in if it is 1, which is looked at elsewhere
+            and not any(
+                type(arg) is int and place in self._unaligned for place, arg in enumerate(args)
+            )
+            and all(-(2**63) <= arg < 2**63 for arg in args if type(arg) is int)
+        )
+
     def keep(
         self, key: tuple[Any, ...], compiled: Any, args: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
         """Keep what a launch compiled, where its key says all about it."""
-        names = self.kernel.arg_names[len(args) :]
-        if (
-            type(compiled) is not CompiledKernel
-            or not all(type(arg) in _KINDS for arg in args)
-            or not all(type(value) in _CONSTANTS for value in options.values())
-            or not options.keys() >= set(names)
-            # an integer that may be 1: the key does not say it
-            or any(type(args[place]) is int for place in self._unaligned if place < len(args))
-            or any(type(arg) is int and not -(2**63) <= arg < 2**63 for arg in args)
-        ):
+        if type(compiled) is not CompiledKernel or not self.tells(args, options):
             return
+        names = self.kernel.arg_names[len(args) :]
         used = self.kernel.used_global_vals.items()
         self.found[key] = _Variant(
             compiled,
