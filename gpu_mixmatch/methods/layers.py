@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -15,11 +16,12 @@ from torch.nn.parameter import is_lazy
 
 from gpu_mixmatch._writes import count_of_writes
 
+_NOTHING: AbstractContextManager[None] = contextlib.nullcontext()
 
-@contextlib.contextmanager
+
 def norm_flags(
     modules: Sequence[nn.Module], *, training: bool | None = None, tracking: bool | None = None
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Set flags of all normalisation layers for a while; None leaves a flag as it is.
 
     A BatchNorm in training mode that does not track normalises with batch statistics, and neither
@@ -32,9 +34,13 @@ def norm_flags(
         tracking: False stops a BatchNorm's running statistics.
     """
     layers = [module for module in modules if _is_norm(module)]
-    if not layers:
-        yield
-        return
+    return _flags_set(layers, training, tracking) if layers else _NOTHING
+
+
+@contextlib.contextmanager
+def _flags_set(
+    layers: list[nn.Module], training: bool | None, tracking: bool | None
+) -> Iterator[None]:
     flags = [(layer.training, getattr(layer, "track_running_stats", None)) for layer in layers]
 
     def set_flags(layer: nn.Module) -> None:
@@ -57,8 +63,9 @@ def norm_flags(
                     _set_flag(layer, "track_running_stats", tracked)
 
 
-@contextlib.contextmanager
-def buffers_kept(modules: Sequence[nn.Module], *, of_batch_norm: bool = False) -> Iterator[None]:
+def buffers_kept(
+    modules: Sequence[nn.Module], *, of_batch_norm: bool = False
+) -> AbstractContextManager[None]:
     """Put the buffers of a model back at the end, whatever wrote into them or replaced them.
 
     Args:
@@ -69,14 +76,18 @@ def buffers_kept(modules: Sequence[nn.Module], *, of_batch_norm: bool = False) -
     # DDP sends rank 0's buffers to the others before a forward pass, and not before one that
     # follows a pass without gradients: what is put back here must be sent again
     replicated = [module for module in modules if isinstance(module, DistributedDataParallel)]
-    sends = [module.require_forward_param_sync for module in replicated]
     of_all = of_batch_norm or bool(replicated)
     owners = [
         module for module in modules if module._buffers and (of_all or not _obeys_flags(module))
     ]
-    if not owners and not replicated:
-        yield
-        return
+    return _buffers_put_back(owners, replicated) if owners or replicated else _NOTHING
+
+
+@contextlib.contextmanager
+def _buffers_put_back(
+    owners: list[nn.Module], replicated: list[DistributedDataParallel]
+) -> Iterator[None]:
+    sends = [module.require_forward_param_sync for module in replicated]
     kept: list[_Kept] = []
 
     def keep(owner: nn.Module) -> None:
