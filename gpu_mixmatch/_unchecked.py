@@ -133,6 +133,7 @@ _UNCHANGED = nullcontext()
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Products stay in float32 where the caller's autocast would make them half precision."""
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
+    kind = device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
     return _UNCHANGED

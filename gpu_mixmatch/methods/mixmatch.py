@@ -248,8 +248,7 @@ class MixMatch(nn.Module):
         def build(draws: Any) -> Views:
             scratch = self._workspaces[0] if self._workspaces else None
             before = count_of_writes(x), count_of_writes(u)
-            with torch.no_grad():
-                views = engine.views(x, u, draws, self.num_augmentations, scratch)
+            views = engine.views(x, u, draws, self.num_augmentations, scratch)
             if (count_of_writes(x), count_of_writes(u)) != before:
                 raise RuntimeError(
                     "augment must leave x and u as they came, since they are read again, got an "
@@ -262,8 +261,9 @@ class MixMatch(nn.Module):
             return views.copy() if shared else views
 
         draws, mixup = draw()
-        # an engine of the user's may have written into its draws: drawn again to build again
-        return self._guess_and_mix(build(draws), lambda: build(draw()[0]), y, model, mixup)
+        with torch.no_grad():
+            # an engine of the user's may have written into its draws: drawn again to build again
+            return self._guess_and_mix(build(draws), lambda: build(draw()[0]), y, model, mixup)
 
     def from_views(
         self,
@@ -335,12 +335,14 @@ class MixMatch(nn.Module):
         y = self._labels(y, len(x), device)
         ids = _ids(ids_x, ids_u, len(x), len(views[0]))
         _, mixup = self._draw(self.plan._replace(policy=None), ids, None, device)
-        return self._guess_and_mix(build(), build, y, model, mixup)
+        with torch.no_grad():
+            return self._guess_and_mix(build(), build, y, model, mixup)
 
     def register_guess_hook(self, hook: Callable[[Tensor], None]) -> RemovableHandle:
         """Call ``hook(logits)`` with the logits of all views, ``[K, M, L]``, of every guess.
 
-        They may lie in memory of the model: a hook copies what it keeps, and writes nothing.
+        They may lie in memory of the model: a hook copies what it keeps, and writes nothing. It is
+        called where no gradients are taken.
 
         Raises:
             TypeError: If ``hook`` cannot be called.
@@ -386,7 +388,10 @@ class MixMatch(nn.Module):
         model: Model,
         mixup: MixUpParams,
     ) -> MixMatchBatch:
-        """Lines 7-14 of Algorithm 1: guess, sharpen, label all rows, shuffle and mix them."""
+        """Lines 7-14 of Algorithm 1: guess, sharpen, label all rows, shuffle and mix them.
+
+        Called without gradients: none flows through a batch.
+        """
         views, logits = self._guess(views, build_again, model)  # line 7
         check_device("y", y, "logits", logits)
 
@@ -395,10 +400,9 @@ class MixMatch(nn.Module):
             smoothing = as_smoothing(self.label_smoothing)
             return _unchecked.batch_targets(y, logits, temperature, smoothing, params, self.impl)
 
-        with torch.no_grad():
-            workspaces = self._workspaces
-            out = self._output(mixup.lam.shape[0], views, workspaces) if workspaces else None
-            inputs, mixed_targets = views.mix(mixup, targets, out, self.impl)  # lines 12-14
+        workspaces = self._workspaces
+        out = self._output(mixup.lam.shape[0], views, workspaces) if workspaces else None
+        inputs, mixed_targets = views.mix(mixup, targets, out, self.impl)  # lines 12-14
         step = self.step.clone()
         self.step.add_(1)
         return MixMatchBatch(inputs, mixed_targets, y.shape[0], step, mixup)
@@ -437,10 +441,10 @@ class MixMatch(nn.Module):
         self._model_writes = self._model_writes or writes
 
     def _guess_logits(self, views: Tensor, model: Model) -> Tensor:
-        """Logits of all views, ``[K, M, L]``, without gradients."""
+        """Logits of all views, ``[K, M, L]``."""
         guesser = model if self.teacher is None else self.teacher
         passes = 1 if self.guess_forward == "joint" else self.num_augmentations
-        with torch.no_grad(), guess_mode(guesser, self.guess_bn):
+        with guess_mode(guesser, self.guess_bn):
             parts: list[Tensor] = []
             for number, part in enumerate([views] if passes == 1 else views.chunk(passes), 1):
                 logits = get_logits(guesser(part), self.logits_getter)
