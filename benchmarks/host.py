@@ -5,7 +5,7 @@ last step alone is left out: what Triton compiled for the arguments is called, a
 our checks, draws and views, the binding of arguments and the choice of the kernel are all timed, at
 32 px with 64 + 2 x 64 views and a model that answers with the same logits. What only looks at
 values on a CPU does not look. With ``--against`` the package in another checkout takes turns with
-this one, each in a process of its own.
+this one, each in a process of its own, on one thread.
 """
 
 import argparse
@@ -29,6 +29,7 @@ BUILDERS: dict[str, dict[str, Any]] = {
 LAUNCHED, UNLAUNCHED = "batch", "batch, our part alone"
 LAYERS = "batch, shift, a model of the layers of WRN-28-2"
 LOSS = "loss, forward and backward"
+NOW, BEFORE = "now", "before"
 CASES = (
     *(f"{part}: {effects}" for effects in BUILDERS for part in (LAUNCHED, UNLAUNCHED)),
     LAYERS,
@@ -210,10 +211,12 @@ def measured(
         progress: Is told the case.
         quick: See that it runs, and time little.
     """
+    from benchmarks.common import commit
     from gpu_mixmatch._timing import quartiles
 
     rounds, calls_per_block = (2, 5) if quick else (41, 100)
     checkouts = {name: Checkout(folder) for name, folder in folders.items()}
+    notes = {name: f"commit {commit(folder)}" for name, folder in folders.items()}
     rows = []
     try:
         for case in CASES:
@@ -225,14 +228,14 @@ def measured(
                 for name in checkouts if number % 2 == 0 else reversed(list(checkouts)):
                     seconds = checkouts[name].seconds(case, calls_per_block)
                     times[name].append(1e3 * seconds / calls_per_block)
-            medians = {}
-            for name, values in times.items():
-                timing = quartiles(values)
-                medians[name] = timing.median_ms
-                row = {"case": case, "contender": name, "threads": 1, "note": ""}
-                rows.append(row | {k: _rounded(v) for k, v in timing._asdict().items()})
-            for row in rows[-len(times) :]:
-                row["share_percent"] = _rounded(100 * row["median_ms"] / max(medians.values()))
+            timings = {name: quartiles(values) for name, values in times.items()}
+            for name, timing in timings.items():
+                row = {"case": case, "contender": name, "threads": 1, "note": notes[name]}
+                row |= {field: _rounded(value) for field, value in timing._asdict().items()}
+                if name == NOW and BEFORE in timings:
+                    share = 100 * timing.median_ms / timings[BEFORE].median_ms
+                    row["share_percent"] = _rounded(share)
+                rows.append(row)
     finally:
         for checkout in checkouts.values():
             checkout.close()
@@ -258,26 +261,27 @@ def main() -> None:
     from benchmarks.common import commit
     from gpu_mixmatch import _machine
 
-    folders = {"now": ROOT}
+    folders = {NOW: ROOT}
     if arguments.against:
-        folders["before"] = arguments.against.resolve()
+        folders[BEFORE] = arguments.against.resolve()
     rows = measured(folders, lambda case: print(case, file=sys.stderr), quick=arguments.quick)
+    print(f"{'us on the host':50} {'':8} {'median':>8}  quartiles")
     for row in rows:
-        time = f"{1e3 * row['median_ms']:7.1f} us"
-        spread = f"{1e3 * row['low_ms']:.1f} to {1e3 * row['high_ms']:.1f}"
-        print(
-            f"{row['case']:50} {row['contender']:8} {time} ({spread}) {row['share_percent']:5.1f} %"
+        low, median, high = (
+            f"{1e3 * row[name]:.1f}" for name in ("low_ms", "median_ms", "high_ms")
         )
+        share = f"{row['share_percent']:.1f} %" if "share_percent" in row else ""
+        print(f"{row['case']:50} {row['contender']:8} {median:>8}  {low} to {high}  {share}")
     if arguments.json:
-        header = _machine.header(
+        content = _machine.header(
             "host",
-            "python -m benchmarks.host --against FOLDER",
+            "python -m benchmarks.host" + (" --against FOLDER" if arguments.against else ""),
             torch.device("cpu"),
             (1,),
             commit=commit(),
             quick=arguments.quick,
         )
-        schema.dump(header | {"rows": rows}, arguments.json)
+        schema.dump(content | {"rows": rows}, arguments.json)
 
 
 if __name__ == "__main__":

@@ -361,3 +361,29 @@ def test_kept_kernels_give_what_bound_ones_do_on_every_stream_and_in_a_graph(mon
     monkeypatch.setattr(launcher(), "_variants", {})
     for mine, other in zip(kept, batches(), strict=True):
         assert torch.equal(mine, other)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(OWN_PROCESS, reason="once is enough")
+def test_the_host_is_timed_beside_another_checkout(tmp_path):
+    file = tmp_path / "host.json"
+    command = ["-m", "benchmarks.host", "--quick", "--against", ".", "--json", str(file)]
+    result = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    from benchmarks import host, schema
+
+    rows = schema.load(file)["rows"]
+    assert [(row["case"], row["contender"]) for row in rows] == [
+        (case, contender) for case in host.CASES for contender in (host.NOW, host.BEFORE)
+    ]
+    medians = {row["case"]: row["median_ms"] for row in rows}
+    for effects in host.BUILDERS:  # what is left out of a launch is not all of it
+        alone = medians[f"{host.UNLAUNCHED}: {effects}"]
+        assert 0 < alone < 2 * medians[f"{host.LAUNCHED}: {effects}"]
