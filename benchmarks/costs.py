@@ -37,6 +37,7 @@ class Gpu(NamedTuple):
         convert: I2FP and F2FP.
         fp64: Double operations.
         tensor: Multiply-adds of halves by HMMA; of tf32 half as many.
+        grouped: The same by instructions of a group of warps, HGMMA and UTCHMMA.
         warps: That are resident.
         blocks: That are resident.
         shared_kb: Shared memory.
@@ -55,6 +56,7 @@ class Gpu(NamedTuple):
     convert: int
     fp64: int
     tensor: int
+    grouped: int
     warps: int
     blocks: int
     shared_kb: int
@@ -69,10 +71,12 @@ IMAD, ALU, XU, ISSUE = 64, 64, 16, 4  # alike on all: lanes; warps
 L1_BYTES, L1_TAGS = 128, 2
 
 GPUS = {
-    80: Gpu("A100", 80, 108, 1.41, 64, 16, 32, 1024, 64, 32, 164, 1650, 4000, 40, 220, 560),
-    89: Gpu("RTX 4090", 89, 128, 2.5, 128, 64, 2, 256, 48, 24, 100, 920, 5000, 72, 280, 600),
-    90: Gpu("H100", 90, 132, 1.75, 128, 64, 64, 1280, 64, 32, 228, 3000, 5500, 50, 270, 650),
-    100: Gpu("B200", 100, 148, 1.85, 128, 64, 64, 1280, 64, 32, 228, 7000, 9000, 126, 350, 800),
+    80: Gpu("A100", 80, 108, 1.41, 64, 16, 32, 1024, 1024, 64, 32, 164, 1650, 4000, 40, 220, 560),
+    89: Gpu("RTX 4090", 89, 128, 2.5, 128, 64, 2, 256, 256, 48, 24, 100, 920, 5000, 72, 280, 600),
+    90: Gpu("H100", 90, 132, 1.75, 128, 64, 64, 1280, 2048, 64, 32, 228, 3000, 5500, 50, 270, 650),
+    100: Gpu(
+        "B200", 100, 148, 1.85, 128, 64, 64, 1280, 4096, 64, 32, 228, 7000, 9000, 126, 350, 800
+    ),
 }
 
 
@@ -125,7 +129,7 @@ _NAMES = {
     "convert": "I2FP F2FP",
     "fp64": "DFMA DMUL DADD DSETP DMNMX",
     "lsu": "LDG STG LDS STS LDL STL LDSM STSM LD ST ATOMG ATOMS RED SHFL LDGSTS",
-    "tensor": "HMMA HGMMA IMMA QGMMA",
+    "tensor": "HMMA HGMMA IMMA QGMMA UTCHMMA UTCQMMA",
 }
 PIPES = {name: pipe for pipe, names in _NAMES.items() for name in names.split()}
 OF_SHARED = ("LDS", "STS", "LDSM", "STSM", "ATOMS")
@@ -140,6 +144,7 @@ class Count(NamedTuple):
         loads: Loads from memory.
         stores: Stores to memory.
         multiply_adds: Of the tensor cores, in halves; those of tf32 count twice.
+        grouped: The same of instructions that a group of four warps shares, a warp's part.
         tags: Look-ups of the L1.
         bytes_l1: That pass through L1 and shared memory, with what comes along in sectors.
     """
@@ -148,6 +153,7 @@ class Count(NamedTuple):
     loads: float
     stores: float
     multiply_adds: float
+    grouped: float
     tags: float
     bytes_l1: float
 
@@ -191,33 +197,41 @@ def counted(machine: Machine, routes: Sequence[Route], layouts: Sequence[Layout]
         for step, expected in zip(route.steps, route.times, strict=True):
             times[step] += route.share * expected  # type: ignore[assignment]
     pipes: dict[str, float] = defaultdict(float)
-    loads = stores = multiply_adds = tags = bytes_l1 = 0.0
+    loads = stores = alone = grouped = tags = bytes_l1 = 0.0
     for step, count in times.items():
         i = machine.code[step]
         pipes[_pipe(i) or "other"] += count
         loads += count * (i.name in ("LDG", "LDGSTS"))
         stores += count * (i.name in ("STG", "RED"))
         if _pipe(i) == "tensor":
-            multiply_adds += count * _multiply_adds(i)
+            work = count * _multiply_adds(i)
+            alone, grouped = alone + work * (not _grouped(i)), grouped + work * _grouped(i)
         if i.name in OF_SHARED:
             bytes_l1 += count * 32 * i.width
         elif i.name in OF_GLOBAL:
             per_request = _request(i, layouts)
             tags += count * per_request[0]
             bytes_l1 += count * 32 * per_request[1]
-    return Count(dict(pipes), loads, stores, multiply_adds, tags, bytes_l1)
+    return Count(dict(pipes), loads, stores, alone, grouped, tags, bytes_l1)
 
 
 def _pipe(i: Instruction) -> str | None:
     return PIPES.get(i.name)  # those of the uniform path keep no pipe busy
 
 
+def _grouped(i: Instruction) -> bool:
+    """Whether four warps share a tensor instruction."""
+    return i.name not in ("HMMA", "IMMA")
+
+
 def _multiply_adds(i: Instruction) -> float:
-    """Multiply-adds of a tensor instruction, in halves.
+    """A warp's multiply-adds of a tensor instruction, in halves.
 
     Raises:
         ValueError: If its shape is not part of its name.
     """
+    if i.name.startswith("UTC"):  # the shape lies in a descriptor: a guess, and the least there is
+        return 64 * 32 * 16 / 4
     shape = next((s for s in i.suffixes if re.fullmatch(r"\d{3,6}|\d+x\d+x\d+", s)), None)
     if shape is None:
         raise ValueError(f"a tensor instruction must name its shape, got {i}")
@@ -225,7 +239,7 @@ def _multiply_adds(i: Instruction) -> float:
         sizes = [int(size) for size in shape.split("x")]
     else:  # 16816 is 16 by 8 by 16
         sizes = [int(shape[:2]), int(shape[2]), int(shape[3:])]
-    product = sizes[0] * sizes[1] * sizes[2]
+    product = sizes[0] * sizes[1] * sizes[2] / (4 if _grouped(i) else 1)
     return product * (2 if "TF32" in i.suffixes else 1)
 
 
@@ -269,7 +283,8 @@ def latency(machine: Machine, route: Route, gpu: Gpu, far: float) -> float:
         elif pipe == "fp64":
             delay, clock = 8.0 + 64 / gpu.fp64, clock + 32 * 4 / gpu.fp64 / 2 - 1
         elif pipe == "tensor":
-            delay, clock = 30.0, clock + _multiply_adds(i) / (gpu.tensor / 4) - 1
+            rate = gpu.grouped if _grouped(i) else gpu.tensor
+            delay, clock = 30.0, clock + 4 * _multiply_adds(i) / rate - 1
         seen.add(step)
         for name in i.writes:
             ready[name] = clock + delay
@@ -312,7 +327,9 @@ def predicted(
         "xu": lanes * pipes["xu"] / XU,
         "convert": lanes * pipes["convert"] / gpu.convert,
         "fp64": lanes * pipes["fp64"] / gpu.fp64,
-        "tensor": warps * count.multiply_adds / gpu.tensor / PIPE_EFFICIENCY,
+        "tensor": warps
+        * (count.multiply_adds / gpu.tensor + count.grouped / gpu.grouped)
+        / PIPE_EFFICIENCY,
         "L1": warps
         * max(pipes["lsu"], count.tags / L1_TAGS, count.bytes_l1 / L1_BYTES)
         / PIPE_EFFICIENCY,

@@ -4,7 +4,7 @@
 the program's number, the launch's arguments and constants, and so knows how often loops run and
 which programs pass a condition. What was loaded or computed in floats it does not know. A branch on
 such data falls through, so that what it would skip counts; a loop that data ends, or an exit that
-data takes, needs an `Assumption`.
+data takes, needs an `Assumption`. A loop that only waits for another unit counts once.
 """
 
 import operator
@@ -40,6 +40,7 @@ _WITHOUT_RESULT = (
     *("STG", "STS", "STL", "STSM", "ST", "RED", "BAR", "BRA", "EXIT", "CALL", "RET"),
     *("BSSY", "BSYNC", "WARPSYNC", "NOP", "MEMBAR", "DEPBAR", "ERRBAR"),
 )
+_WAITS = ("NANOSLEEP", "SYNCS", "UTCATOMSWS")
 _LOW = np.uint64(0xFFFFFFFF)
 _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "EQ": operator.eq,
@@ -91,8 +92,8 @@ class Instruction:
     @cached_property
     def width(self) -> int:
         """Bytes that a thread loads or stores."""
-        if "M88" in self.suffixes:  # matrices of 8 by 8 halves
-            return 4 * max(int(suffix) for suffix in ("1", *self.suffixes) if suffix.isdigit())
+        if {"M88", "MT88"} & {*self.suffixes}:  # matrices of 8 by 8 halves
+            return 4 * next((int(suffix) for suffix in self.suffixes if suffix in ("2", "4")), 1)
         for suffix in self.suffixes:
             if suffix.lstrip("US") in ("8", "16", "32", "64", "128"):
                 return int(suffix.lstrip("US")) // 8
@@ -408,9 +409,12 @@ class _Walk:
 
     def _weigh(self, loop: tuple[int, int], assumption: Assumption, i: Instruction) -> None:
         """Let the turn of a loop that was just made stand for all that are expected."""
+        code = self.machine.code
+        inside = (step for step in range(self.places[loop[0]], self.places[loop[1]]))
+        if any(code[step].name in _WAITS for step in inside):
+            return
         if assumption.turns is None:
             raise ValueError(f"a loop ends by data, of which nothing is assumed: {i}")
-        code = self.machine.code
         for number in range(len(self.steps) - 1, -1, -1):
             if not loop[0] <= code[self.steps[number]].address <= loop[1]:
                 break

@@ -248,15 +248,37 @@ def test_what_hides_behind_the_last_exit_is_no_loop_and_not_counted():
     assert all(0xC0 // 16 not in route.steps for route in routes)
 
 
+def test_a_loop_that_waits_for_another_unit_counts_once():
+    listing = LISTING.replace("LDG.E R6, desc[UR6][R8.64] ;", "NANOSLEEP 0x64 ;")
+    machine = sass.parsed(listing.replace("{data}", "@P2 BRA 0x90 ;"))
+    bank = sass.constants(".visible .entry k(.param .u32 k_0)", [5], 100, 90)
+    routes = sass.trace(machine, bank, 100)
+    assert {times for route in routes for times in route.times} == {1.0}
+
+
+def test_widths_are_bytes_of_a_thread():
+    for text, width in (
+        ("LDG.E R6, desc[UR6][R8.64] ;", 4),
+        ("LDG.E.U8 R6, desc[UR6][R8.64] ;", 1),
+        ("STG.E.128 desc[UR6][R8.64], R4 ;", 16),
+        ("LDSM.16.M88.4 R4, [R8] ;", 16),
+        ("LDSM.16.MT88.2 R4, [R8] ;", 8),
+    ):
+        assert sass.Instruction(0, text.removesuffix(" ;")).width == width
+
+
 def test_tensor_instructions_weigh_what_their_shape_says():
     listing = LISTING.replace("{data}", "HMMA.16816.F32 R4, R8, R12, R4 ;")
     machine = sass.parsed(listing)
     steps = [10, 10, 10]
     count = costs.counted(machine, [sass.Route(1.0, steps, [1.0] * 3)])
-    assert count.multiply_adds == 3 * 16 * 8 * 16
+    assert (count.multiply_adds, count.grouped) == (3 * 16 * 8 * 16, 0)
     machine = sass.parsed(listing.replace("16816.F32", "1688.F32.TF32"))
     count = costs.counted(machine, [sass.Route(1.0, steps, [1.0] * 3)])
     assert count.multiply_adds == 3 * 2 * 16 * 8 * 8  # tf32 at half the rate
+    shared = listing.replace("HMMA.16816.F32", "HGMMA.64x32x16.F32")
+    count = costs.counted(sass.parsed(shared), [sass.Route(1.0, steps, [1.0] * 3)])
+    assert (count.multiply_adds, count.grouped) == (0, 3 * 64 * 32 * 16 / 4)  # by four warps
 
 
 # Widths and layouts
