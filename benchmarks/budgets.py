@@ -76,6 +76,7 @@ def goal_rows(rows: list[Row]) -> list[Row]:
             row
             for row in rows
             if row.get("arch") == 90
+            and "regime" in row
             and (row["regime"], row["effects"]) == (goal.regime, goal.effects)
         ]
         views = [

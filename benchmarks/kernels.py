@@ -171,6 +171,7 @@ def kernel_row(launch: Launch, gpu: costs.Gpu) -> Row:
         "moved": moved(launch),
         "per": "value" if of_images else "warp",
         "instructions": rounded(count.instructions / per),
+        "lanes": 32 * round(count.instructions * found.warps * launch.programs),
         "pipes": {name: rounded(n / per) for name, n in sorted(count.pipes.items())},
         "loads": rounded(count.loads / per),
         "stores": rounded(count.stores / per),
@@ -249,7 +250,7 @@ def run(archs: Iterable[int], tell: Tell) -> list[Row]:
                     rows += _labelled(
                         [kernel_row(launch, gpu) for launch in of_loss], regime, "loss"
                     )
-    return rows + goal_rows(rows)
+    return rows + goal_rows(rows) + [_model_row(gpu) for gpu in gpus]
 
 
 def run_resources(archs: Iterable[int], tell: Tell) -> list[Row]:
@@ -290,6 +291,7 @@ def _labelled(found: list[Row], regime: Regime, effects: str) -> list[Row]:
 def _batch_row(found: list[Row], regime: Regime, effects: str, gpu: costs.Gpu) -> Row:
     total = sum(row["moved"] for row in found)
     us = sum(row["predicted_us"] for row in found)
+    values = (1 + NUM_AUGMENTATIONS) * BATCH_SIZE * 3 * regime.size**2
     floor_us = least(regime) / gpu.dram / 1e3
     return {
         "case": f"batch: {regime}, {effects}",
@@ -303,10 +305,17 @@ def _batch_row(found: list[Row], regime: Regime, effects: str, gpu: costs.Gpu) -
         "moved": total,
         "least": least(regime),
         "ratio": rounded(total / least(regime)),
+        "instructions": rounded(sum(row["lanes"] for row in found) / values),
         "predicted_us": rounded(us),
         "floor_us": rounded(floor_us),
         "times_floor": rounded(us / floor_us),
     }
+
+
+def _model_row(gpu: costs.Gpu) -> Row:
+    """What the predictions take a GPU to be."""
+    note = "assumed, from data sheets and from memory"
+    return {"case": "model", "contender": gpu.name, "threads": 1, "note": note, **gpu._asdict()}
 
 
 def _size_row(regime: Regime, effects: str, arch: int) -> Row:
@@ -361,12 +370,13 @@ def shown(content: dict[str, Any]) -> str:
         [
             *(row["regime"], row["effects"], row["contender"], len(row["launches"])),
             *(f"{row['moved']:,}", f"{row['least']:,}", f"{row['ratio']:.3f}"),
-            *(row["predicted_us"], row["floor_us"], f"{row['times_floor']:.1f}"),
+            *(row["instructions"], row["predicted_us"], row["floor_us"]),
+            f"{row['times_floor']:.1f}",
         ]
         for row in batches_of(content["rows"])
     ]
     of_batches = ["regime", "effects", "gpu", "launches", "bytes moved", "least", "ratio"]
-    of_batches += ["us", "floor us", "ratio"]
+    of_batches += ["instructions/value", "us", "floor us", "ratio"]
     goals = [
         [row["contender"], row["value"], row["goal"], row["note"]]
         for row in content["rows"]
