@@ -331,7 +331,7 @@ def page(content: dict[str, Any]) -> str:
         _constants_table(constants),
         *_constants_remarks(constants, kernels),
         "## Kernels",
-        "In a graph, between events, on the same data over and over. *Again* is the prediction with "
+        "In a graph, between events, on the same data over and over. *Again* is the prediction by "
         "the constants that were measured.",
         _kernels_table(kernels),
         "## Missed by more than 1.5 times",
@@ -441,7 +441,7 @@ def _errors_table(errors: list[Row]) -> str:
     rows = [
         [
             row["contender"],
-            *(f"{row[field]:.2g}" for field in ("largest", "of_range", "last_places")),
+            *(f"{row[field]:.2g}" for field in fields),
         ]
         for row in errors
         if "largest" in row
