@@ -18,7 +18,9 @@ from gpu_mixmatch._machine import UNKNOWN
 SUITES = ("ops", "augment", "batch", "loader", "scaling")
 TRAINED = ("demo", "ablation")  # written by the package's own commands
 LEARNING = "learning"  # many short runs
-OTHERS = ("claims", "gpu", "host", LEARNING)  # what is promised, `make gpu`'s parts, the host
+# what is promised, the parts of `make gpu`, the host's part of a batch, what is predicted of kernels
+# and what they then took
+OTHERS = ("claims", "gpu", "host", "kernels", "facts", LEARNING)
 VERSIONS = ("gpu_mixmatch", "python", "torch", "numpy", "kornia", "dali", "triton", "numba")
 
 _HEADER: dict[str, tuple[type, ...]] = {
