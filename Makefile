@@ -76,7 +76,7 @@ TRITON36 = .venv-triton36
 .PHONY: test-triton36
 test-triton36: $(TRITON36)/.installed
 	$(TRITON36)/bin/python -m pytest -W "ignore:Conversion of an array:DeprecationWarning" \
-	  tests/test_triton.py tests/test_ops.py tests/test_kernels.py
+	  tests/test_triton.py tests/test_ops.py tests/test_kernels.py tests/test_launcher.py
 
 $(TRITON36)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(TRITON36)

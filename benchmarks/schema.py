@@ -18,7 +18,7 @@ from gpu_mixmatch._machine import UNKNOWN
 SUITES = ("ops", "augment", "batch", "loader", "scaling")
 TRAINED = ("demo", "ablation")  # written by the package's own commands
 LEARNING = "learning"  # many short runs
-OTHERS = ("claims", "gpu", LEARNING)  # what is promised, and the parts of `make gpu`
+OTHERS = ("claims", "gpu", "host", LEARNING)  # what is promised, `make gpu`'s parts, the host
 VERSIONS = ("gpu_mixmatch", "python", "torch", "numpy", "kornia", "dali", "triton", "numba")
 
 _HEADER: dict[str, tuple[type, ...]] = {

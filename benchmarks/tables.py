@@ -224,6 +224,26 @@ def claims_tables(content: Content) -> Tables:
     return [("", goals_table([row for row in content["rows"] if "goal" in row]))]
 
 
+def host_tables(content: Content) -> Tables:
+    """What the host takes, cases below each other; where another checkout took turns, both."""
+    rows = content["rows"]
+    found = {(row["case"], row["contender"]): row for row in rows}
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    heading = ["us on the host", *contenders, *(["share"] if len(contenders) > 1 else [])]
+    lines = ["| " + " | ".join(heading) + " |", "|---" * len(heading) + "|"]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        cells = [number(1e3 * found[case, contender]["median_ms"]) for contender in contenders]
+        shares = [
+            row["share_percent"] for row in rows if row["case"] == case and "share_percent" in row
+        ]
+        cells += [f"{share:.0f} %" for share in shares]
+        lines.append("| " + " | ".join([case, *cells]) + " |")
+    commits = {row["contender"]: row["note"] for row in rows if row["note"]}
+    named = "; ".join(f"{contender}: {note}" for contender, note in commits.items())
+    lines += ["", f"{named[0].upper()}{named[1:]}."] if named else []
+    return [("", "\n".join([*lines, ""]))]
+
+
 def trained_tables(content: Content) -> Tables:
     """Test errors by seed, and the paper's own beside them for an ablation."""
     seeds, several = content["seeds"], len(content["seeds"]) > 1
@@ -284,6 +304,7 @@ TABLES: dict[str, Callable[[Content], Tables]] = {
     "scaling": scaling_tables,
     "ops": ops_tables,
     "claims": claims_tables,
+    "host": host_tables,
     "demo": trained_tables,
     "ablation": trained_tables,
     "learning": learning_tables,

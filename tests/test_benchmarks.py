@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -610,6 +611,22 @@ def test_every_marked_part_is_written_anew(tmp_path):
         assert "stale" not in text
     with pytest.raises(FileNotFoundError, match=r"no results loader--\*\.json in"):
         report.rendered(document.format("loader"), tmp_path, tmp_path)
+
+
+def test_what_the_host_takes_stands_beside_what_another_checkout_took():
+    times = {"low_ms": 0.1, "median_ms": 0.12, "high_ms": 0.2}
+    rows = [
+        row_of("now", "batch", **times, note="commit a") | {"share_percent": 60.0},
+        row_of("before", "batch", **times | {"median_ms": 0.2}, note="commit b"),
+    ]
+    content = content_of("host", rows) | {"quick": False}
+    schema.check(content)
+    text = report.part(content, Path("host--cpu.json"))
+    assert "| us on the host | now | before | share |" in text
+    assert "| batch | 120 | 200 | 60 % |" in text
+    assert "Now: commit a; before: commit b." in text
+    alone = report.part(content | {"rows": [row_of("now", "batch", **times)]}, Path("host.json"))
+    assert "| us on the host | now |\n" in alone
 
 
 def test_results_of_the_packages_own_commands_are_collected_by_folder_and_machine(tmp_path):
