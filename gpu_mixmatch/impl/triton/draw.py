@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpu_mixmatch import _streams, sampling
+from gpu_mixmatch._keys import CountedKey
 from gpu_mixmatch.impl.constants import constant
 from gpu_mixmatch.impl.triton.launch import blocks, launch
 from gpu_mixmatch.impl.triton.rows import divided, inverse
@@ -168,6 +169,7 @@ def draw_kernel(
     least_sigma,
     sigma_range,
     MIXES: tl.constexpr,
+    COUNTS: tl.constexpr,
     DEGREE: tl.constexpr,
     OF_POWER: tl.constexpr,
     LAM_PER_BATCH: tl.constexpr,
@@ -178,8 +180,12 @@ def draw_kernel(
     """Each program does one thing for a block of rows, so that the three are done side by side."""
     program = tl.program_id(0)
     if key_ptr is not None:
+        step_ptr = key_ptr + 1
+        if COUNTS:
+            step_ptr += program
         seed = tl.load(key_ptr)
-        step = tl.load(key_ptr + 1)
+        count = tl.load(step_ptr)
+        step = count
     seed = seed.to(tl.int64)
     step = (tl.zeros([BLOCK], tl.int64) + step.to(tl.int64)).to(tl.uint32)
     pitch = num_rows.to(tl.int64)  # words from one field to the next
@@ -240,10 +246,12 @@ def draw_kernel(
                 top_ptr + 3 * pitch, row, mask, seed, low, high, step, purpose,
                 least_zoom, num_zooms, HAS_ZOOM,
             )  # fmt: skip
+    if COUNTS:  # each program's own word, which it has read
+        tl.store(step_ptr, count + 1)
 
 
 def draw_batch(
-    key: Tensor | tuple[int, int | Tensor],
+    key: Tensor | CountedKey | tuple[int, int | Tensor],
     ids_x: Tensor | int,
     ids_u: Tensor | int,
     plan: DrawPlan,
@@ -257,16 +265,18 @@ def draw_batch(
     }
     boundary = num_rows if plan.mix == "all" else num_x
     degree, of_power, beta = _beta(plan.alpha, device)
-    seed, step = (0, 0) if isinstance(key, Tensor) else key
     padding, (least_zoom, most_zoom), flip, sigmas = plan.policy or AugmentPolicy()
     low, high = sigmas or (0.0, 0.0)
     shuffles = blocks(boundary, _BLOCK) + blocks(num_rows - boundary, _BLOCK)
+    programs = shuffles + (1 if plan.policy is None else 2) * blocks(num_rows, _BLOCK)
+    on_device = key.words(programs) if isinstance(key, CountedKey) else key
+    seed, step = (0, 0) if isinstance(on_device, Tensor) else on_device
     launch(
         draw_kernel,
-        shuffles + (1 if plan.policy is None else 2) * blocks(num_rows, _BLOCK),
+        programs,
         device,
         out,
-        key if isinstance(key, Tensor) else None,
+        on_device if isinstance(on_device, Tensor) else None,
         seed,
         int(step),
         *_on_device((ids_x, ids_u), device),
@@ -285,6 +295,7 @@ def draw_batch(
         low,
         high - low,
         MIXES=plan.mix != "none",
+        COUNTS=isinstance(key, CountedKey),
         DEGREE=degree,
         OF_POWER=of_power,
         LAM_PER_BATCH=plan.lam == "batch",
