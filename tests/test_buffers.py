@@ -152,7 +152,7 @@ def test_what_a_user_does_to_a_batch_does_not_stay_in_the_graph(captured):
     for _ in range(2):
         batch = build(floats[0], y, floats[1])
         assert not batch.inputs.requires_grad
-        assert build._x.grad_fn is None
+        assert build.inputs.x.grad_fn is None
 
 
 def test_a_capture_serves_inference_mode_and_is_made_in_it(captured):

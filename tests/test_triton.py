@@ -36,6 +36,7 @@ skip_without("triton")
 kernels = importlib.import_module("gpu_mixmatch.impl.triton")
 launching = importlib.import_module("gpu_mixmatch.impl.triton.launch")
 losing = importlib.import_module("gpu_mixmatch.impl.triton.mixmatch_loss")
+drawing = importlib.import_module("gpu_mixmatch.impl.triton.draw")
 
 
 def pairwise(fits=lambda case: True, **options):
@@ -196,6 +197,15 @@ def test_a_key_on_the_device_draws_what_the_host_s_key_draws(seed, step):
     switches = {"policy": POLICIES["all"], "mix": "all"}
     by_key = draw(999, 999, 3, 5, key=key, **switches)
     assert_draws_equal(by_key, sampling.draw_batch(seed, step, 3, 5, DrawPlan(**switches)))
+
+
+@pytest.mark.parametrize("mix", ["all", "separate"])
+def test_rows_beyond_what_a_block_draws_at_once_meet_the_same_partners(monkeypatch, mix):
+    # a grid of partners with more columns than a block has lanes is drawn round by round
+    monkeypatch.setattr(drawing, "_BLOCK", 4)
+    switches = {"policy": POLICIES["shift"], "mix": mix}
+    expected = sampling.draw_batch(3, 8, 5, 13, DrawPlan(**switches))
+    assert_draws_equal(draw(3, 8, 5, 13, **switches), expected)
 
 
 def test_an_empty_batch_draws_nothing():
