@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gpu_mixmatch import _streams, sampling
 from gpu_mixmatch._buffers import Workspace
+from gpu_mixmatch._chain import num_columns
 from gpu_mixmatch._validation import (
     as_device,
     as_flag,
@@ -35,11 +36,11 @@ from gpu_mixmatch._validation import (
     check_rows,
     check_tensor,
 )
-from gpu_mixmatch.impl import eager, resolve_impl
+from gpu_mixmatch.impl import eager, impl_of, resolve_impl
 from gpu_mixmatch.impl.library import FusedLoss, backend
 from gpu_mixmatch.types import (
-    AugmentParams,
     DrawPlan,
+    Draws,
     Geometry,
     Impl,
     Layout,
@@ -59,7 +60,7 @@ def draw_batch(
     device: torch.device,
     key: Tensor | None = None,
     impl: Impl = "auto",
-) -> tuple[AugmentParams | None, MixUpParams]:
+) -> tuple[Draws | None, MixUpParams]:
     """Draw all that a batch needs, on ``device``; see `sampling.draw_batch`.
 
     Args:
@@ -78,7 +79,8 @@ def draw_batch(
     Raises:
         TypeError: If an argument is of the wrong kind.
         ValueError: If an argument is out of its range.
-        RuntimeError: If a CUDA graph is being captured and there is no ``key``.
+        RuntimeError: If a CUDA graph is being captured and there is no ``key``, or ``impl`` cannot
+            draw what the policy asks for.
     """
     device = as_device("device", device)
     if key is None:
@@ -90,6 +92,9 @@ def draw_batch(
         )
     else:
         check_key_tensor(key)
+    check_kind("plan", plan, DrawPlan, "a DrawPlan")
+    policy = plan.policy
+    impl = impl_of(impl, policy)
     tracing = torch.compiler.is_compiling()
     if not tracing and device.type == "cpu" and resolve_impl(impl, device) != "triton":
         if key is not None:
@@ -100,12 +105,13 @@ def draw_batch(
         as_step(step)
         ids_x, ids_u = as_ids("ids_x", ids_x), as_ids("ids_u", ids_u)
     num_x, num_u = (ids if isinstance(ids, int) else len(ids) for ids in (ids_x, ids_u))
-    num_rows, has_policy = num_x + plan.num_augmentations * num_u, plan.policy is not None
+    num_rows, has_policy = num_x + plan.num_augmentations * num_u, policy is not None
     check_rows("ids_x and ids_u", num_rows)
-    words = sampling.words_per_row(with_augment=has_policy)
+    drawn = num_columns(policy)
+    words = sampling.words_per_row(with_augment=has_policy, chain_columns=drawn)
     out = torch.empty(words * num_rows, dtype=torch.int32, device=device)
     backend(impl, device).draw_batch((seed, step) if key is None else key, ids_x, ids_u, plan, out)
-    return sampling.unpack(out, num_rows, with_augment=has_policy)
+    return sampling.unpack(out, num_rows, with_augment=has_policy, chain_columns=drawn)
 
 
 def sharpen(probs: Tensor, temperature: float) -> Tensor:
@@ -336,7 +342,7 @@ def mixmatch_loss(
 
 def augment(
     images: Tensor | tuple[Tensor, Tensor],
-    params: AugmentParams,
+    params: Draws,
     geometry: Geometry,
     scaling: Scaling,
     *,
@@ -348,9 +354,9 @@ def augment(
     workspace: Workspace | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Apply drawn parameters: shift, zoom, flip, blur, then value·scale + bias.
+    """Apply drawn parameters: shift, zoom or cut, flip, a chain, blur, then value·scale + bias.
 
-    No gradient flows through it.
+    A cutout of the chain comes after the blur. No gradient flows through it.
 
     Args:
         images: ``[M, C, H, W]`` or ``[M, H, W, C]``, uint8 or floating point. A pair (x, u) draws x
@@ -373,8 +379,10 @@ def augment(
     Raises:
         TypeError: If an argument is of the wrong kind.
         ValueError: If shapes, dtypes or devices do not fit, the shape leaves the layout in doubt,
-            an image is too small for its reflection, ``out`` shares memory with an argument, a
-            gradient is asked for, or, on a CPU, draws are out of range.
+            an image is too small for its reflection or its cut, ``out`` shares memory with an
+            argument, a gradient is asked for, images of a chain are not uint8, or, on a CPU, draws
+            are out of range.
+        RuntimeError: If ``impl`` cannot run what the geometry asks for.
     """
     sources = images if isinstance(images, tuple) else (images,)
     channels_last_in, shape = check_augment(
@@ -393,7 +401,7 @@ def augment(
         check_out(out, **read, **scaling._asdict(), **(mixup._asdict() if mixup else {}))
         views = out
     with _without_autocast(views.device):
-        backend(impl, views.device).augment(
+        backend(impl_of(impl, geometry), views.device).augment(
             sources,
             params,
             geometry,

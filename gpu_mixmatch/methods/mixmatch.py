@@ -47,8 +47,8 @@ from gpu_mixmatch.methods.passes import (
     guess_mode,
 )
 from gpu_mixmatch.types import (
-    AugmentParams,
     DrawPlan,
+    Draws,
     Impl,
     LamMode,
     MixMatchBatch,
@@ -356,7 +356,7 @@ class MixMatch(nn.Module):
 
     def _draw(
         self, plan: DrawPlan, ids: tuple[Tensor | int, Tensor | int], key: Tensor | None
-    ) -> tuple[AugmentParams | None, MixUpParams]:
+    ) -> tuple[Draws | None, MixUpParams]:
         return functional.draw_batch(
             self.seed, self.step, *ids, plan, device=self.device, key=key, impl=self.impl
         )

@@ -230,7 +230,7 @@ def draw_batch(
     ]
     degree, of_power, beta = _beta(plan.alpha, device)
     seed, step = (0, 0) if isinstance(key, Tensor) else key
-    padding, (least_zoom, most_zoom), flip, sigmas = plan.policy or AugmentPolicy()
+    padding, (least_zoom, most_zoom), flip, sigmas = (plan.policy or AugmentPolicy())[:4]
     low, high = sigmas or (0.0, 0.0)
     launch(
         draw_kernel,
