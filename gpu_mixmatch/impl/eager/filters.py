@@ -36,12 +36,12 @@ def _zoom_matrix(before: Tensor, kept: Tensor, in_size: int, size: int) -> Tenso
     Half-pixel centres without antialiasing, as ``F.interpolate(align_corners=False)``: the weight
     of a source pixel falls linearly with its distance from the position read.
     """
-    grid = torch.arange(size, dtype=torch.float32, device=before.device)
+    pixels = torch.arange(max(size, in_size), dtype=torch.float32, device=before.device)
+    grid, pixels = pixels[:size], pixels[:in_size]
     kept = kept.float()[:, None]
     # (grid + 1/2) · kept / size - 1/2, with whole numbers as far as they go
     read = (((2 * grid + 1) * kept - size) / (2 * size)).clamp_min(0).minimum(kept - 1)
     read = read + before.float()[:, None]
-    pixels = torch.arange(in_size, dtype=torch.float32, device=before.device)
     distance = torch.sub(read[:, :, None], pixels).abs_()
     return distance.neg_().add_(1).clamp_min_(0)
 
