@@ -5,7 +5,15 @@ Importing the package loads torch and numpy only.
 
 from gpu_mixmatch import functional, presets, sampling
 from gpu_mixmatch._version import __version__
-from gpu_mixmatch.augment import Augment, DaliAugment, KorniaAugment, WeakAugment, as_augment
+from gpu_mixmatch.augment import (
+    Augment,
+    ColorJitter,
+    DaliAugment,
+    KorniaAugment,
+    RandAugment,
+    WeakAugment,
+    as_augment,
+)
 from gpu_mixmatch.capture import capture
 from gpu_mixmatch.data import (
     DaliLoader,
@@ -21,6 +29,7 @@ from gpu_mixmatch.methods.mixmatch import MixMatch
 from gpu_mixmatch.methods.passes import interleaved_forward
 from gpu_mixmatch.types import (
     AugmentParams,
+    ChainParams,
     LossOutput,
     MixMatchBatch,
     MixUpParams,
@@ -30,6 +39,8 @@ from gpu_mixmatch.types import (
 __all__ = [
     "Augment",
     "AugmentParams",
+    "ChainParams",
+    "ColorJitter",
     "DaliAugment",
     "DaliLoader",
     "ImageFiles",
@@ -40,6 +51,7 @@ __all__ = [
     "MixMatchBatch",
     "MixMatchLoss",
     "MixUpParams",
+    "RandAugment",
     "ResidentLoader",
     "SemiSupervisedBatch",
     "SemiSupervisedLoader",

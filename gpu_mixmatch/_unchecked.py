@@ -13,13 +13,14 @@ from torch import Tensor
 
 from gpu_mixmatch import _streams
 from gpu_mixmatch._buffers import Workspace
+from gpu_mixmatch._chain import num_columns
 from gpu_mixmatch._keys import CountedKey
 from gpu_mixmatch._validation import as_step, check_rows
-from gpu_mixmatch.impl import resolve_impl
+from gpu_mixmatch.impl import impl_of, resolve_impl
 from gpu_mixmatch.impl.library import running
 from gpu_mixmatch.sampling.draws import drawn_batch
 from gpu_mixmatch.sampling.packing import unpacked, words_per_row
-from gpu_mixmatch.types import AugmentParams, DrawPlan, Geometry, Impl, MixUpParams, Scaling
+from gpu_mixmatch.types import DrawPlan, Draws, Geometry, Impl, MixUpParams, Scaling
 
 
 def draw_batch(
@@ -32,7 +33,7 @@ def draw_batch(
     device: torch.device,
     key: Tensor | CountedKey | None,
     impl: Impl,
-) -> tuple[AugmentParams | None, MixUpParams]:
+) -> tuple[Draws | None, MixUpParams]:
     """See `functional.draw_batch`."""
     if key is None:
         _streams.refuse_capture(
@@ -41,8 +42,10 @@ def draw_batch(
             "the host: capture with gpu_mixmatch.capture, or pass key=, seed and step on the "
             "device, and fill it before each replay",
         )
+    policy = plan.policy
+    impl = impl_of(impl, policy)
     num_x, num_u = (ids if isinstance(ids, int) else ids.shape[0] for ids in (ids_x, ids_u))
-    num_rows, has_policy = num_x + plan.num_augmentations * num_u, plan.policy is not None
+    num_rows, has_policy = num_x + plan.num_augmentations * num_u, policy is not None
     check_rows("ids_x and ids_u", num_rows)
     number: Tensor | int = step
     if not torch.compiler.is_compiling():  # else the op reads it when it runs
@@ -51,11 +54,12 @@ def draw_batch(
             if key is not None:
                 raise ValueError("key must be None where kernels do not draw, got a tensor")
             return drawn_batch(seed, number, ids_x, ids_u, plan)
-    words = words_per_row(with_augment=has_policy)
+    drawn = num_columns(policy)
+    words = words_per_row(with_augment=has_policy, chain_columns=drawn)
     out = torch.empty(words * num_rows, dtype=torch.int32, device=device)
     seed_and_step = (seed, number) if key is None else key
     running(impl, device).draw_batch(seed_and_step, ids_x, ids_u, plan, out)
-    return unpacked(out, num_rows, with_augment=has_policy)
+    return unpacked(out, num_rows, with_augment=has_policy, chain_columns=drawn)
 
 
 def batch_targets(
@@ -88,7 +92,7 @@ def mixup(
 
 def augment(
     sources: tuple[Tensor, ...],
-    params: AugmentParams,
+    params: Draws,
     geometry: Geometry,
     scaling: Scaling,
     *,
@@ -109,7 +113,7 @@ def augment(
     else:
         views = out
     with _without_autocast(device):
-        running(impl, device).augment(
+        running(impl_of(impl, geometry), device).augment(
             sources,
             params,
             geometry,

@@ -7,6 +7,7 @@ import math
 import operator
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from numbers import Real
 from pathlib import Path
 from typing import Any, get_args
@@ -15,11 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpu_mixmatch._chain import columns, entries
 from gpu_mixmatch.types import (
     MOST_ROWS,
+    MOST_SLOTS,
     SUM_TOLERANCE,
     AugmentParams,
     AugmentPolicy,
+    Chain,
+    ChainParams,
+    Cut,
     DrawPlan,
     Geometry,
     LamMode,
@@ -27,6 +33,9 @@ from gpu_mixmatch.types import (
     MixMatchBatch,
     MixMode,
     MixUpParams,
+    Op,
+    OpName,
+    Outside,
     PaddingMode,
     Scaling,
 )
@@ -434,21 +443,149 @@ def check_geometry(geometry: Geometry) -> None:
     check_choice("padding_mode", geometry.padding_mode, PaddingMode)
     as_flag("zoom", geometry.zoom)
     as_integer("blur_radius", geometry.blur_radius, most=math.ceil(3 * MOST_SIGMA))
+    if torch.compiler.is_compiling():  # engines have looked, when they were made
+        return
+    cut = as_cut(geometry.cut)
+    as_chain(geometry.chain)
+    if geometry.zoom and cut and cut.area:
+        raise ValueError(f"zoom must be False where a cut has an area, got {geometry}")
 
 
-def as_policy(padding: Any, zoom_px: Any, flip: Any, blur_sigma: Any) -> AugmentPolicy:
+def as_cut(cut: Any) -> Cut | None:
+    """Return a `Cut` of which every field is checked, or None."""
+    if cut is None:
+        return None
+    check_kind("cut", cut, Cut, "a Cut or None")
+    size, area, aspect = cut
+    if size is not None:
+        _two("size", size, "integers, height and width")
+        size = tuple(
+            as_integer(f"size[{place}]", side, least=1, most=MOST_PADDING)
+            for place, side in enumerate(size)
+        )
+    if size is None and area is None:
+        raise ValueError("cut must have a size or an area, got neither")
+    return Cut(
+        size,
+        None if area is None else as_pair("area", area, above=0, most=1),
+        as_aspect(aspect),
+    )
+
+
+def as_aspect(aspect: Any) -> tuple[float, float]:
+    """Return least and greatest width over height."""
+    return as_pair("aspect", aspect, least=0.001, most=1000)
+
+
+# Least and greatest magnitude of an operation; those that are not named have 0 alone.
+MAGNITUDES: dict[OpName, tuple[float, float]] = {
+    "posterize": (1, 8),
+    "solarize": (0, 256),
+    **dict.fromkeys(("brightness", "color", "contrast", "sharpness"), (0, 100)),
+    "hue": (-0.5, 0.5),
+    "rotate": (-360, 360),
+    **dict.fromkeys(("shear_x", "shear_y"), (-10, 10)),
+    **dict.fromkeys(("translate_x", "translate_y"), (-(2**14), 2**14)),
+    **dict.fromkeys(("translate_x_rel", "translate_y_rel"), (-1, 1)),
+}
+_MOST_SHUFFLED = 4
+
+
+def as_chain(chain: Any) -> Chain | None:
+    """Return a `Chain` of which every field is checked, or None."""
+    if chain is None:
+        return None
+    check_kind("chain", chain, Chain, "a Chain or None")
+    ops, num_slots, prob, shuffled, gray, outside, cutout, color = chain
+    check_kind("ops", ops, tuple, "a tuple of Op")
+    for place, op in enumerate(ops):
+        check_kind(f"ops[{place}]", op, Op, "an Op")
+        check_choice(f"ops[{place}].name", op.name, OpName)
+        name = f"ops[{place}].magnitudes"
+        check_kind(name, op.magnitudes, tuple, "a tuple of numbers")
+        if not op.magnitudes:
+            raise ValueError(f"{name} must hold at least one, got none for {op.name}")
+        for magnitude in (op.magnitudes[0], op.magnitudes[-1]):  # which are hashed
+            as_number(name, magnitude)
+        _check_magnitudes(op)
+    num_slots = as_integer("num_slots", num_slots, most=MOST_SLOTS)
+    shuffled, gray = as_flag("shuffled", shuffled), as_number("gray", gray, least=0, most=1)
+    if shuffled and len(ops) > _MOST_SHUFFLED:
+        raise ValueError(f"ops must be at most {_MOST_SHUFFLED} to be shuffled, got {len(ops)}")
+    if not shuffled and gray:
+        raise ValueError(f"gray must be 0 where operations are not shuffled, got {gray}")
+    if not ops:
+        raise ValueError("ops must hold at least one, if only identity, got none")
+    check_choice("outside", outside, Outside)
+    return Chain(
+        ops,
+        num_slots,
+        as_number("prob", prob, least=0, most=1),
+        shuffled,
+        gray,
+        outside,
+        as_cutout(cutout),
+        None if color is None else as_color(color),
+    )
+
+
+def as_cutout(cutout: Any) -> int | tuple[float, float]:
+    """Return the side of a cutout in pixels, or its least and greatest share of the width."""
+    if isinstance(cutout, list | tuple):
+        return as_pair("cutout", cutout, most=1)
+    return as_integer("cutout", cutout, most=MOST_PADDING)
+
+
+def as_color(color: Any) -> tuple[int, ...]:
+    """Return a colour as bytes, one or one per channel."""
+    if not isinstance(color, list | tuple) or not color:
+        raise TypeError(f"cutout_color must be bytes per channel or None, got {came(color)}")
+    return tuple(
+        as_integer(f"cutout_color[{place}]", value, most=255) for place, value in enumerate(color)
+    )
+
+
+@lru_cache(maxsize=256)
+def _check_magnitudes(op: Op) -> None:
+    """Raise unless Pillow would take each magnitude, and make of it what it says."""
+    least, most = MAGNITUDES.get(op.name, (0, 0))
+    for magnitude in op.magnitudes:
+        as_number(f"the magnitude of {op.name}", magnitude, least=least, most=most)
+        if op.name == "posterize" and magnitude != int(magnitude):
+            raise ValueError(f"posterize must keep whole bits, got {magnitude}")
+    if (least, most) == (0, 0) and len(op.magnitudes) > 1:
+        raise ValueError(
+            f"the magnitudes of {op.name} must be the one number 0, got {len(op.magnitudes)}"
+        )
+
+
+def as_policy(
+    padding: Any,
+    zoom_px: Any,
+    flip: Any,
+    blur_sigma: Any,
+    cut: Any = None,
+    chain: Any = None,
+) -> AugmentPolicy:
     """Return what an augmentation is drawn from; each field is checked.
 
     Raises:
         TypeError: If a field is of the wrong kind.
         ValueError: If a field is out of its range.
     """
-    return AugmentPolicy(
+    policy = AugmentPolicy(
         as_integer("padding", padding, most=MOST_PADDING),
         as_integer_pair("zoom_px", zoom_px, most=MOST_PADDING),
         as_number("flip", flip, least=0, most=1),
         None if blur_sigma is None else as_pair("blur_sigma", blur_sigma, most=MOST_SIGMA),
+        as_cut(cut),
+        as_chain(chain),
     )
+    if policy.zoom_px[1] and policy.cut and policy.cut.area:
+        raise ValueError(
+            f"zoom_px must be (0, 0) where there is an area to cut out, got {policy.zoom_px}"
+        )
+    return policy
 
 
 def as_plan(plan: Any) -> DrawPlan:
@@ -686,12 +823,12 @@ _DRAWS = (
 
 def check_params(params: Any, called: str = "params") -> int:
     """Raise if ``params`` are not draws of R rows, all on one device; return R."""
-    check_kind(called, params, AugmentParams, "AugmentParams")
+    check_kind(called, params, (AugmentParams, ChainParams), "AugmentParams or ChainParams")
     top = params.top
     check_tensor(f"{called}.top", top)
     rows = top.shape[0] if top.dim() else -1
     device = top.device
-    for (name, dtype, row), tensor in zip(_DRAWS, params, strict=True):
+    for (name, dtype, row), tensor in zip(_DRAWS, params[:5], strict=True):
         if (
             type(tensor) is Tensor
             and tensor.shape == (rows, *row)
@@ -708,7 +845,35 @@ def check_params(params: Any, called: str = "params") -> int:
                 f"got {list(tensor.shape)} {dtype_name(tensor.dtype)}"
             )
         check_device(f"{called}.{name}", tensor, f"{called}.top", top)
+    if isinstance(params, ChainParams):
+        chain = params.chain
+        check_tensor(f"{called}.chain", chain)
+        if chain.dim() != 2 or chain.shape[0] != rows or chain.dtype != torch.int32:
+            raise ValueError(
+                f"{called}.chain must be [R, W] int32 with R = {rows} like {called}.top, "
+                f"got {came(chain)}"
+            )
+        check_device(f"{called}.chain", chain, f"{called}.top", top)
     return rows
+
+
+def check_chain_params(params: Any, cut: Cut | None, chain: Chain | None) -> None:
+    """Raise unless draws have the columns of a cut and a chain, or none where there is neither."""
+    has_columns = isinstance(params, ChainParams)
+    if has_columns != (cut is not None or chain is not None):
+        kinds = ("AugmentParams", "ChainParams")
+        raise ValueError(
+            f"params must be {kinds[not has_columns]} for this geometry, "
+            f"got {kinds[has_columns]}: draw them by the policy that it belongs to"
+        )
+    if not has_columns:
+        return
+    wanted = columns(cut, chain).total
+    if params.chain.shape[1] != wanted:
+        raise ValueError(
+            f"params.chain must have {wanted} columns for this geometry, "
+            f"got {params.chain.shape[1]}: draw them by the policy that it belongs to"
+        )
 
 
 def check_augment(
@@ -732,7 +897,7 @@ def check_augment(
     check_geometry(geometry)
     check_reflection(geometry.padding, geometry.padding_mode, height, width)
     check_image_dtype(dtype)
-    rows = check_draws_of(sources, params)
+    rows = check_draws_of(sources, params, geometry)
     check_kind("scaling", scaling, Scaling, "a Scaling")
     for name, factor in zip(("scale", "bias"), scaling, strict=True):
         if not isinstance(factor, Tensor):
@@ -744,7 +909,9 @@ def check_augment(
             )
         check_float(name, factor)
         check_device(name, factor, "images", first)
-    shape = (rows, channels, height, width)
+    shape = (rows, channels, *view_size(geometry.cut, height, width))
+    if geometry.chain:
+        check_chain_images(first, geometry.chain, shape)
     if out is not None:
         check_tensor("out", out)
         if tuple(out.shape) != shape or out.dtype != dtype:
@@ -785,9 +952,10 @@ def check_sources(
     return found
 
 
-def check_draws_of(sources: Sequence[Tensor], params: Any) -> int:
+def check_draws_of(sources: Sequence[Tensor], params: Any, geometry: Geometry) -> int:
     """Raise unless ``params`` are draws of some views of ``sources``; return their number."""
     rows = check_params(params)
+    check_chain_params(params, geometry.cut, geometry.chain)
     check_device("params.top", params.top, "images", sources[0])
     *once, last = (source.shape[0] for source in sources)
     if rows < sum(once) or (rows - sum(once)) % max(last, 1):
@@ -795,6 +963,49 @@ def check_draws_of(sources: Sequence[Tensor], params: Any) -> int:
     if last == 0 and rows > sum(once):
         raise ValueError(f"images must not be empty where params have rows, got {rows} rows")
     return rows
+
+
+def view_size(cut: Cut | None, height: int, width: int) -> tuple[int, int]:
+    """Return height and width of the views of images; raise if nothing of that size is in them."""
+    if cut is None or cut.size is None:
+        return height, width
+    if cut.area is None and (cut.size[0] > height or cut.size[1] > width):
+        raise ValueError(
+            f"size must be at most that of the images, {height} x {width} pixels, to be cut out "
+            f"of them, got {cut.size[0]} x {cut.size[1]}: give an area, too, to resize what is cut"
+        )
+    return cut.size
+
+
+_OF_COLORS = ("color", "contrast", "hue")
+
+
+def check_chain_images(images: Tensor, chain: Chain, shape: tuple[int, int, int, int]) -> None:
+    """Raise if a chain cannot run on images that become views of ``shape``."""
+    _, channels, height, width = shape
+    if images.dtype != torch.uint8:
+        raise ValueError(
+            "images must be uint8 where operations such as equalize follow, which are defined on "
+            f"bytes, got {dtype_name(images.dtype)}: images.byte() makes them of 0 .. 255, "
+            "images.mul(255).round().byte() of [0, 1]"
+        )
+    of_colors: list[str] = [op.name for op in chain.ops if op.name in _OF_COLORS]
+    of_colors += ["gray"] if chain.gray else []
+    if of_colors and channels not in (1, 3):
+        raise ValueError(
+            f"images must have 1 or 3 channels for {of_colors[0]}, which reads colours, "
+            f"got {channels}"
+        )
+    if isinstance(chain.cutout, int) and chain.cutout > min(height, width):
+        raise ValueError(
+            f"cutout must be at most the smaller side of a view, {min(height, width)} pixels, "
+            f"got {chain.cutout}"
+        )
+    if chain.cutout_color is not None and len(chain.cutout_color) not in (1, channels):
+        raise ValueError(
+            f"cutout_color must have one byte or one per channel, {channels}, "
+            f"got {chain.cutout_color}"
+        )
 
 
 def check_image_dtype(dtype: Any) -> None:
@@ -806,9 +1017,9 @@ def check_image_dtype(dtype: Any) -> None:
         )
 
 
-def check_draws(params: AugmentParams, padding: int) -> None:
+def check_draws(params: AugmentParams | ChainParams, padding: int) -> None:
     """Raise if draws lead out of an image. On a device they cannot be looked at without waiting."""
-    top, left, flip, zoom, sigma = params
+    top, left, flip, zoom, sigma = params[:5]
     if not _is_seen(top) or len(top) == 0:
         return
     offsets = torch.stack([top, left])
@@ -823,6 +1034,26 @@ def check_draws(params: AugmentParams, padding: int) -> None:
     low, high = (float(value) for value in sigma.aminmax())
     if not 0 <= low <= high < math.inf:
         raise sigma_error(low, high)
+
+
+def check_chain_draws(params: ChainParams, cut: Cut | None, chain: Chain | None) -> None:
+    """`check_draws` for the columns of a cut and a chain."""
+    drawn = params.chain
+    if not _is_seen(drawn) or drawn.numel() == 0:
+        return
+    of_cut, of_slots, of_cutout = columns(cut, chain)
+    places = torch.cat([drawn[:, of_cut][:, 2:], drawn[:, of_cutout][:, :2]], dim=1)
+    if int(drawn.min()) < 0 or (places.numel() and int(places.max()) >= 2**24):
+        raise ValueError(
+            "params.chain must hold no negative number, and places below 2**24, "
+            f"got {int(drawn.min())} .. {int(drawn.max())}"
+        )
+    slots = drawn[:, of_slots]
+    if chain and slots.numel() and int(slots.max()) >= len(entries(chain)):
+        raise ValueError(
+            f"params.chain must hold entries in 0 .. {len(entries(chain)) - 1} in its slots, "
+            f"got {int(slots.max())}"
+        )
 
 
 def draws_error(limit: int, least: int, most: int) -> ValueError:

@@ -34,8 +34,8 @@ from gpu_mixmatch._validation import (
 from gpu_mixmatch.impl import eager, resolve_impl
 from gpu_mixmatch.impl.library import FusedLoss, backend
 from gpu_mixmatch.types import (
-    AugmentParams,
     DrawPlan,
+    Draws,
     Geometry,
     Impl,
     Layout,
@@ -55,7 +55,7 @@ def draw_batch(
     device: torch.device,
     key: Tensor | None = None,
     impl: Impl = "auto",
-) -> tuple[AugmentParams | None, MixUpParams]:
+) -> tuple[Draws | None, MixUpParams]:
     """Draw all that a batch needs, on ``device``; see `sampling.draw_batch`.
 
     Args:
@@ -74,7 +74,8 @@ def draw_batch(
     Raises:
         TypeError: If an argument is of the wrong kind.
         ValueError: If an argument is out of its range.
-        RuntimeError: If a CUDA graph is being captured and there is no ``key``.
+        RuntimeError: If a CUDA graph is being captured and there is no ``key``, or ``impl`` cannot
+            draw what the policy asks for.
     """
     device = as_device("device", device)
     if key is not None:
@@ -307,7 +308,7 @@ def mixmatch_loss(
 
 def augment(
     images: Tensor | tuple[Tensor, Tensor],
-    params: AugmentParams,
+    params: Draws,
     geometry: Geometry,
     scaling: Scaling,
     *,
@@ -319,9 +320,9 @@ def augment(
     workspace: Workspace | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Apply drawn parameters: shift, zoom, flip, blur, then value·scale + bias.
+    """Apply drawn parameters: shift, zoom or cut, flip, a chain, blur, then value·scale + bias.
 
-    No gradient flows through it.
+    A cutout of the chain comes after the blur. No gradient flows through it.
 
     Args:
         images: ``[M, C, H, W]`` or ``[M, H, W, C]``, uint8 or floating point. A pair (x, u) draws x
@@ -344,8 +345,10 @@ def augment(
     Raises:
         TypeError: If an argument is of the wrong kind.
         ValueError: If shapes, dtypes or devices do not fit, the shape leaves the layout in doubt,
-            an image is too small for its reflection, ``out`` shares memory with an argument, a
-            gradient is asked for, or, on a CPU, draws are out of range.
+            an image is too small for its reflection or its cut, ``out`` shares memory with an
+            argument, a gradient is asked for, images of a chain are not uint8, or, on a CPU, draws
+            are out of range.
+        RuntimeError: If ``impl`` cannot run what the geometry asks for.
     """
     sources = images if isinstance(images, tuple) else (images,)
     channels_last_in, shape = check_augment(

@@ -9,6 +9,27 @@ Layout = Literal["NCHW", "NHWC"]
 PaddingMode = Literal["reflect", "zeros", "edge"]
 MixMode = Literal["all", "separate", "labelled", "unlabelled", "none"]
 LamMode = Literal["sample", "batch"]
+OpName = Literal[
+    "identity",
+    "autocontrast",
+    "equalize",
+    "invert",
+    "posterize",
+    "solarize",
+    "brightness",
+    "color",
+    "contrast",
+    "sharpness",
+    "hue",
+    "rotate",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+    "translate_x_rel",
+    "translate_y_rel",
+]
+Outside = Literal["mean", "black"]
 
 # Soft labels and targets may miss a sum of one by this much: float16 rows of 1000 classes do.
 SUM_TOLERANCE = 1e-2
@@ -16,8 +37,74 @@ SUM_TOLERANCE = 1e-2
 LEAST_SIGMA = 0.01
 # Positions of rows, and the grid that they are shuffled on, are int32 in kernels.
 MOST_ROWS = 2**30
+# A slot of a chain has a purpose of its own in the byte that purposes have.
+MOST_SLOTS = 16
 # Rows of more classes do not fit into a tile of Triton's kernels.
 MOST_CLASSES = 2**16
+
+
+class Op(NamedTuple):
+    """An operation of a chain, and the magnitudes that it is drawn with, each as often as another.
+
+    A magnitude is what Pillow is given: degrees ("rotate"), a slope ("shear_x"), pixels
+    ("translate_x"), a share of the width or height, in whole pixels, towards 0 ("translate_x_rel"),
+    a factor ("brightness", "color", "contrast", "sharpness"), bits that are kept ("posterize"), the
+    first byte that is inverted ("solarize") or a share of the circle of colours ("hue"). A sign is
+    a magnitude of its own. The others have the one magnitude 0.
+
+    Attributes:
+        name: The operation.
+        magnitudes: At least one.
+    """
+
+    name: OpName
+    magnitudes: tuple[float, ...] = (0.0,)
+
+    def __hash__(self) -> int:
+        """Look at the ends alone: constants are found by chains, of up to thousands of numbers."""
+        return hash((self.name, len(self.magnitudes), self.magnitudes[0], self.magnitudes[-1]))
+
+
+class Chain(NamedTuple):
+    """What follows the geometry of a view, on bytes: operations drawn per view, then a cutout.
+
+    Attributes:
+        ops: What a slot may hold.
+        num_slots: Operations per view, each any of ``ops``; where they are shuffled, their number.
+        prob: Probability that a slot is filled; where they are shuffled, that all of them are.
+        shuffled: Whether every view gets each of ``ops`` once, in an order of its own.
+        gray: Probability of one more operation at the end that takes colour away; shuffled ones
+            only.
+        outside: What lies outside of a moved image: "mean", a value of 0 after normalisation, or
+            "black". A pixel is outside until an operation that makes a new colour of it.
+        cutout: Side of a square that is painted over, in pixels; or least and most of it as shares
+            of the width. 0 is none.
+        cutout_color: Bytes per channel of that square; None is a value of 0 after normalisation.
+    """
+
+    ops: tuple[Op, ...]
+    num_slots: int = 2
+    prob: float = 1.0
+    shuffled: bool = False
+    gray: float = 0.0
+    outside: Outside = "mean"
+    cutout: int | tuple[float, float] = 0
+    cutout_color: tuple[int, ...] | None = None
+
+
+class Cut(NamedTuple):
+    """A part of each image that becomes the view: a random crop, resized where it has an area.
+
+    Attributes:
+        size: Height and width of the views in pixels; None keeps those of the images.
+        area: Least and most of the image's area that is cut out, in (0, 1]; None cuts as many
+            pixels as the view has.
+        aspect: Least and greatest width over height of what is cut out.
+    """
+
+    size: tuple[int, int] | None = None
+    area: tuple[float, float] | None = None
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
 
 
 class AugmentPolicy(NamedTuple):
@@ -28,12 +115,16 @@ class AugmentPolicy(NamedTuple):
         zoom_px: Least and most pixels to cut per side, inclusive.
         flip: Probability of a mirror image.
         blur_sigma: Least and greatest standard deviation of the blur in pixels; None is no blur.
+        cut: What is cut out of the window; None is all of it.
+        chain: The operations that follow; None is none.
     """
 
     padding: int = 0
     zoom_px: tuple[int, int] = (0, 0)
     flip: float = 0.0
     blur_sigma: tuple[float, float] | None = None
+    cut: Cut | None = None
+    chain: Chain | None = None
 
 
 class AugmentParams(NamedTuple):
@@ -54,6 +145,38 @@ class AugmentParams(NamedTuple):
     sigma: Tensor
 
 
+class ChainParams(NamedTuple):
+    """What was drawn for R rows where a policy has a cut or a chain: more than `AugmentParams`.
+
+    Nothing here depends on the size of the images. `gpu_mixmatch._chain.columns` says which
+    columns of ``chain`` are what.
+
+    Attributes:
+        top: As in `AugmentParams`, like the next four.
+        left: See there.
+        flip: See there.
+        zoom: See there.
+        sigma: See there.
+        chain: ``[R, W]`` int32. Where there is a cut, four columns: its height and width in
+            1/65536 of the root of the image's area (0 for a crop of fixed size), then how far down
+            and across it lies between the ends, in 2^-24. A column per slot: the place of operation
+            and magnitude in `gpu_mixmatch._chain.entries`, 0 for none. Where there is a cutout,
+            three: its centre, down and across, in 2^-24 of the view, and its side, in pixels or in
+            1/65536 of the view's width as the chain has it; 0 is no cutout.
+    """
+
+    top: Tensor
+    left: Tensor
+    flip: Tensor
+    zoom: Tensor
+    sigma: Tensor
+    chain: Tensor
+
+
+# What may be drawn for an augmentation: all of it for one policy is of one kind.
+Draws = AugmentParams | ChainParams
+
+
 class Geometry(NamedTuple):
     """How pixels are moved and weighed: what all views of a batch have in common.
 
@@ -62,12 +185,16 @@ class Geometry(NamedTuple):
         padding_mode: "reflect" (without the edge), "zeros" (black) or "edge".
         zoom: Whether `AugmentParams.zoom` is cut off and the rest resized back, bilinear.
         blur_radius: Radius of the sampled Gaussian in pixels; 0 is no blur.
+        cut: What is cut out of the window, as in `AugmentPolicy`.
+        chain: The operations that follow, as in `AugmentPolicy`.
     """
 
     padding: int = 0
     padding_mode: PaddingMode = "reflect"
     zoom: bool = False
     blur_radius: int = 0
+    cut: Cut | None = None
+    chain: Chain | None = None
 
 
 class Scaling(NamedTuple):

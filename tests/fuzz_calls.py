@@ -18,7 +18,7 @@ from gpu_mixmatch.augment import CallableAugment
 from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.data.images import file_list, image_folder, tfrecords, web_dataset
 from gpu_mixmatch.insight import GuessWatch, TensorBoardInsight, draw_preview
-from gpu_mixmatch.types import AugmentPolicy, DrawPlan, Geometry, Scaling
+from gpu_mixmatch.types import AugmentPolicy, Chain, Cut, DrawPlan, Geometry, Scaling
 from tests.factories import PooledNet, random_images, random_labels
 from tests.image_files import encode, tile, write_tar, write_tfrecord
 
@@ -106,6 +106,34 @@ def weak_fields() -> dict[str, Any]:
         "channels_last": False,
         "layout": "NCHW",
         "impl": "auto",
+        "size": (5, 4),
+        "area": None,
+        "aspect": (0.75, 1.5),
+    }
+
+
+def strong_fields() -> dict[str, Any]:
+    return {
+        "weak": weak(),
+        "num_ops": 2,
+        "ops": ("rotate", "equalize"),
+        "levels": (1, 9),
+        "prob": 0.5,
+        "cutout": 2,
+        "cutout_color": (1, 2, 3),
+        "outside": "black",
+    }
+
+
+def jitter_fields() -> dict[str, Any]:
+    return {
+        "weak": weak(),
+        "brightness": 0.1,
+        "contrast": 0.2,
+        "saturation": 0.3,
+        "hue": 0.1,
+        "gray": 0.2,
+        "prob": 0.8,
     }
 
 
@@ -293,16 +321,37 @@ CALLS: dict[str, Call] = {
             "packed": sampling.pack(None, sampling.draw_mixup(0, 0, 2, 3)),
             "num_rows": 8,
             "with_augment": False,
+            "chain_columns": None,
         },
-        names={"num_rows": ("packed",), "with_augment": ("packed",)},
+        names={"num_rows": ("packed",), "with_augment": ("packed",), "chain_columns": ("packed",)},
     ),
-    "words_per_row": Call(sampling.words_per_row, lambda: {"with_augment": True}),
+    "words_per_row": Call(
+        sampling.words_per_row, lambda: {"with_augment": True, "chain_columns": 5}
+    ),
     "augment_to_device": Call(
         sampling.augment_to_device,
         lambda: {"params": weak().draw(0, 0, 4), "device": torch.device("cpu")},
     ),
     # engines
     "WeakAugment": Call(gm.WeakAugment, weak_fields),
+    "RandAugment": Call(gm.RandAugment, strong_fields),
+    "ColorJitter": Call(gm.ColorJitter, jitter_fields),
+    "chain": Call(
+        lambda **fields: sampling.draw_augment(0, 0, 2, 0, chain=Chain(**fields)),
+        lambda: gm.RandAugment.fixmatch().chain._asdict(),
+        names={"num_slots": ("ops",), "shuffled": ("ops", "gray")},
+    ),
+    "cut": Call(
+        lambda **fields: sampling.draw_augment(0, 0, 2, 0, cut=Cut(**fields)),
+        lambda: Cut((5, 4), (0.1, 1.0))._asdict(),
+        names={"size": ("cut",), "area": ("cut",)},
+    ),
+    "chain params": Call(
+        lambda **fields: functional.augment(
+            images(), gm.ChainParams(**fields), Geometry(1, cut=Cut((5, 4))), Scaling(1.0, 0.0)
+        ),
+        lambda: gm.WeakAugment(1, size=(5, 4)).draw(0, 0, 4)._asdict(),
+    ),
     "WeakAugment.draw": Call(weak().draw, lambda: {**KEY, "ids": torch.arange(4), "views": (0, 1)}),
     "WeakAugment.apply": Call(
         weak().apply,
@@ -315,7 +364,15 @@ CALLS: dict[str, Call] = {
         },
     ),
     "WeakAugment.forward": Call(
-        weak(), lambda: {"images": images(), "seed": 0, "step": 1, "view": 2}, {"view": ("views",)}
+        weak(),
+        lambda: {
+            "images": images(),
+            "seed": 0,
+            "step": 1,
+            "view": 2,
+            "ids": torch.arange(4),
+        },
+        {"view": ("views",)},
     ),
     "WeakAugment.normalize": Call(weak().normalize, lambda: {"images": images()}),
     "WeakAugment.draw_batch": Call(
@@ -516,6 +573,7 @@ def reading(folder: Path) -> dict[str, Call]:
 NOT_CALLED = {
     "Augment",
     "AugmentParams",
+    "ChainParams",
     "AugmentedBatch",
     "DaliAugment",
     "DaliLoader",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from gpu_mixmatch import MixMatch, WeakAugment, sampling
+from gpu_mixmatch import ColorJitter, MixMatch, RandAugment, WeakAugment, sampling
 from gpu_mixmatch.data.formats.common import split_labels
 from gpu_mixmatch.types import AugmentPolicy, DrawPlan
 
@@ -59,6 +59,9 @@ def draws():
             found[f"mixup, {mix}, λ per {lam}"] = digest(*params)
     for alpha in (0.1, 2.0, 16.0):
         found[f"mixup, α = {alpha}"] = digest(*sampling.draw_mixup(1, 2, ids, ids, alpha=alpha))
+    for name, engine in strong_engines().items():
+        params, _ = sampling.draw_batch(7, 3, ids, 5, DrawPlan(policy=engine.policy))
+        found[f"batch, {name}"] = digest(*params)
     augment = sampling.draw_augment(3, 9, 6, (0, 1, 2), padding=4, flip=0.3)
     found["augment, three views"] = digest(*augment)
     for view in (0, 1):
@@ -68,6 +71,25 @@ def draws():
     seeds = sampling.generator_seed(1, 2), sampling.batch_seed(1, 2, ids, 4)
     found["seeds of foreign generators"] = " ".join(map(str, seeds))
     return found
+
+
+def strong_engines():
+    """Engines whose views are bytes until the last step, by name."""
+    presets = ("fixmatch", "uda", "kekmodel", "usb", "torchvision", "trivial")
+    found = {f"RandAugment.{name}": getattr(RandAugment, name)() for name in presets}
+    found["ColorJitter"] = ColorJitter(WeakAugment.imagenet(24), gray=0.2, prob=0.8)
+    found["crop"] = RandAugment.fixmatch(WeakAugment(2, size=(24, 20), mean=0.4, std=0.3))
+    return found
+
+
+def strong_views():
+    """Digests of the views of an image in 40 steps, by engine."""
+    down, across, channel = torch.meshgrid(
+        torch.arange(36), torch.arange(32), torch.arange(3), indexing="ij"
+    )
+    image = (7 * down + 3 * across * (channel + 1) + (down * across) % 23).remainder(256).byte()
+    images = image.permute(2, 0, 1).repeat(40, 1, 1, 1)
+    return {name: digest(engine(images, 3, 1)) for name, engine in strong_engines().items()}
 
 
 class _Net(torch.nn.Module):
@@ -118,7 +140,7 @@ def batches():
 
 def main():
     """Record."""
-    content = {"draws": draws(), "batches": batches()}
+    content = {"draws": draws(), "batches": batches(), "strong views": strong_views()}
     FILE.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     print(f"wrote {FILE.name}")
 

@@ -13,7 +13,7 @@ from gpu_mixmatch import WeakAugment, as_augment, functional
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch.augment import CallableAugment
 from gpu_mixmatch.augment.base import Augment
-from gpu_mixmatch.types import AugmentParams, Geometry, Scaling
+from gpu_mixmatch.types import AugmentParams, AugmentPolicy, Geometry, Scaling
 from tests.factories import random_images
 from tests.params import oracle_rows, still_params
 from tests.tolerances import TOLERANCES
@@ -678,6 +678,9 @@ def test_repr_shows_every_field():
         "channels_last": True,
         "layout": "NHWC",
         "impl": "eager",
+        "size": (5, 6),
+        "area": None,
+        "aspect": (0.5, 2.0),
     }
     assert fields.keys() == inspect.signature(WeakAugment).parameters.keys()
     text = repr(WeakAugment(**fields))
@@ -874,7 +877,7 @@ def test_numbers_of_numpy_are_fields():
     augment = WeakAugment(
         np.int64(2), zoom_px=(np.uint8(0), np.int32(3)), flip=np.float32(0.5), mean=np.ones(3) / 2
     )
-    assert augment.policy == (2, (0, 3), 0.5, None)
+    assert augment.policy == AugmentPolicy(2, (0, 3), 0.5, None)
     assert augment.mean == (0.5, 0.5, 0.5)
     assert all(type(value) is float for value in augment.mean)
 

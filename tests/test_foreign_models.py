@@ -110,7 +110,7 @@ def test_logits_that_lie_in_the_views_are_read_as_they_were_returned(engine, reu
 
 
 def test_views_that_are_mixed_from_bytes_do_not_mind_what_a_model_writes(monkeypatch):
-    monkeypatch.setattr("gpu_mixmatch.augment.weak._LEAST_TO_MIX_BYTES", 0)
+    monkeypatch.setattr("gpu_mixmatch.augment.keyed._LEAST_TO_MIX_BYTES", 0)
     for guess_forward in ("joint", "separate"):
         options = {"guess_forward": guess_forward, "reuse_buffers": True}
         mine, other = (builder_of(**options) for _ in range(2))

@@ -19,6 +19,10 @@ def test_draws_are_those_that_were_recorded():
     assert golden.draws() == RECORDED["draws"]
 
 
+def test_strong_views_are_those_that_were_recorded():
+    assert golden.strong_views() == RECORDED["strong views"]
+
+
 @same_rounding
 def test_batches_are_those_that_were_recorded():
     found = golden.batches()

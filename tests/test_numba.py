@@ -14,7 +14,7 @@ import gpu_mixmatch.impl as impl_module
 from gpu_mixmatch import MixMatch, WeakAugment, functional
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch._validation import image_layout
-from gpu_mixmatch.augment import weak
+from gpu_mixmatch.augment import keyed
 from gpu_mixmatch.impl import eager, implementation, resolve_impl
 from gpu_mixmatch.types import AugmentPolicy, DrawPlan, MixUpParams
 from tests.factories import LinearNet, random_images
@@ -188,7 +188,7 @@ def test_mixup_equals_eager(layout, dtype):
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("mixes_bytes", [False, True])
 def test_batches_equal_those_of_eager(monkeypatch, mixes_bytes, policy):
-    monkeypatch.setattr(weak, "_LEAST_TO_MIX_BYTES", 0 if mixes_bytes else 2**40)
+    monkeypatch.setattr(keyed, "_LEAST_TO_MIX_BYTES", 0 if mixes_bytes else 2**40)
     x, u = random_images(4, (3, 9, 7)), random_images(6, (3, 9, 7), seed=1)
     y = torch.arange(4) % 3
     model = LinearNet(3, (3, 9, 7))

@@ -7,7 +7,15 @@ import torch
 from torch.autograd import gradcheck
 from torch.library import opcheck
 
-from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, functional, sampling
+from gpu_mixmatch import (
+    ColorJitter,
+    MixMatch,
+    MixMatchLoss,
+    RandAugment,
+    WeakAugment,
+    functional,
+    sampling,
+)
 from gpu_mixmatch.impl import library as ops
 from gpu_mixmatch.types import AugmentPolicy
 from tests.factories import ConvNet, random_data, random_images
@@ -50,13 +58,40 @@ def test_draw_batch_passes_opcheck(impl, policy, with_ids):
     numbers = ops.flat_policy(policy)
     words = sampling.words_per_row(with_augment=policy is not None)
     out = torch.zeros(8 * words, dtype=torch.int32, device=DEVICE)
-    switches = (2, numbers, 0.75, "sample", "all", out, impl)
+    switches = (2, numbers, [], 0.75, "sample", "all", out, impl)
     opcheck(ops.draw_batch, (0, step, *ids, 2, 3, *switches))
 
 
 def test_a_policy_survives_becoming_numbers():
     for policy in (None, POLICY, AugmentPolicy(), AugmentPolicy(3, (1, 4), 0.3)):
         assert ops.policy_of(ops.flat_policy(policy)) == policy
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        RandAugment.fixmatch(),
+        RandAugment.usb(WeakAugment.imagenet((24, 20))),
+        RandAugment(cutout=8, cutout_color=(1, 2, 3), outside="black"),
+        ColorJitter(gray=0.2, prob=0.8),
+        WeakAugment(size=24),
+        WeakAugment(area=(0.5, 0.9), aspect=(1.0, 1.5)),
+    ],
+    ids=["fixmatch", "usb", "colours", "jitter", "crop", "resized"],
+)
+def test_a_cut_and_a_chain_survive_becoming_numbers(augment):
+    policy = augment.policy
+    numbers = ops.flat_policy(policy), ops.flat_parts(policy.cut, policy.chain)
+    assert ops.policy_of(*numbers) == policy
+    assert all(type(number) is float for number in numbers[1])
+
+
+@pytest.mark.parametrize("augment", [RandAugment.fixmatch(cutout=4), WeakAugment.imagenet(8)])
+def test_a_compiled_chain_gives_the_same_views(augment):
+    images = random_images(4, (3, 9, 9), seed=1)
+    params = augment.draw(0, 3, 4)
+    compiled = torch.compile(augment.apply, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(images, params), augment.apply(images, params))
 
 
 @both
@@ -76,6 +111,7 @@ def test_augment_passes_opcheck(impl, per_channel, mixed):
         "padding_mode": "reflect",
         "zoom": True,
         "blur_radius": 0,
+        "cut_and_chain": [],
         "channels_last_in": False,
         "out": torch.zeros(8, 3, 8, 9, device=DEVICE),
         "impl": impl,

@@ -20,7 +20,7 @@ from gpu_mixmatch._validation import (
     image_layout,
 )
 from gpu_mixmatch.augment.base import Augment
-from gpu_mixmatch.augment.weak import WeakAugment
+from gpu_mixmatch.augment.weak import WeakAugment, check_uncut
 from gpu_mixmatch.types import LEAST_SIGMA, AugmentParams, AugmentPolicy, Layout
 
 _DYNAMIC_MODE = "experimental.dynamic"
@@ -51,6 +51,7 @@ class DaliAugment(Augment):
 
     def __init__(self, weak: WeakAugment) -> None:
         check_kind("weak", weak, WeakAugment, "a WeakAugment such as WeakAugment.cifar10()")
+        check_uncut(weak)
         import_dali(_DYNAMIC_MODE)
         self.weak = weak
 
@@ -82,7 +83,9 @@ class DaliAugment(Augment):
         num_augmentations: int,
     ) -> AugmentParams:
         """Draw for x as view 0 and for u as views 1..K, on the CPU; see `Augment`."""
-        return self.weak.draw_batch(seed, step, ids_x, ids_u, num_augmentations)
+        draws = self.weak.draw_batch(seed, step, ids_x, ids_u, num_augmentations)
+        assert isinstance(draws, AugmentParams)
+        return draws
 
     def build(
         self,

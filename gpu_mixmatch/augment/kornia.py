@@ -19,7 +19,7 @@ from gpu_mixmatch._validation import (
     image_layout,
 )
 from gpu_mixmatch.augment.base import DrawsForeign, NormalizedViews, float_images
-from gpu_mixmatch.augment.weak import WeakAugment
+from gpu_mixmatch.augment.weak import WeakAugment, check_uncut
 from gpu_mixmatch.types import Layout
 
 PADDING_MODES = {"reflect": "reflect", "zeros": "constant", "edge": "replicate"}
@@ -89,6 +89,7 @@ class KorniaAugment(DrawsForeign, NormalizedViews):
             ValueError: If it zooms or blurs, or a size is out of its range.
         """
         check_kind("weak", weak, WeakAugment, "a WeakAugment such as WeakAugment.cifar10()")
+        check_uncut(weak)
         height = as_integer("height", height, least=1, most=MOST_PADDING)
         width = as_integer("width", width, least=1, most=MOST_PADDING)
         if weak.zoom_px[1] or weak.blur_radius:

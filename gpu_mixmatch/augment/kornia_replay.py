@@ -15,7 +15,7 @@ from gpu_mixmatch._validation import (
 )
 from gpu_mixmatch.augment.base import float_images
 from gpu_mixmatch.augment.kornia import PADDING_MODES, kornia_augmentation
-from gpu_mixmatch.augment.weak import WeakAugment
+from gpu_mixmatch.augment.weak import WeakAugment, check_uncut
 from gpu_mixmatch.types import LEAST_SIGMA, AugmentParams
 
 
@@ -49,6 +49,7 @@ class KorniaReplay:
     def __init__(self, augment: WeakAugment) -> None:
         kornia_augmentation()
         check_kind("augment", augment, WeakAugment, "a WeakAugment such as WeakAugment.cifar10()")
+        check_uncut(augment)
         self.augment = augment
 
     def steps(self, params: AugmentParams, height: int, width: int) -> list[KorniaStep]:

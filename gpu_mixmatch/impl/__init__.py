@@ -13,7 +13,15 @@ from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch._extras import install_hint
 from gpu_mixmatch._keys import CountedKey
 from gpu_mixmatch._validation import check_choice
-from gpu_mixmatch.types import AugmentParams, DrawPlan, Geometry, Impl, MixUpParams, Scaling
+from gpu_mixmatch.types import (
+    AugmentPolicy,
+    DrawPlan,
+    Draws,
+    Geometry,
+    Impl,
+    MixUpParams,
+    Scaling,
+)
 
 ImplName = Literal["eager", "numba", "triton"]
 
@@ -61,7 +69,7 @@ class Implementation(Protocol):
     def augment(
         self,
         sources: tuple[Tensor, ...],
-        params: AugmentParams,
+        params: Draws,
         geometry: Geometry,
         scaling: Scaling,
         *,
@@ -70,7 +78,9 @@ class Implementation(Protocol):
         workspace: Workspace | None,
         mixup: MixUpParams | None = None,
     ) -> None:
-        """Write every view of every source image: shift, zoom, flip, blur, scale and, asked, mix.
+        """Write every view of every source image, and mix them where that is asked.
+
+        In this order: shift, zoom or cut, flip, the slots of a chain, blur, cutout, scale.
 
         Args:
             sources: Images, ``[M_i, C, H, W]`` or ``[M_i, H, W, C]``, uint8 or floating point. The
@@ -80,8 +90,9 @@ class Implementation(Protocol):
             geometry: What the rows have in common.
             scaling: value·scale + bias at the end, numbers or ``[C]`` float32.
             channels_last_in: Whether sources are NHWC.
-            out: ``[R, C, H, W]`` float32, float16 or bfloat16, contiguous or channels_last. The
-                arithmetic is float32.
+            out: ``[R, C, H, W]`` float32, float16 or bfloat16, contiguous or channels_last, of the
+                size of the cut where there is one. The arithmetic is float32, and that of a chain
+                on whole bytes.
             workspace: Where scratch memory comes from; None allocates.
             mixup: λ' and partners of the R rows, to blend the views by; None leaves them unmixed.
         """
@@ -167,6 +178,28 @@ class Implementation(Protocol):
             logits, targets, num_labelled, weight_u: As for `mixmatch_loss`.
             out: ``[N, L]``, contiguous, dtype of ``logits``.
         """
+
+
+def impl_of(impl: Impl, part: AugmentPolicy | Geometry | None) -> Impl:
+    """Return what draws a policy, or applies what its views have in common, in place of ``impl``.
+
+    Cuts and chains are drawn by numpy, which draws for Numba, too, and applied in plain torch
+    alone: "auto" takes that for them on every device.
+
+    Raises:
+        RuntimeError: If ``impl`` is one that cannot run them.
+    """
+    check_choice("impl", impl, Impl)
+    if part is None or (part.cut is None and part.chain is None):
+        return impl
+    if impl == "numba" and isinstance(part, AugmentPolicy):
+        return impl
+    if impl not in ("auto", "eager"):
+        what = "operations drawn per view" if part.chain else "random crops to a size"
+        raise RuntimeError(
+            f'impl="{impl}" cannot run {what} yet: use impl="eager", or impl="auto", which takes it'
+        )
+    return "eager"
 
 
 def resolve_impl(impl: Impl, device: torch.device) -> ImplName:

@@ -7,8 +7,8 @@ costs more than a kernel launch.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, cast
+from functools import lru_cache, partial
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -21,12 +21,18 @@ from gpu_mixmatch.impl import Implementation, implementation
 from gpu_mixmatch.types import (
     AugmentParams,
     AugmentPolicy,
+    Chain,
+    ChainParams,
+    Cut,
     DrawPlan,
+    Draws,
     Geometry,
     Impl,
     LamMode,
     MixMode,
     MixUpParams,
+    Op,
+    OpName,
     PaddingMode,
     Scaling,
 )
@@ -56,7 +62,8 @@ class Traced:
         tensors = (None if isinstance(ids, int) else ids for ids in (ids_x, ids_u))
         counts = (ids if isinstance(ids, int) else len(ids) for ids in (ids_x, ids_u))
         num_augmentations, policy, *switches = plan
-        flat = (num_augmentations, flat_policy(policy), *switches)
+        parts = (policy.cut, policy.chain) if policy else (None, None)
+        flat = (num_augmentations, flat_policy(policy), flat_parts(*parts), *switches)
         draw_batch(seed, torch.as_tensor(step), *tensors, *counts, *flat, out, self.impl)
         if isinstance(key, CountedKey):  # what the op writes is in its schema: not the key
             key.words(1)[1:].add_(1)
@@ -67,7 +74,7 @@ class Traced:
     def augment(
         self,
         sources: tuple[Tensor, ...],
-        params: AugmentParams,
+        params: Draws,
         geometry: Geometry,
         scaling: Scaling,
         *,
@@ -88,9 +95,8 @@ class Traced:
         else:
             numbers, tensors = (scaling.scale, scaling.bias), []
         mixed = list(mixup or ())
-        augment(
-            sources, params, mixed, tensors, *numbers, *geometry, channels_last_in, out, self.impl
-        )
+        moved = *geometry[:4], flat_parts(geometry.cut, geometry.chain)
+        augment(sources, params, mixed, tensors, *numbers, *moved, channels_last_in, out, self.impl)
 
     def guess_labels(self, logits: Tensor, temperature: float, out: Tensor) -> None:
         """See `Implementation.guess_labels`."""
@@ -215,6 +221,7 @@ def draw_batch(
     num_u: int,
     num_augmentations: int,
     policy: Sequence[float] | None,
+    cut_and_chain: Sequence[float],
     alpha: float,
     lam: str,
     mix: str,
@@ -223,7 +230,11 @@ def draw_batch(
 ) -> None:
     """All draws of a batch; a step of two numbers is seed and step, on the device."""
     plan = DrawPlan(
-        num_augmentations, policy_of(policy), alpha, cast(LamMode, lam), cast(MixMode, mix)
+        num_augmentations,
+        policy_of(policy, cut_and_chain),
+        alpha,
+        cast(LamMode, lam),
+        cast(MixMode, mix),
     )
     x, u = num_x if ids_x is None else ids_x, num_u if ids_u is None else ids_u
     key = step if step.dim() else (seed, int(step))
@@ -242,6 +253,7 @@ def augment(
     padding_mode: str,
     zoom: bool,
     blur_radius: int,
+    cut_and_chain: Sequence[float],
     channels_last_in: bool,
     out: Tensor,
     impl: str,
@@ -249,8 +261,10 @@ def augment(
     """Every view of every image; ``per_channel`` is empty, or scale and bias instead of numbers."""
     _running(impl, out).augment(
         tuple(sources),
-        AugmentParams(*params),
-        Geometry(padding, cast(PaddingMode, padding_mode), zoom, blur_radius),
+        ChainParams(*params) if cut_and_chain else AugmentParams(*params),
+        Geometry(
+            padding, cast(PaddingMode, padding_mode), zoom, blur_radius, *parts_of(cut_and_chain)
+        ),
         Scaling(*(per_channel or (scale, bias))),
         channels_last_in=channels_last_in,
         out=out,
@@ -332,17 +346,76 @@ def flat_policy(policy: AugmentPolicy | None) -> list[float] | None:
     """Put a policy into numbers, which is what an op takes."""
     if policy is None:
         return None
-    padding, zoom_px, flip, blur_sigma = policy
+    padding, zoom_px, flip, blur_sigma = policy[:4]
     return [float(padding), *map(float, zoom_px), flip, *(blur_sigma or ())]
 
 
-def policy_of(numbers: Sequence[float] | None) -> AugmentPolicy | None:
-    """Undo `flat_policy`."""
+def policy_of(
+    numbers: Sequence[float] | None, cut_and_chain: Sequence[float] = ()
+) -> AugmentPolicy | None:
+    """Undo `flat_policy` and `flat_parts`."""
     if numbers is None:
         return None
     padding, least, most, flip, *sigma = numbers
     blur_sigma = (sigma[0], sigma[1]) if sigma else None
-    return AugmentPolicy(int(padding), (int(least), int(most)), flip, blur_sigma)
+    zoom_px = int(least), int(most)
+    return AugmentPolicy(int(padding), zoom_px, flip, blur_sigma, *parts_of(cut_and_chain))
+
+
+_OP_NAMES: tuple[OpName, ...] = get_args(OpName)
+_OP_NUMBERS = {name: float(number) for number, name in enumerate(_OP_NAMES)}
+
+
+def flat_parts(cut: Cut | None, chain: Chain | None) -> list[float]:
+    """Put a cut and a chain into numbers, none for neither."""
+    if cut is None and chain is None:
+        return []
+    numbers = [0.0]
+    if cut is not None:
+        height, width = cut.size or (0, 0)
+        numbers = [1.0, float(height), float(width), *(cut.area or (0.0, 0.0)), *cut.aspect]
+    if chain is None:
+        return numbers
+    fixed = isinstance(chain.cutout, int)
+    numbers += [
+        *(float(chain.num_slots), chain.prob, float(chain.shuffled), chain.gray),
+        float(chain.outside == "mean"),
+        *((float(chain.cutout),) * 2 if isinstance(chain.cutout, int) else chain.cutout),
+        *(float(fixed), float(len(chain.cutout_color or ()))),
+        *map(float, chain.cutout_color or ()),
+    ]
+    for name, magnitudes in chain.ops:
+        numbers += [_OP_NUMBERS[name], float(len(magnitudes)), *magnitudes]
+    return numbers
+
+
+def parts_of(numbers: Sequence[float]) -> tuple[Cut | None, Chain | None]:
+    """Undo `flat_parts`."""
+    return _parts_of(tuple(numbers)) if numbers else (None, None)
+
+
+@lru_cache(maxsize=32)
+def _parts_of(numbers: tuple[float, ...]) -> tuple[Cut | None, Chain | None]:
+    cut, chain = None, None
+    has_cut, *left = numbers
+    if has_cut:
+        height, width, least, most, *aspect = left[:6]
+        size = (int(height), int(width)) if height else None
+        cut = Cut(size, (least, most) if most else None, (aspect[0], aspect[1]))
+        left = left[6:]
+    if left:
+        num_slots, prob, shuffled, gray, mean, least, most, fixed, channels, *left = left
+        color = tuple(map(int, left[: int(channels)]))
+        left, ops = left[int(channels) :], []
+        while left:
+            number, count, *left = left
+            ops.append(Op(_OP_NAMES[int(number)], tuple(left[: int(count)])))
+            left = left[int(count) :]
+        chain = Chain(
+            *(tuple(ops), int(num_slots), prob, bool(shuffled), gray),
+            *("mean" if mean else "black", int(least) if fixed else (least, most), color or None),
+        )
+    return cut, chain
 
 
 def _running(impl: str, tensor: Tensor) -> Implementation:

@@ -13,7 +13,7 @@ from gpu_mixmatch._validation import as_labels
 from gpu_mixmatch.methods.layers import buffers_kept
 from gpu_mixmatch.methods.mixmatch import MixMatch
 from gpu_mixmatch.methods.passes import Model, modules_of
-from gpu_mixmatch.types import AugmentParams, MixMatchBatch, MixUpParams
+from gpu_mixmatch.types import AugmentParams, ChainParams, MixMatchBatch, MixUpParams
 
 
 class NextStep(NamedTuple):
@@ -69,7 +69,7 @@ def next_step(
             ids = [len(x) if ids_x is None else ids_x, len(u) if ids_u is None else ids_u]
             draws = mixmatch.augment.draw_batch(mixmatch.seed, step, ids[0], ids[1], views)
             on_device = draws
-            if isinstance(draws, AugmentParams):
+            if isinstance(draws, AugmentParams | ChainParams):
                 on_device = sampling.augment_to_device(draws, device)
             images = mixmatch.augment.build(x.to(device), u.to(device), on_device, views)
     finally:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpu_mixmatch._chain import columns, entries
+from gpu_mixmatch._validation import MAGNITUDES
 from gpu_mixmatch.augment.base import complete
 from gpu_mixmatch.insight.canvas import (
     BARS_LEFT,
@@ -32,7 +34,7 @@ from gpu_mixmatch.insight.canvas import (
 )
 from gpu_mixmatch.insight.next_step import NextStep
 from gpu_mixmatch.methods.mixmatch import MixMatch
-from gpu_mixmatch.types import AugmentParams
+from gpu_mixmatch.types import AugmentParams, ChainParams
 
 
 def draw_heading(page: Page, mixmatch: MixMatch, step: NextStep) -> None:
@@ -185,8 +187,8 @@ def _displayable(image: Tensor, augment: Any) -> Tensor:
 
 
 def _draws_in_words(draws: Any, row: int, augment: Any) -> str:
-    """Say in a few words what was drawn for a view, where the draws are `AugmentParams`."""
-    if not isinstance(draws, AugmentParams):
+    """Say in a few words what was drawn for a view, where the draws are those of a policy."""
+    if not isinstance(draws, AugmentParams | ChainParams):
         return ""
     policy = complete(augment).policy
     padding = policy.padding if policy else 0
@@ -199,6 +201,10 @@ def _draws_in_words(draws: Any, row: int, augment: Any) -> str:
     words += ["mirrored"] if int(draws.flip[row]) else []
     cut = draws.zoom[row].tolist()
     words += [f"cut {' '.join(map(str, cut))} px"] if any(cut) else []
+    if isinstance(draws, ChainParams) and policy and policy.chain:
+        slots = draws.chain[row, columns(policy.cut, policy.chain).slots].tolist()
+        held = [entries(policy.chain)[entry] for entry in slots if entry]
+        words += [f"{name} {size:.3g}" if name in MAGNITUDES else name for name, size in held]
     words += [f"blur {float(draws.sigma[row]):.1f} px"] if float(draws.sigma[row]) else []
     # a no-break space keeps each of them on one line
     return ", ".join(word.replace(" ", "\N{NO-BREAK SPACE}") for word in words)

@@ -49,8 +49,8 @@ from gpu_mixmatch.methods.passes import (
     guess_mode,
 )
 from gpu_mixmatch.types import (
-    AugmentParams,
     DrawPlan,
+    Draws,
     Impl,
     LamMode,
     MixMatchBatch,
@@ -372,7 +372,7 @@ class MixMatch(nn.Module):
         ids: tuple[Tensor | int, Tensor | int],
         key: Tensor | CountedKey | None,
         device: torch.device,
-    ) -> tuple[AugmentParams | None, MixUpParams]:
+    ) -> tuple[Draws | None, MixUpParams]:
         if plan != self._checked_plan:  # an attribute of this module or of its engine was set
             self._checked_plan = as_plan(plan)
         plan, seed = self._checked_plan, as_seed(self.seed)

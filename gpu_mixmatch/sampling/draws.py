@@ -26,6 +26,7 @@ from gpu_mixmatch._validation import (
     check_rows,
 )
 from gpu_mixmatch.sampling.beta import folded_beta
+from gpu_mixmatch.sampling.chain import chain_columns, chain_requests
 from gpu_mixmatch.sampling.philox import (
     Purpose,
     Rows,
@@ -39,7 +40,18 @@ from gpu_mixmatch.sampling.philox import (
     uniform,
 )
 from gpu_mixmatch.sampling.shuffle import bijection, shuffle_rows, shuffled_parts
-from gpu_mixmatch.types import AugmentParams, AugmentPolicy, DrawPlan, LamMode, MixMode, MixUpParams
+from gpu_mixmatch.types import (
+    AugmentParams,
+    AugmentPolicy,
+    Chain,
+    ChainParams,
+    Cut,
+    DrawPlan,
+    Draws,
+    LamMode,
+    MixMode,
+    MixUpParams,
+)
 
 
 def draw_augment(
@@ -52,7 +64,9 @@ def draw_augment(
     zoom_px: tuple[int, int] = (0, 0),
     flip: float = 0.0,
     blur_sigma: tuple[float, float] | None = None,
-) -> AugmentParams:
+    cut: Cut | None = None,
+    chain: Chain | None = None,
+) -> Draws:
     """Draw the augmentation of some views of some images.
 
     A sample's draw depends on its id and the view, never on the batch that it sits in.
@@ -66,9 +80,12 @@ def draw_augment(
         zoom_px: Least and most pixels to cut per side, inclusive.
         flip: Probability of a mirror image.
         blur_sigma: Least and greatest standard deviation of the blur in pixels; None is no blur.
+        cut: What is cut out of the window; None is all of it.
+        chain: The operations that follow; None is none.
 
     Returns:
-        Parameters of V·M rows on the CPU, view-major: all images of the first view come first.
+        Parameters of V·M rows on the CPU, view-major: all images of the first view come first. They
+        are `ChainParams` where there is a cut or a chain, else `AugmentParams`.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -77,10 +94,10 @@ def draw_augment(
     check_key(seed, step)
     ids, views = as_ids("ids", ids), as_views(views)
     check_rows("ids", num_ids(ids) * len(views))
-    policy = as_policy(padding, zoom_px, flip, blur_sigma)
+    policy = as_policy(padding, zoom_px, flip, blur_sigma, cut, chain)
     rows = rows_of([(ids, views)])
     words = draw_words(seed, step, 1, _augment_requests(rows, policy))
-    return AugmentParams(*map(torch.from_numpy, _of_step(_augment_arrays(words, policy), 0)))
+    return _params(_of_step(_augment_arrays(words, policy), 0))
 
 
 def draw_mixup(
@@ -129,7 +146,7 @@ def draw_mixup(
 
 def draw_batch(
     seed: int, step: int, ids_x: Tensor | int, ids_u: Tensor | int, plan: DrawPlan
-) -> tuple[AugmentParams | None, MixUpParams]:
+) -> tuple[Draws | None, MixUpParams]:
     """Draw all that a batch needs in one pass: `draw_augment` of W, if asked for, and `draw_mixup`.
 
     The labelled images are view 0, the unlabelled ones views 1..K.
@@ -157,7 +174,7 @@ def draw_batch(
 
 def drawn_batch(
     seed: int, step: int, ids_x: Tensor | int, ids_u: Tensor | int, plan: DrawPlan
-) -> tuple[AugmentParams | None, MixUpParams]:
+) -> tuple[Draws | None, MixUpParams]:
     """`draw_batch` of arguments that are known to be right."""
     rows = rows_of([(ids_x, 0), (ids_u, range(1, plan.num_augmentations + 1))])
     num_labelled = num_ids(ids_x)
@@ -169,7 +186,7 @@ def drawn_batch(
         number, arrays = 0, _batch_arrays(seed, step, 1, rows, num_labelled, plan)
     augment, mixup = arrays
     return (
-        AugmentParams(*map(torch.from_numpy, _of_step(augment, number))) if augment else None,
+        _params(_of_step(augment, number)) if augment else None,
         MixUpParams(*map(torch.from_numpy, _of_step(mixup, number))),
     )
 
@@ -265,7 +282,7 @@ def draw_regions(
     return np.ascontiguousarray(regions.T, dtype=np.float32)
 
 
-Arrays = tuple[NDArray[Any], ...]  # of the fields of AugmentParams or MixUpParams, ``[S, R, ...]``
+Arrays = tuple[NDArray[Any], ...]  # of the fields of Draws or MixUpParams, ``[S, R, ...]``
 
 
 def _batch_arrays(
@@ -301,9 +318,15 @@ def _of_step(arrays: Arrays, number: int) -> Arrays:
     return tuple(array[number].copy() for array in arrays)
 
 
-def _augment_requests(rows: Rows, policy: AugmentPolicy) -> list[tuple[Rows, Purpose]]:
+def _params(arrays: Arrays) -> Draws:
+    """One step's arrays as tensors."""
+    kind = AugmentParams if len(arrays) == len(AugmentParams._fields) else ChainParams
+    return kind(*map(torch.from_numpy, arrays))
+
+
+def _augment_requests(rows: Rows, policy: AugmentPolicy) -> list[tuple[Rows, int]]:
     zoom = [(rows, Purpose.ZOOM)] if policy.zoom_px[1] > 0 else []
-    return [(rows, Purpose.SHIFT), *zoom]
+    return [(rows, Purpose.SHIFT), *zoom, *chain_requests(rows, policy.cut, policy.chain)]
 
 
 def _augment_arrays(words: Iterator[Words], policy: AugmentPolicy) -> Arrays:
@@ -319,4 +342,7 @@ def _augment_arrays(words: Iterator[Words], policy: AugmentPolicy) -> Arrays:
     low, high = policy.blur_sigma or (0.0, 0.0)
     blur = np.float32(low) + np.float32(high - low) * uniform(sigma)
     integers = (below(top, offsets), below(left, offsets), flipped)
-    return *(array.astype(np.int32) for array in integers), zoom, blur
+    moved = *(array.astype(np.int32) for array in integers), zoom, blur
+    if not policy.cut and not policy.chain:
+        return moved
+    return *moved, chain_columns(words, flip.shape, policy.cut, policy.chain)

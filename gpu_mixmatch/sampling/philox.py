@@ -30,6 +30,11 @@ class Purpose(IntEnum):
     EPOCH = 4
     FOREIGN = 5  # the seed of an engine that has its own generator
     REGION = 6  # words: area, aspect ratio, top, left of a random resized crop
+    CUT = 7  # words: area, aspect ratio, place down, place across of a view's own crop
+    CUTOUT = 8  # words: centre down, centre across, side
+    LEVELS = 9  # words: magnitudes of up to four operations that are shuffled
+    ORDER = 10  # words: order of operations that are shuffled, whether at all, grayscale
+    SLOT = 16  # words: operation, whether it is applied, magnitude; 17 .. 31 are the next slots'
 
 
 MASK = np.uint64(0xFFFF_FFFF)
@@ -175,7 +180,7 @@ def check_key(seed: int, step: int) -> None:
 
 
 def draw_words(
-    seed: int, step: int, num_steps: int, requests: Sequence[tuple[Rows, Purpose]]
+    seed: int, step: int, num_steps: int, requests: Sequence[tuple[Rows, int]]
 ) -> Iterator[Words]:
     """Encrypt the counters of all requests in one pass; words ``[4, S, R]`` of each in turn."""
     lengths = [len(rows.low) for rows, _ in requests]

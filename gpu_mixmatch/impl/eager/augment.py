@@ -1,4 +1,4 @@
-"""Augmentation: shift, zoom, flip, blur, then value·scale + bias."""
+"""Augmentation: shift, zoom or cut, flip, a chain of operations, blur, value·scale + bias."""
 
 import torch
 import torch.nn.functional as F
@@ -6,15 +6,27 @@ from torch import Tensor
 
 from gpu_mixmatch import _validation
 from gpu_mixmatch._buffers import Workspace
+from gpu_mixmatch._chain import columns
 from gpu_mixmatch.impl.constants import constant
+from gpu_mixmatch.impl.eager.chain import run_slots
+from gpu_mixmatch.impl.eager.cut import Regions, cropped, regions_of, resized_bytes
 from gpu_mixmatch.impl.eager.filters import axis_matrices
 from gpu_mixmatch.impl.eager.mixup import blend, dense_rows
-from gpu_mixmatch.types import AugmentParams, Geometry, MixUpParams, PaddingMode, Scaling
+from gpu_mixmatch.impl.tables import chain_tables
+from gpu_mixmatch.types import (
+    Chain,
+    ChainParams,
+    Draws,
+    Geometry,
+    MixUpParams,
+    PaddingMode,
+    Scaling,
+)
 
 
 def augment(
     sources: tuple[Tensor, ...],
-    params: AugmentParams,
+    params: Draws,
     geometry: Geometry,
     scaling: Scaling,
     *,
@@ -24,18 +36,29 @@ def augment(
     mixup: MixUpParams | None = None,
 ) -> None:
     _validation.check_draws(params, geometry.padding)
-    num_rows, channels, height, width = out.shape
-    views = _shifted(sources, params, geometry, channels_last_in, out.shape).float()
-    if geometry.zoom or geometry.blur_radius:
-        down, across = axis_matrices(params, geometry, height, width)
-        # across · Xᵀ is [R, W, C·H], and its rows, as C lines of H, times downᵀ
-        turned = torch.bmm(across, views.view(num_rows, channels * height, width).mT)
-        turned = torch.bmm(turned.view(num_rows, width * channels, height), down.mT)
-        views = turned.view(num_rows, width, channels, height).permute(0, 2, 3, 1)
+    size, out_size = _size_of(sources[0], channels_last_in), _size_of(out, channels_last=False)
+    windows = _shifted(sources, params, geometry, channels_last_in, (*out.shape[:2], *size))
+    regions = regions_of(params, geometry, size, out_size)
+    hidden = None
+    if isinstance(params, ChainParams):
+        _validation.check_chain_draws(params, geometry.cut, geometry.chain)
+    if geometry.cut and geometry.cut.area is None and regions:
+        windows, regions = cropped(windows, regions, out_size), None
+    if geometry.chain and isinstance(params, ChainParams):
+        windows, hidden = _chained(windows, params, geometry, regions, out_size)
+        regions = None
+    views = _filtered(windows.float(), params, geometry, regions, out_size)
     scale, bias = (
         factor.view(-1, 1, 1) if isinstance(factor, Tensor) else factor for factor in scaling
     )
     views.mul_(scale).add_(bias)
+    if geometry.chain and hidden:
+        outside, cut_out = hidden
+        if geometry.chain.outside == "mean":
+            views.masked_fill_(outside, 0.0)
+        if cut_out is not None:
+            color = _cutout_values(geometry.chain, scale, bias, views)
+            views = torch.where(cut_out, color, views)
     if mixup is None:
         out.copy_(views)
     else:
@@ -43,9 +66,80 @@ def augment(
         blend(dense_rows(unmixed), mixup, dense_rows(out))
 
 
+def _size_of(images: Tensor, channels_last: bool) -> tuple[int, int]:
+    height, width = images.shape[1:3] if channels_last else images.shape[2:4]
+    return height, width
+
+
+def _filtered(
+    windows: Tensor,
+    params: Draws,
+    geometry: Geometry,
+    regions: Regions | None,
+    out_size: tuple[int, int],
+) -> Tensor:
+    """Resize what is cut out of each window, and blur it."""
+    if regions is None and not geometry.blur_radius:
+        return windows
+    num_rows, channels, height, width = windows.shape
+    down, across = axis_matrices(
+        regions, params.sigma, geometry.blur_radius, (height, width), out_size
+    )
+    # across · Xᵀ is [R, W', C·H], and its rows, as C lines of H, times downᵀ
+    turned = torch.bmm(across, windows.view(num_rows, channels * height, width).mT)
+    turned = torch.bmm(turned.view(num_rows, out_size[1] * channels, height), down.mT)
+    return turned.view(num_rows, out_size[1], channels, out_size[0]).permute(0, 2, 3, 1)
+
+
+def _chained(
+    windows: Tensor,
+    params: ChainParams,
+    geometry: Geometry,
+    regions: Regions | None,
+    out_size: tuple[int, int],
+) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
+    """Run a chain on bytes; return them, and where they are outside and cut out."""
+    chain, (height, width) = geometry.chain, out_size
+    assert chain is not None
+    if regions:
+        windows = resized_bytes(windows, regions, (height, width))
+    _, of_slots, of_cutout = columns(geometry.cut, chain)
+    tables = chain_tables(chain, height, width, windows.device)
+    images, outside = run_slots(windows, params.chain[:, of_slots], tables)
+    drawn = params.chain[:, of_cutout]
+    return images, (outside, _cut_out(drawn, chain, height, width) if chain.cutout else None)
+
+
+def _cut_out(drawn: Tensor, chain: Chain, height: int, width: int) -> Tensor:
+    """Where each row's square lies, ``[R, 1, H, W]``; its centre is a pixel of the view."""
+    down, across, side = drawn.long().unbind(1)
+    if not isinstance(chain.cutout, int):
+        side = (side * width) >> 16
+    masks = []
+    for place, size in ((down, height), (across, width)):
+        first = ((place * size) >> 24) - side // 2
+        position = torch.arange(size, device=drawn.device)
+        masks.append((position >= first[:, None]) & (position < (first + side)[:, None]))
+    return masks[0][:, None, :, None] & masks[1][:, None, None, :]
+
+
+def _cutout_values(
+    chain: Chain, scale: Tensor | float, bias: Tensor | float, like: Tensor
+) -> Tensor:
+    """What a cutout is painted with, per channel: normalised bytes, or 0."""
+    if chain.cutout_color is None:
+        return like.new_zeros(1, 1, 1)
+    return _color(chain.cutout_color, like.device).view(-1, 1, 1) * scale + bias
+
+
+@constant
+def _color(color: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(color, dtype=torch.float32, device="cpu").to(device)
+
+
 def _shifted(
     sources: tuple[Tensor, ...],
-    params: AugmentParams,
+    params: Draws,
     geometry: Geometry,
     channels_last_in: bool,
     shape: tuple[int, ...],

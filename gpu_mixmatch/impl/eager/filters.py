@@ -1,52 +1,48 @@
-"""Zoom and blur: one linear map per axis, as matrices."""
+"""Zoom, a resized cut and blur: one linear map per axis, as matrices."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gpu_mixmatch.impl.constants import constant
-from gpu_mixmatch.types import LEAST_SIGMA, AugmentParams, Geometry
+from gpu_mixmatch.impl.eager.cut import Regions
+from gpu_mixmatch.types import LEAST_SIGMA
 
 
 def axis_matrices(
-    params: AugmentParams, geometry: Geometry, height: int, width: int
+    regions: Regions | None,
+    sigma: Tensor,
+    radius: int,
+    in_size: tuple[int, int],
+    out_size: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
-    """Factors of the columns and of the rows of each view, ``[R, H, H]`` and ``[R, W, W]``."""
-    radius = geometry.blur_radius
-    if not geometry.zoom:
-        down = _blur_matrix(params.sigma, radius, height)
-        return down, (down if height == width else _blur_matrix(params.sigma, radius, width))
-    top, bottom, left, right = params.zoom.unbind(1)
-    top, bottom = _cuts(top, bottom, height)
-    left, right = _cuts(left, right, width)
-    # the image is mirrored already, and so is what is cut off it
-    flipped = params.flip > 0
-    left, right = torch.where(flipped, right, left), torch.where(flipped, left, right)
-    down, across = _zoom_matrix(top, bottom, height), _zoom_matrix(left, right, width)
+    """Factors of the columns and of the rows of each view, ``[R, H', H]`` and ``[R, W', W]``."""
+    height, width = out_size
+    if regions is None:
+        down = _blur_matrix(sigma, radius, height)
+        return down, (down if height == width else _blur_matrix(sigma, radius, width))
+    top, left, tall, wide = regions
+    down = _zoom_matrix(top, tall, in_size[0], height)
+    across = _zoom_matrix(left, wide, in_size[1], width)
     if radius:
-        down = torch.bmm(_blur_matrix(params.sigma, radius, height), down)
-        across = torch.bmm(_blur_matrix(params.sigma, radius, width), across)
+        down = torch.bmm(_blur_matrix(sigma, radius, height), down)
+        across = torch.bmm(_blur_matrix(sigma, radius, width), across)
     return down, across
 
 
-def _cuts(before: Tensor, after: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Clamp what is cut off an axis: at least one pixel is left."""
-    before = before.clamp_max(size - 1)
-    return before, torch.minimum(after, size - 1 - before)
-
-
-def _zoom_matrix(before: Tensor, after: Tensor, size: int) -> Tensor:
-    """Cut ``before`` and ``after`` pixels off an axis and resize back, bilinear, ``[R, n, n]``.
+def _zoom_matrix(before: Tensor, kept: Tensor, in_size: int, size: int) -> Tensor:
+    """Take ``kept`` pixels behind ``before`` and resize them, bilinear, ``[R, size, in_size]``.
 
     Half-pixel centres without antialiasing, as ``F.interpolate(align_corners=False)``: the weight
     of a source pixel falls linearly with its distance from the position read.
     """
-    grid = torch.arange(size, dtype=torch.float32, device=before.device)
-    kept = (size - before - after).float()[:, None]
+    pixels = torch.arange(max(size, in_size), dtype=torch.float32, device=before.device)
+    grid, pixels = pixels[:size], pixels[:in_size]
+    kept = kept.float()[:, None]
     # (grid + 1/2) · kept / size - 1/2, with whole numbers as far as they go
     read = (((2 * grid + 1) * kept - size) / (2 * size)).clamp_min(0).minimum(kept - 1)
     read = read + before.float()[:, None]
-    distance = torch.sub(read[:, :, None], grid).abs_()
+    distance = torch.sub(read[:, :, None], pixels).abs_()
     return distance.neg_().add_(1).clamp_min_(0)
 
 

@@ -22,7 +22,7 @@ from gpu_mixmatch.impl.numba.loops import (
 )
 from gpu_mixmatch.impl.numba.mixup import blend, check_mixed
 from gpu_mixmatch.impl.numba.threads import in_threads, threads_for
-from gpu_mixmatch.types import AugmentParams, Geometry, MixUpParams, PaddingMode, Scaling
+from gpu_mixmatch.types import Draws, Geometry, MixUpParams, PaddingMode, Scaling
 
 # What zoom and blur of a value cost, in values that are only moved.
 _FILTER_COST = 8
@@ -41,7 +41,7 @@ class _Task(NamedTuple):
 
 def augment(
     sources: tuple[Tensor, ...],
-    params: AugmentParams,
+    params: Draws,
     geometry: Geometry,
     scaling: Scaling,
     *,
@@ -55,7 +55,7 @@ def augment(
     workspace = workspace or Workspace()
     num_rows, channels, height, width = out.shape
     channels_last = not out.is_contiguous()
-    padding, padding_mode, zoom, blur_radius = geometry
+    padding, padding_mode, zoom, blur_radius = geometry[:4]
     filters = zoom or blur_radius > 0
     # a filter runs along planes; where pixels are only moved, their values stay together
     values = channels if channels_last and not filters else 1

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch.impl.triton.launch import blocks, launch
-from gpu_mixmatch.types import LEAST_SIGMA, AugmentParams, Geometry, MixUpParams, Scaling
+from gpu_mixmatch.types import LEAST_SIGMA, Draws, Geometry, MixUpParams, Scaling
 
 _LEAST_SIGMA = tl.constexpr(LEAST_SIGMA)
 
@@ -320,7 +320,7 @@ def blur_kernel(
 
 def augment(
     sources: tuple[Tensor, ...],
-    params: AugmentParams,
+    params: Draws,
     geometry: Geometry,
     scaling: Scaling,
     *,
@@ -329,7 +329,7 @@ def augment(
     workspace: Workspace | None,
     mixup: MixUpParams | None = None,
 ) -> None:
-    padding, padding_mode, zoom, blur_radius = geometry
+    padding, padding_mode, zoom, blur_radius = geometry[:4]
     num_rows, channels, height, width = out.shape
     channels_last = not out.is_contiguous()
     num_lines, num_columns = (

@@ -265,7 +265,7 @@ def draw_batch(
     }
     boundary = num_rows if plan.mix == "all" else num_x
     degree, of_power, beta = _beta(plan.alpha, device)
-    padding, (least_zoom, most_zoom), flip, sigmas = plan.policy or AugmentPolicy()
+    padding, (least_zoom, most_zoom), flip, sigmas = (plan.policy or AugmentPolicy())[:4]
     low, high = sigmas or (0.0, 0.0)
     shuffles = blocks(boundary, _BLOCK) + blocks(num_rows - boundary, _BLOCK)
     programs = shuffles + (1 if plan.policy is None else 2) * blocks(num_rows, _BLOCK)

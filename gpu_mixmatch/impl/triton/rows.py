@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpu_mixmatch.types import AugmentParams, Scaling
+from gpu_mixmatch.types import Draws, Scaling
 
 _WORDS_BEFORE_SIGMA = 7  # of a row: top, left, flip and four of zoom
 _FARTHEST = 2**28  # words between fields that kernels may count in int32
@@ -56,24 +56,24 @@ class PackedDraws(NamedTuple):
     to_zoom: int
 
 
-def packed_draws(params: AugmentParams) -> PackedDraws:
+def packed_draws(params: Draws) -> PackedDraws:
     """Find draws by one address, as `sampling.pack` lays them out; others are packed, in a launch.
 
     A slice of rows of packed draws is packed, too.
     """
-    top, left, flip, zoom, sigma = params
+    top, left, flip, zoom, sigma = params[:5]
     start = top.data_ptr()
     pitch, to_zoom = left.data_ptr() - start, zoom.data_ptr() - start
     if (
         flip.data_ptr() - start == 2 * pitch
         and sigma.data_ptr() - start == _WORDS_BEFORE_SIGMA * pitch
-        and all(field.is_contiguous() for field in params)
+        and all(field.is_contiguous() for field in params[:5])
         and 0 <= pitch <= 4 * _FARTHEST
         and 0 <= to_zoom <= 16 * _FARTHEST
         and pitch % 4 == to_zoom % 4 == 0
     ):
         return PackedDraws(top, pitch // 4, to_zoom // 4)
-    words = torch.cat([field.reshape(-1).view(torch.int32) for field in params])
+    words = torch.cat([field.reshape(-1).view(torch.int32) for field in params[:5]])
     return PackedDraws(words, len(top), 3 * len(top))
 
 
