@@ -1,5 +1,6 @@
 """Workspace: named buffers that outlive a call."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,8 +25,24 @@ class Workspace:
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         """Return the buffer ``name``, contiguous and unfilled, made anew if its kind differs."""
+        return self._kept(name, shape, dtype, device, torch.empty)
+
+    def zeros(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Return the buffer ``name`` of zeros, which whoever writes to it leaves behind."""
+        return self._kept(name, shape, dtype, device, torch.zeros)
+
+    def _kept(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        make: Callable[..., Tensor],
+    ) -> Tensor:
         if _streams.is_capturing(device):
-            return torch.empty(shape, dtype=dtype, device=device)
+            return make(shape, dtype=dtype, device=device)
         key = name, _streams.current_stream(device)
         buffer = self._buffers.get(key)
         if (
@@ -35,7 +52,7 @@ class Workspace:
             or buffer.device != device
         ):
             with torch.inference_mode(False):  # later calls may be outside of it
-                buffer = torch.empty(shape, dtype=dtype, device=device)
+                buffer = make(shape, dtype=dtype, device=device)
             self._buffers[key] = buffer
         return buffer
 

@@ -43,7 +43,7 @@ def draw_batch(
             "device, and fill it before each replay",
         )
     policy = plan.policy
-    impl = impl_of(impl, policy)
+    impl = impl_of(impl, policy, device)
     num_x, num_u = (ids if isinstance(ids, int) else ids.shape[0] for ids in (ids_x, ids_u))
     num_rows, has_policy = num_x + plan.num_augmentations * num_u, policy is not None
     check_rows("ids_x and ids_u", num_rows)
@@ -113,7 +113,7 @@ def augment(
     else:
         views = out
     with _without_autocast(device):
-        running(impl_of(impl, geometry), device).augment(
+        running(impl_of(impl, geometry, device), device).augment(
             sources,
             params,
             geometry,

@@ -180,11 +180,18 @@ class Implementation(Protocol):
         """
 
 
-def impl_of(impl: Impl, part: AugmentPolicy | Geometry | None) -> Impl:
+def impl_of(
+    impl: Impl, part: AugmentPolicy | Geometry | None, device: torch.device | None = None
+) -> Impl:
     """Return what draws a policy, or applies what its views have in common, in place of ``impl``.
 
-    Cuts and chains are drawn by numpy, which draws for Numba, too, and applied in plain torch
-    alone: "auto" takes that for them on every device.
+    Triton's kernels draw and apply all but a few cuts and chains: "auto" takes them on CUDA. Else
+    cuts and chains are drawn by numpy, which draws for Numba, too, and applied in plain torch.
+
+    Args:
+        impl: What is asked for.
+        part: What is drawn, or what views have in common.
+        device: Where; None is a CPU.
 
     Raises:
         RuntimeError: If ``impl`` is one that cannot run them.
@@ -194,12 +201,30 @@ def impl_of(impl: Impl, part: AugmentPolicy | Geometry | None) -> Impl:
         return impl
     if impl == "numba" and isinstance(part, AugmentPolicy):
         return impl
-    if impl not in ("auto", "eager"):
+    if impl == "numba":
         what = "operations drawn per view" if part.chain else "random crops to a size"
-        raise RuntimeError(
-            f'impl="{impl}" cannot run {what} yet: use impl="eager", or impl="auto", which takes it'
-        )
+        raise RuntimeError(_cannot_run(impl, what))
+    on_cuda = device is not None and device.type == "cuda"
+    if impl == "triton" or (impl == "auto" and on_cuda):
+        missing = None if isinstance(part, AugmentPolicy) else _missing_in_kernels(part)
+        if missing is None:
+            return impl
+        if impl == "triton":
+            raise RuntimeError(_cannot_run(impl, missing))
     return "eager"
+
+
+def _missing_in_kernels(geometry: Geometry) -> str | None:
+    """What Triton's kernels cannot do of a cut or a chain."""
+    if geometry.chain is None:
+        return "random crops to a size without operations after them"
+    if geometry.blur_radius:
+        return "a blur after operations drawn per view"
+    return None
+
+
+def _cannot_run(impl: Impl, what: str) -> str:
+    return f'impl="{impl}" cannot run {what} yet: use impl="eager", or impl="auto", which takes it'
 
 
 def resolve_impl(impl: Impl, device: torch.device) -> ImplName:

@@ -6,6 +6,7 @@ needs a sine, a double or a second opinion.
 
 import math
 from enum import IntEnum
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -86,6 +87,14 @@ _KINDS: dict[OpName, Kind] = {
     **dict.fromkeys(("rotate", "shear_x", "shear_y", "translate_x", "translate_y"), Kind.WARP),
     **dict.fromkeys(("translate_x_rel", "translate_y_rel"), Kind.WARP),
 }
+
+
+@lru_cache(maxsize=64)
+def kinds_of(chain: Chain) -> frozenset[Kind]:
+    """List the kinds that the entries of a chain have."""
+    return frozenset(_KINDS.get(name, Kind.NOTHING) for name, _ in entries(chain))
+
+
 # Operations that FixMatch runs without the transparency of what lies outside
 _NEW_COLORS = ("autocontrast", "equalize", "invert", "posterize", "solarize")
 

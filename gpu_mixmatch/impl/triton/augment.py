@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpu_mixmatch._buffers import Workspace
+from gpu_mixmatch.impl.triton import chain
 from gpu_mixmatch.impl.triton.launch import blocks, launch
 from gpu_mixmatch.types import LEAST_SIGMA, Draws, Geometry, MixUpParams, Scaling
 
@@ -329,6 +330,18 @@ def augment(
     workspace: Workspace | None,
     mixup: MixUpParams | None = None,
 ) -> None:
+    if geometry.chain:
+        chain.augment(
+            sources,
+            params,
+            geometry,
+            scaling,
+            channels_last_in=channels_last_in,
+            out=out,
+            workspace=workspace,
+            mixup=mixup,
+        )
+        return
     padding, padding_mode, zoom, blur_radius = geometry[:4]
     num_rows, channels, height, width = out.shape
     channels_last = not out.is_contiguous()

@@ -1,8 +1,13 @@
 """All draws of a batch in one launch: reads the key and the ids, writes 44 bytes a row.
 
+Where there is a cut or a chain, as many columns of 4 bytes as it has come on top.
+
 The same Philox counters, integers and float64 arithmetic as `gpu_mixmatch.sampling`, one row (a
 view of an image) per lane.
 """
+
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -10,17 +15,25 @@ import triton.language as tl
 from torch import Tensor
 
 from gpu_mixmatch import _streams, sampling
+from gpu_mixmatch._chain import columns, entries, runs, slots_of
 from gpu_mixmatch._keys import CountedKey
 from gpu_mixmatch.impl.constants import constant
 from gpu_mixmatch.impl.triton.launch import blocks, launch
 from gpu_mixmatch.impl.triton.rows import divided, inverse
-from gpu_mixmatch.types import AugmentPolicy, DrawPlan
+from gpu_mixmatch.sampling.chain import NUM_ASPECTS, area_limits, aspect_factors, shuffles
+from gpu_mixmatch.types import AugmentPolicy, Chain, Cut, DrawPlan
 
 _BLOCK = 32
 _SHIFT = tl.constexpr(int(sampling.Purpose.SHIFT))
 _ZOOM = tl.constexpr(int(sampling.Purpose.ZOOM))
 _LAM = tl.constexpr(int(sampling.Purpose.LAM))
 _SHUFFLE = tl.constexpr(int(sampling.Purpose.SHUFFLE))
+_CUT = tl.constexpr(int(sampling.Purpose.CUT))
+_CUTOUT = tl.constexpr(int(sampling.Purpose.CUTOUT))
+_LEVELS = tl.constexpr(int(sampling.Purpose.LEVELS))
+_ORDER = tl.constexpr(int(sampling.Purpose.ORDER))
+_SLOT = tl.constexpr(int(sampling.Purpose.SLOT))
+_NUM_ASPECTS = tl.constexpr(NUM_ASPECTS)
 
 
 @triton.jit
@@ -126,6 +139,97 @@ def _store_cuts(
     tl.store(cuts_ptr + 3, least + tl.umulhi(word_3, bound).to(tl.int32), mask=mask)
 
 
+@triton.jit
+def _below(word, COUNT: tl.constexpr):
+    """A number in 0 .. COUNT - 1 from a word."""
+    return tl.umulhi(word, tl.full(word.shape, COUNT, tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def _entry(op, word, runs_ptr):
+    """One of the entries of an operation: its first, and as many more as the word says."""
+    count = tl.load(runs_ptr + op * 2 + 1).to(tl.uint32)
+    return tl.load(runs_ptr + op * 2) + tl.umulhi(word, count).to(tl.int32)
+
+
+@triton.jit
+def _store_cut(
+    chain_ptr, mask, words, aspects_ptr, LEAST_AREA: tl.constexpr, NUM_AREAS: tl.constexpr
+):
+    """Height and width in 2^-16 of the image's root area, then the place down and across."""
+    height = tl.zeros(mask.shape, tl.int32)
+    width = height
+    if NUM_AREAS > 0:
+        root = tl.sqrt((_below(words[0], NUM_AREAS) + LEAST_AREA).to(tl.float64))
+        level = _below(words[1], _NUM_ASPECTS)
+        height = tl.maximum((root * tl.load(aspects_ptr + level)).to(tl.int32), 1)
+        width = tl.maximum((root * tl.load(aspects_ptr + _NUM_ASPECTS + level)).to(tl.int32), 1)
+    tl.store(chain_ptr, height, mask=mask)
+    tl.store(chain_ptr + 1, width, mask=mask)
+    tl.store(chain_ptr + 2, (words[2] >> 8).to(tl.int32), mask=mask)
+    tl.store(chain_ptr + 3, (words[3] >> 8).to(tl.int32), mask=mask)
+
+
+@triton.jit
+def _store_shuffled(
+    slots_ptr, mask, levels, words, runs_ptr, orders_ptr,
+    NUM_SLOTS: tl.constexpr, NUM_ORDERS: tl.constexpr, APPLIED_BELOW: tl.constexpr,
+    GRAY_BELOW: tl.constexpr, GRAY_ENTRY: tl.constexpr,
+):  # fmt: skip
+    """Every operation in an order of the row's own; then, perhaps, grayscale."""
+    orders_ptr += _below(words[0], NUM_ORDERS) * NUM_SLOTS
+    applied = (words[1] >> 8).to(tl.int32) < APPLIED_BELOW
+    for slot in tl.static_range(NUM_SLOTS):
+        op = tl.load(orders_ptr + slot)
+        word = levels[0]
+        for number in tl.static_range(1, NUM_SLOTS):
+            word = tl.where(op == number, levels[number], word)
+        tl.store(slots_ptr + slot, tl.where(applied, _entry(op, word, runs_ptr), 0), mask=mask)
+    if GRAY_BELOW > 0:
+        gray = (words[2] >> 8).to(tl.int32) < GRAY_BELOW
+        tl.store(slots_ptr + NUM_SLOTS, tl.where(gray, GRAY_ENTRY, 0), mask=mask)
+
+
+@triton.jit
+def _store_part(
+    chain_ptr, part, row, mask, seed, low, high, step, purpose, runs_ptr, orders_ptr, aspects_ptr,
+    COLUMNS: tl.constexpr, PARTS: tl.constexpr, CUTS: tl.constexpr, LEAST_AREA: tl.constexpr,
+    NUM_AREAS: tl.constexpr, NUM_OPS: tl.constexpr, NUM_SLOTS: tl.constexpr,
+    NUM_ORDERS: tl.constexpr, APPLIED_BELOW: tl.constexpr, GRAY_BELOW: tl.constexpr,
+    GRAY_ENTRY: tl.constexpr, LEAST_SIDE: tl.constexpr, NUM_SIDES: tl.constexpr,
+):  # fmt: skip
+    """Store what one part of a chain's draws is: the cut, a slot or all shuffled ones, a cutout."""
+    chain_ptr += row.to(tl.int64) * COLUMNS
+    if CUTS > 0:
+        if part == 0:
+            words = tl.philox(seed, low, high, step, purpose + _CUT)
+            _store_cut(chain_ptr, mask, words, aspects_ptr, LEAST_AREA, NUM_AREAS)
+    if NUM_SIDES > 0:
+        if part == PARTS - 1:
+            words = tl.philox(seed, low, high, step, purpose + _CUTOUT)
+            last_ptr = chain_ptr + (COLUMNS - 3)
+            tl.store(last_ptr, (words[0] >> 8).to(tl.int32), mask=mask)
+            tl.store(last_ptr + 1, (words[1] >> 8).to(tl.int32), mask=mask)
+            tl.store(last_ptr + 2, _below(words[2], NUM_SIDES) + LEAST_SIDE, mask=mask)
+    slots_ptr = chain_ptr + 4 * CUTS
+    if NUM_ORDERS > 0:
+        if part == CUTS:
+            levels = tl.philox(seed, low, high, step, purpose + _LEVELS)
+            words = tl.philox(seed, low, high, step, purpose + _ORDER)
+            _store_shuffled(
+                slots_ptr, mask, levels, words, runs_ptr, orders_ptr,
+                NUM_SLOTS, NUM_ORDERS, APPLIED_BELOW, GRAY_BELOW, GRAY_ENTRY,
+            )  # fmt: skip
+    elif NUM_SLOTS > 0:
+        slot = part - CUTS
+        if (slot >= 0) & (slot < NUM_SLOTS):
+            purpose += slot.to(tl.uint32) + _SLOT
+            words = tl.philox(seed, low, high, step, purpose)
+            entry = _entry(_below(words[0], NUM_OPS), words[2], runs_ptr)
+            applied = (words[1] >> 8).to(tl.int32) < APPLIED_BELOW
+            tl.store(slots_ptr + slot, tl.where(applied, entry, 0), mask=mask)
+
+
 # A batch of another size must not be another kernel: numbers may be 1 or divisible by 16, and ids,
 # slices often, may begin anywhere.
 _NUMBERS = [
@@ -149,6 +253,9 @@ def draw_kernel(
     ids_x_ptr,
     ids_u_ptr,
     beta_ptr,
+    runs_ptr,
+    orders_ptr,
+    aspects_ptr,
     num_x,
     num_u,
     inverse_u,
@@ -175,9 +282,25 @@ def draw_kernel(
     LAM_PER_BATCH: tl.constexpr,
     HAS_POLICY: tl.constexpr,
     HAS_ZOOM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    CUTS: tl.constexpr,
+    LEAST_AREA: tl.constexpr,
+    NUM_AREAS: tl.constexpr,
+    NUM_OPS: tl.constexpr,
+    NUM_SLOTS: tl.constexpr,
+    NUM_ORDERS: tl.constexpr,
+    APPLIED_BELOW: tl.constexpr,
+    GRAY_BELOW: tl.constexpr,
+    GRAY_ENTRY: tl.constexpr,
+    LEAST_SIDE: tl.constexpr,
+    NUM_SIDES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Each program does one thing for a block of rows, so that the three are done side by side."""
+    """Each program does one thing for a block of rows, so that all of them are done side by side.
+
+    Partners, λ', what moves pixels, and each part of a chain.
+    """
     program = tl.program_id(0)
     if key_ptr is not None:
         step_ptr = key_ptr + 1
@@ -228,6 +351,17 @@ def draw_kernel(
                 mixed = tl.where(row < boundary, num_rounds_0, num_rounds_1) > 0
                 lam = tl.where(mixed, _folded_beta(words[0], beta_ptr, DEGREE, OF_POWER), lam)
             tl.store(out_ptr + 2 * pitch + row, lam.to(tl.int32, bitcast=True), mask=mask)
+        elif PARTS > 0 and block >= 2 * of_rows:
+            number = block - 2 * of_rows
+            row = number // PARTS * BLOCK + tl.arange(0, BLOCK)
+            mask = row < num_rows
+            low, high, purpose = _counters(row, mask, ids_x_ptr, ids_u_ptr, num_x, num_u, inverse_u)
+            _store_part(
+                out_ptr + 11 * pitch, number % PARTS, row, mask,
+                seed, low, high, step, purpose, runs_ptr, orders_ptr, aspects_ptr,
+                COLUMNS, PARTS, CUTS, LEAST_AREA, NUM_AREAS, NUM_OPS, NUM_SLOTS, NUM_ORDERS,
+                APPLIED_BELOW, GRAY_BELOW, GRAY_ENTRY, LEAST_SIDE, NUM_SIDES,
+            )  # fmt: skip
         elif HAS_POLICY:
             row = (block - of_rows) * BLOCK + tl.arange(0, BLOCK)
             mask = row < num_rows
@@ -267,8 +401,13 @@ def draw_batch(
     degree, of_power, beta = _beta(plan.alpha, device)
     padding, (least_zoom, most_zoom), flip, sigmas = (plan.policy or AugmentPolicy())[:4]
     low, high = sigmas or (0.0, 0.0)
-    shuffles = blocks(boundary, _BLOCK) + blocks(num_rows - boundary, _BLOCK)
-    programs = shuffles + (1 if plan.policy is None else 2) * blocks(num_rows, _BLOCK)
+    shuffled = blocks(boundary, _BLOCK) + blocks(num_rows - boundary, _BLOCK)
+    chain, tables = _NO_CHAIN, _ChainTables(None, None, None)
+    if plan.policy and (plan.policy.cut or plan.policy.chain):
+        chain = _chain_numbers(plan.policy.cut, plan.policy.chain)
+        tables = _chain_tables(plan.policy.cut, plan.policy.chain, device)
+    roles = 1 if plan.policy is None else 2 + chain["PARTS"]
+    programs = shuffled + roles * blocks(num_rows, _BLOCK)
     on_device = key.words(programs) if isinstance(key, CountedKey) else key
     seed, step = (0, 0) if isinstance(on_device, Tensor) else on_device
     launch(
@@ -281,6 +420,7 @@ def draw_batch(
         int(step),
         *_on_device((ids_x, ids_u), device),
         beta,
+        *tables,
         num_x,
         num_u,
         inverse(num_u),
@@ -301,6 +441,7 @@ def draw_batch(
         LAM_PER_BATCH=plan.lam == "batch",
         HAS_POLICY=plan.policy is not None,
         HAS_ZOOM=most_zoom > 0,
+        **chain,
         BLOCK=_BLOCK,
         num_warps=1,
     )
@@ -314,6 +455,64 @@ def _grid(length: int) -> tuple[int, int, int, int]:
 
 def prepare(plan: DrawPlan, device: torch.device) -> None:
     _beta(plan.alpha, device)
+    if plan.policy and (plan.policy.cut or plan.policy.chain):
+        _chain_tables(plan.policy.cut, plan.policy.chain, device)
+
+
+@lru_cache(maxsize=64)
+def _chain_numbers(cut: Cut | None, chain: Chain | None) -> dict[str, int]:
+    """What the kernel is compiled for: the layout of the columns, and bounds of numbers."""
+    found = dict(_NO_CHAIN, COLUMNS=columns(cut, chain).total, CUTS=int(cut is not None))
+    found["PARTS"] = found["CUTS"]
+    if cut and cut.area:
+        least, most = area_limits(cut.area)
+        found.update(LEAST_AREA=least, NUM_AREAS=most - least + 1)
+    if chain is None:
+        return found
+    slots = slots_of(chain) - (chain.gray > 0)
+    found.update(NUM_OPS=len(chain.ops), NUM_SLOTS=slots, APPLIED_BELOW=round(chain.prob * 2**24))
+    found["PARTS"] += 1 if chain.shuffled else slots
+    if chain.shuffled:
+        gray = round(chain.gray * 2**24) if chain.gray > 0 else 0
+        found.update(NUM_ORDERS=len(shuffles(slots)), GRAY_BELOW=gray)
+        found["GRAY_ENTRY"] = len(entries(chain)) - 1
+    if chain.cutout:
+        sides = chain.cutout
+        least, most = (
+            (sides, sides) if isinstance(sides, int) else (round(side * 2**16) for side in sides)
+        )
+        found.update(LEAST_SIDE=least, NUM_SIDES=most - least + 1)
+        found["PARTS"] += 1
+    return found
+
+
+_NO_CHAIN = dict.fromkeys(
+    (
+        *("COLUMNS", "PARTS", "CUTS", "LEAST_AREA", "NUM_AREAS", "NUM_OPS", "NUM_SLOTS"),
+        *("NUM_ORDERS", "APPLIED_BELOW", "GRAY_BELOW", "GRAY_ENTRY", "LEAST_SIDE", "NUM_SIDES"),
+    ),
+    0,
+)
+
+
+class _ChainTables(NamedTuple):
+    """Entries of each operation; orders of operations; factors of aspects; None is not read."""
+
+    runs: Tensor | None
+    orders: Tensor | None
+    aspects: Tensor | None
+
+
+@constant
+def _chain_tables(cut: Cut | None, chain: Chain | None, device: torch.device) -> _ChainTables:
+    of_entries = orders = aspects = None
+    if chain:
+        of_entries = torch.tensor(runs(chain), dtype=torch.int32, device="cpu").to(device)
+    if chain and chain.shuffled:
+        orders = torch.from_numpy(shuffles(len(chain.ops))).int().to(device)
+    if cut and cut.area:
+        aspects = torch.from_numpy(aspect_factors(cut.aspect)).to(device)
+    return _ChainTables(of_entries, orders, aspects)
 
 
 @constant
