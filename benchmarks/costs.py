@@ -118,6 +118,8 @@ ASSUMED: dict[str, Assumption] = {
     "draw_kernel": Assumption(turns=0.5),
     # one program adds up the sums of all
     "mixmatch_loss_kernel": Assumption(goes_on=lambda programs: 1 / programs),
+    # of FixMatch's rows, statistics or sharpness are in 4 of 28 slots
+    "event_kernel": Assumption(goes_on=lambda programs: 1 / 7),
 }
 
 _NAMES = {
@@ -250,8 +252,8 @@ def _request(i: Instruction, layouts: Sequence[Layout]) -> tuple[float, float]:
     threads are taken to want the same or neighbours: draws, words of a line.
     """
     if {"U8", "S8"} & {*i.suffixes} and layouts:
-        lines, threads = layouts[0]["threadsPerWarp"][:2]
-        span = threads * layouts[0]["sizePerThread"][1]
+        lines, threads = (1, *layouts[0]["threadsPerWarp"])[-2:]
+        span = threads * layouts[0]["sizePerThread"][-1]
         return lines * max(1.0, span / 128 + 0.25), lines * (span / 32 + 0.75)
     return max(1.0, 32 * i.width / 128), float(i.width)
 

@@ -41,6 +41,9 @@ _EVENTS = (Kind.CONTRAST, Kind.SHARPNESS, Kind.AUTOCONTRAST, Kind.EQUALIZE)
 # Bits of what a chain's entries are
 _HAS_WARP = tl.constexpr(1 << Kind.WARP)
 _HAS_COLOR = tl.constexpr(1 << Kind.COLOR)
+_HAS_TABLE = tl.constexpr(
+    1 << Kind.BYTES | 1 << Kind.CONTRAST | 1 << Kind.AUTOCONTRAST | 1 << Kind.EQUALIZE
+)
 _HAS_SHARPNESS = tl.constexpr(1 << Kind.SHARPNESS)
 _HAS_HUE = tl.constexpr(1 << Kind.HUE)
 _OUTSIDE = tl.constexpr(1 << 24)
@@ -134,6 +137,17 @@ def _view_of(
     )  # fmt: skip
 
 
+@triton.jit
+def _places(start, BLOCK: tl.constexpr):
+    """The places of a tile's pixels in the view, neighbours by neighbouring threads.
+
+    Triton, if it knew that they are in a row, would give a thread four of them, for wide stores, and
+    send every pixel from one layout to another through shared memory. The grid has one axis: the
+    number of the program along another is 0, which the compiler does not know.
+    """
+    return (start + tl.arange(0, BLOCK)) ^ tl.program_id(1)
+
+
 # Pixels of the image
 
 
@@ -200,15 +214,13 @@ def _source(
         pixel = tl.zeros(mask.shape, tl.int32)
         sums = (pixel, pixel, pixel)
         for corner in tl.static_range(4):
-            below: tl.constexpr = corner // 2
-            right: tl.constexpr = corner % 2
             part = _window(
-                next_line if below else line, next_column if right else column, mask, view,
-                IN_HEIGHT, IN_WIDTH, CHANNELS,
+                next_line if corner > 1 else line, next_column if corner % 2 else column,
+                mask, view, IN_HEIGHT, IN_WIDTH, CHANNELS,
                 STRIDE_CHANNEL, STRIDE_LINE, STRIDE_PIXEL, PADDING, MODE,
             )  # fmt: skip
-            share = weight_down if below else 2048 - weight_down
-            share *= weight if right else 2048 - weight
+            share = weight_down if corner > 1 else 2048 - weight_down
+            share *= weight if corner % 2 else 2048 - weight
             sums = (
                 sums[0] + (part & 255) * share,
                 sums[1] + ((part >> 8) & 255) * share,
@@ -299,18 +311,19 @@ def _changed(
             if kind == _HUE:
                 kept = pixel & _OUTSIDE
                 pixel = _turned(pixel, record_ptr, memory.bytes_ptr, mask) | kept
-    if (kind == _BYTES) | (kind == _CONTRAST) | (kind == _AUTOCONTRAST) | (kind == _EQUALIZE):
-        table_ptr = memory.bytes_ptr + tl.load(record_ptr + 2) * 256
-        step = 0
-        if kind != _BYTES:
-            place = view.row.to(tl.int64) * SLOTS + slot
-            table_ptr = memory.made_ptr + place * (256 * CHANNELS)
-            step = 256
-        new = tl.where(tl.load(record_ptr + 1) == 0, pixel & _OUTSIDE, 0)
-        for channel in tl.static_range(CHANNELS):
-            byte_ptr = table_ptr + channel * step + ((pixel >> (8 * channel)) & 255)
-            new |= tl.load(byte_ptr, mask=mask, other=0).to(tl.int32) << (8 * channel)
-        pixel = new
+    if _HAS_TABLE & KINDS:
+        if (kind == _BYTES) | (kind == _CONTRAST) | (kind == _AUTOCONTRAST) | (kind == _EQUALIZE):
+            table_ptr = memory.bytes_ptr + tl.load(record_ptr + 2) * 256
+            step = 0
+            if kind != _BYTES:
+                place = view.row.to(tl.int64) * SLOTS + slot
+                table_ptr = memory.made_ptr + place * (256 * CHANNELS)
+                step = 256
+            new = tl.where(tl.load(record_ptr + 1) == 0, pixel & _OUTSIDE, 0)
+            for channel in tl.static_range(CHANNELS):
+                byte_ptr = table_ptr + channel * step + ((pixel >> (8 * channel)) & 255)
+                new |= tl.load(byte_ptr, mask=mask, other=0).to(tl.int32) << (8 * channel)
+            pixel = new
     return pixel
 
 
@@ -512,7 +525,7 @@ def event_kernel(
         if _HAS_SHARPNESS & KINDS:
             image = (staged % 2) * num_rows + row
             for tile in range(TILES):
-                place = start + tile * BLOCK + tl.arange(0, BLOCK)
+                place = _places(start + tile * BLOCK, BLOCK)
                 mask = place < COUNT
                 pixel = _sharpened(
                     place // WIDTH, place % WIDTH, mask, view, memory, slot, kinds, staged,
@@ -524,7 +537,7 @@ def event_kernel(
         red = tl.zeros([256], tl.int32)
         green, blue = red, red
         for tile in range(TILES):
-            place = start + tile * BLOCK + tl.arange(0, BLOCK)
+            place = _places(start + tile * BLOCK, BLOCK)
             mask = place < COUNT
             pixel = _pixels(
                 place // WIDTH, place % WIDTH, mask, view, memory, kinds, staged,
@@ -576,7 +589,7 @@ def chain_kernel(
     COUNT: tl.constexpr = HEIGHT * WIDTH
     PARTS: tl.constexpr = (COUNT + BLOCK - 1) // BLOCK
     row = tl.program_id(0) // PARTS
-    place = tl.program_id(0) % PARTS * BLOCK + tl.arange(0, BLOCK)
+    place = _places(tl.program_id(0) % PARTS * BLOCK, BLOCK)
     mask = place < COUNT
     down, across = place // WIDTH, place % WIDTH
     view = _view_of(
@@ -635,7 +648,7 @@ def chain_kernel(
         if CUTOUT > 0:
             painted = 0.0
             if COLOR >= 0:
-                painted = ((COLOR >> (8 * channel)) & 255) * 1.0 * of_scale + of_bias
+                painted = tl.full([], (COLOR >> (8 * channel)) & 255, tl.float32) * of_scale + of_bias
             value = tl.where(cut_out, painted, value)
         offset = place * CHANNELS + channel if CHANNELS_LAST else channel * COUNT + place
         tl.store(out_ptr + offset, value.to(out_ptr.dtype.element_ty), mask=mask)
@@ -708,7 +721,7 @@ def augment(
         "KINDS": sum(1 << kind for kind in kinds),
     }
     # a blend truncates otherwise where its product and sum are rounded as one
-    compiled = {"enable_fp_fusion": False, "num_warps": 4}
+    compiled = {"enable_fp_fusion": False, "num_warps": 8 if in_one else 4}
     if not in_one and events:
         counts = scratch.zeros("counts", (num_rows, 256 * channels + 1), torch.int32, device)
         programs = num_rows * blocks(count, _BLOCK * _TILES)
