@@ -60,7 +60,7 @@ def chain_tables(chain: Chain, height: int, width: int, device: torch.device) ->
     records = np.zeros((len(of_entries), 8), dtype=np.int32)
     rows: dict[bytes, int] = {}
     for record, (name, magnitude) in zip(records, of_entries, strict=True):
-        record[0] = _KINDS.get(name, Kind.NOTHING)
+        record[0] = kind_of(name)
         record[1] = name in _NEW_COLORS
         if record[0] == Kind.WARP:
             record[2:] = _warp(name, magnitude, height, width)
@@ -76,6 +76,11 @@ def chain_tables(chain: Chain, height: int, width: int, device: torch.device) ->
     return ChainTables(torch.from_numpy(records).to(device), torch.from_numpy(tables).to(device))
 
 
+def root_of_area(height: int, width: int) -> int:
+    """The side of a square of as many pixels, in 2^-8 of a pixel: the unit of a drawn cut."""
+    return round(256 * math.sqrt(height * width))
+
+
 _KINDS: dict[OpName, Kind] = {
     **dict.fromkeys(("invert", "posterize", "solarize", "brightness"), Kind.BYTES),
     "color": Kind.COLOR,
@@ -89,10 +94,15 @@ _KINDS: dict[OpName, Kind] = {
 }
 
 
+def kind_of(name: OpName) -> Kind:
+    """Return the kind of an operation's entries."""
+    return _KINDS.get(name, Kind.NOTHING)
+
+
 @lru_cache(maxsize=64)
 def kinds_of(chain: Chain) -> frozenset[Kind]:
     """List the kinds that the entries of a chain have."""
-    return frozenset(_KINDS.get(name, Kind.NOTHING) for name, _ in entries(chain))
+    return frozenset(kind_of(name) for name, _ in entries(chain))
 
 
 # Operations that FixMatch runs without the transparency of what lies outside

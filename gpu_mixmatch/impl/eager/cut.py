@@ -1,12 +1,12 @@
 """What is cut out of each window, and how it becomes a view of bytes."""
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gpu_mixmatch._chain import columns
+from gpu_mixmatch.impl.tables import root_of_area
 from gpu_mixmatch.types import Cut, Draws, Geometry
 
 _WEIGHTS = 2**11  # the unit of a weight between two pixels: 255 · 2^22 fits into an int32
@@ -67,11 +67,6 @@ def _cut_regions(
         for place, side, most in zip((down, across), (tall, wide), size, strict=True)
     )
     return Regions(top, left, tall, wide)
-
-
-def root_of_area(height: int, width: int) -> int:
-    """The side of a square of as many pixels, in 2^-8 of a pixel."""
-    return round(256 * math.sqrt(height * width))
 
 
 def cropped(images: Tensor, regions: Regions, out_size: tuple[int, int]) -> Tensor:

@@ -1,15 +1,14 @@
-"""Views of a chain of operations in one launch, a few more for large ones: a byte read, a value
-written.
+"""Views of a chain of operations in one launch, or a few: a byte read, a value written.
 
 A program builds a tile of pixels, all channels at once: a pixel is one int32, a byte per channel
-and a bit for what lies outside. Which operations a view has are scalars, so that a program branches
-past all others. Warps are maps of places, composed backwards from the pixel that is written; what
-changes bytes follows forwards.
+and a bit for what lies outside. What a view's operations are is known to the program as a number,
+so that it branches past all others. Warps are maps of places, composed backwards from the pixel
+that is written; what changes bytes follows forwards.
 
 Operations that need more than a pixel are events. The statistics of a view give a table of bytes,
 and sharpness a whole image of pixels, which what follows reads. A program that holds a whole view
-runs its events itself. Views of more pixels have a launch for each event that one of them may have,
-at most as many as slots.
+runs its events itself. Larger views have a launch for each event that one of them may have, at most
+as many as there are slots: two for RandAugment, one for ColorJitter.
 """
 
 from functools import lru_cache
@@ -22,12 +21,11 @@ from torch import Tensor
 
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch._chain import columns, slots_of
-from gpu_mixmatch.impl.eager.cut import root_of_area
-from gpu_mixmatch.impl.tables import Kind, chain_tables, kinds_of
+from gpu_mixmatch.impl.tables import Kind, chain_tables, kind_of, kinds_of, root_of_area
 from gpu_mixmatch.impl.triton.launch import blocks, launch
 from gpu_mixmatch.impl.triton.mixup import mixup as mix_rows
 from gpu_mixmatch.impl.triton.rows import image_of, inverse, normalisation, packed_draws
-from gpu_mixmatch.types import ChainParams, Draws, Geometry, MixUpParams, Scaling
+from gpu_mixmatch.types import Chain, ChainParams, Draws, Geometry, MixUpParams, Scaling
 
 _WARP = tl.constexpr(int(Kind.WARP))
 _BYTES = tl.constexpr(int(Kind.BYTES))
@@ -48,9 +46,9 @@ _HAS_SHARPNESS = tl.constexpr(1 << Kind.SHARPNESS)
 _HAS_HUE = tl.constexpr(1 << Kind.HUE)
 _OUTSIDE = tl.constexpr(1 << 24)
 
-_BLOCK = 1024  # pixels of a tile
-_MOST_IN_ONE = 2048  # pixels of a view that one program holds
-_TILES = 4  # of a program that runs an event: fewer sums to add up
+_PIXELS = 1024  # of a tile
+_MOST_IN_ONE = 2048  # pixels of a tile that may hold a whole view
+_TILES = 4  # that a program runs an event on, at most: fewer counts to add up
 _MOST_SIZE = 2**14 - 1  # coordinates in 16.16 are int32
 _MOST_CHANNELS = 3
 
@@ -96,14 +94,14 @@ def _view_of(
     draws_ptr, pitch, to_zoom, chain_ptr, records_ptr,
     IN_HEIGHT: tl.constexpr, IN_WIDTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     CUT: tl.constexpr, ROOT: tl.constexpr,
-    SLOTS: tl.constexpr, FIRST_SLOT: tl.constexpr, COLUMNS: tl.constexpr,
+    SLOTS: tl.constexpr, FIRST_SLOT: tl.constexpr, DRAWN: tl.constexpr,
 ):  # fmt: skip
     """Read the draws of a row. CUT: 0 none, 1 of the views' size, 2 by area, 3 a zoom."""
     from_x, place = image_of(row, num_x, num_u, inverse_u)
     image_ptr = u_ptr + place * stride_u.to(tl.int64)
     if from_x:
         image_ptr = x_ptr + place * stride_x.to(tl.int64)
-    chain_ptr += row.to(tl.int64) * COLUMNS
+    chain_ptr += row.to(tl.int64) * DRAWN
     slots_ptr = chain_ptr + FIRST_SLOT
     kinds = tl.zeros([], tl.int64)
     for slot in tl.static_range(SLOTS):
@@ -128,9 +126,8 @@ def _view_of(
         cut_top = ((tl.load(chain_ptr + 2).to(tl.int64) * room) >> 24).to(tl.int32)
         room = IN_WIDTH - cut_width + 1
         cut_left = ((tl.load(chain_ptr + 3).to(tl.int64) * room) >> 24).to(tl.int32)
-    if CUT > 0:  # windows are mirrored first, and what is cut out of them with them
-        if flip > 0:
-            cut_left = IN_WIDTH - cut_left - cut_width
+    if CUT > 0 and flip > 0:  # windows are mirrored first, and what is cut out of them with them
+        cut_left = IN_WIDTH - cut_left - cut_width
     return _View(
         row, image_ptr, tl.load(draws_ptr + row), tl.load(draws_ptr + pitch.to(tl.int64) + row),
         flip, cut_top, cut_left, cut_height, cut_width, slots_ptr, kinds,
@@ -138,14 +135,25 @@ def _view_of(
 
 
 @triton.jit
-def _places(start, BLOCK: tl.constexpr):
-    """The places of a tile's pixels in the view, neighbours by neighbouring threads.
+def _tile(
+    number, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Lines ``[LINES, 1]`` and columns ``[1, COLUMNS]`` of a tile, and where it is in the view.
 
-    Triton, if it knew that they are in a row, would give a thread four of them, for wide stores, and
-    send every pixel from one layout to another through shared memory. The grid has one axis: the
-    number of the program along another is 0, which the compiler does not know.
+    Neighbouring threads take neighbouring pixels. Triton, if it knew that pixels lie in a row,
+    would give a thread four of them, for wide stores, and send each of them from one layout to
+    another through shared memory. The grid has one axis: the number of a program along another is
+    0, which the compiler does not know.
     """
-    return (start + tl.arange(0, BLOCK)) ^ tl.program_id(1)
+    ACROSS: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    down = (number // ACROSS * LINES + tl.arange(0, LINES))[:, None]
+    across = (number % ACROSS * COLUMNS + tl.arange(0, COLUMNS)) ^ tl.program_id(1)
+    across = across[None, :]
+    if HEIGHT % LINES == 0 and WIDTH % COLUMNS == 0:
+        mask = tl.full([LINES, COLUMNS], 1, tl.int1)
+    else:
+        mask = (down < HEIGHT) & (across < WIDTH)
+    return down, across, mask
 
 
 # Pixels of the image
@@ -295,36 +303,75 @@ def _changed(
 ):  # fmt: skip
     """Pixels after a slot. Sharpness is none that is done here."""
     record_ptr = memory.records_ptr + tl.load(view.slots_ptr + slot) * 8
-    if _HAS_WARP & KINDS:
-        if kind == _WARP:
-            pixel = tl.where(born == slot, _OUTSIDE, pixel)
+    if _HAS_WARP & KINDS and kind == _WARP:
+        pixel = tl.where(born == slot, _OUTSIDE, pixel)
     if CHANNELS == 3:
-        if _HAS_COLOR & KINDS:
-            if kind == _COLOR:
-                factor, bright = _factor(record_ptr), _luma(pixel, CHANNELS)
-                new = pixel & _OUTSIDE
-                for channel in tl.static_range(CHANNELS):
-                    byte = (pixel >> (8 * channel)) & 255
-                    new |= _blended(bright, byte, factor) << (8 * channel)
-                pixel = new
-        if _HAS_HUE & KINDS:
-            if kind == _HUE:
-                kept = pixel & _OUTSIDE
-                pixel = _turned(pixel, record_ptr, memory.bytes_ptr, mask) | kept
-    if _HAS_TABLE & KINDS:
-        if (kind == _BYTES) | (kind == _CONTRAST) | (kind == _AUTOCONTRAST) | (kind == _EQUALIZE):
-            table_ptr = memory.bytes_ptr + tl.load(record_ptr + 2) * 256
-            step = 0
-            if kind != _BYTES:
-                place = view.row.to(tl.int64) * SLOTS + slot
-                table_ptr = memory.made_ptr + place * (256 * CHANNELS)
-                step = 256
-            new = tl.where(tl.load(record_ptr + 1) == 0, pixel & _OUTSIDE, 0)
+        if _HAS_COLOR & KINDS and kind == _COLOR:
+            factor, bright = _factor(record_ptr), _luma(pixel, CHANNELS)
+            new = pixel & _OUTSIDE
             for channel in tl.static_range(CHANNELS):
-                byte_ptr = table_ptr + channel * step + ((pixel >> (8 * channel)) & 255)
-                new |= tl.load(byte_ptr, mask=mask, other=0).to(tl.int32) << (8 * channel)
+                byte = (pixel >> (8 * channel)) & 255
+                new |= _blended(bright, byte, factor) << (8 * channel)
             pixel = new
+        if _HAS_HUE & KINDS and kind == _HUE:
+            kept = pixel & _OUTSIDE
+            pixel = _turned(pixel, record_ptr, memory.bytes_ptr, mask) | kept
+    of_bytes = (kind == _BYTES) | (kind == _CONTRAST)
+    of_bytes = of_bytes | (kind == _AUTOCONTRAST) | (kind == _EQUALIZE)
+    if _HAS_TABLE & KINDS and of_bytes:
+        table_ptr = memory.bytes_ptr + tl.load(record_ptr + 2) * 256
+        step = 0
+        if kind != _BYTES:
+            place = view.row.to(tl.int64) * SLOTS + slot
+            table_ptr = memory.made_ptr + place * (256 * CHANNELS)
+            step = 256
+        new = tl.where(tl.load(record_ptr + 1) == 0, pixel & _OUTSIDE, 0)
+        for channel in tl.static_range(CHANNELS):
+            byte_ptr = table_ptr + channel * step + ((pixel >> (8 * channel)) & 255)
+            new |= tl.load(byte_ptr, mask=mask, other=0).to(tl.int32) << (8 * channel)
+        pixel = new
     return pixel
+
+
+@triton.jit
+def _before(
+    down, across, mask, view, memory, staged,
+    IN_HEIGHT: tl.constexpr, IN_WIDTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr, CUT: tl.constexpr,
+    STRIDE_CHANNEL: tl.constexpr, STRIDE_LINE: tl.constexpr, STRIDE_PIXEL: tl.constexpr,
+    PADDING: tl.constexpr, MODE: tl.constexpr, KINDS: tl.constexpr,
+):  # fmt: skip
+    """Pixels of the view before its slots, or of the last one of ``staged`` stored images."""
+    if _HAS_SHARPNESS & KINDS:
+        if staged > 0:
+            image = ((staged - 1) % 2) * memory.num_rows + view.row
+            stage_ptr = memory.stage_ptr + image.to(tl.int64) * (HEIGHT * WIDTH)
+            pixel = tl.load(stage_ptr + (down * WIDTH + across), mask=mask, other=0)
+        else:
+            pixel = _source(
+                down, across, mask, view, IN_HEIGHT, IN_WIDTH, HEIGHT, WIDTH, CHANNELS, CUT,
+                STRIDE_CHANNEL, STRIDE_LINE, STRIDE_PIXEL, PADDING, MODE,
+            )  # fmt: skip
+    else:
+        pixel = _source(
+            down, across, mask, view, IN_HEIGHT, IN_WIDTH, HEIGHT, WIDTH, CHANNELS, CUT,
+            STRIDE_CHANNEL, STRIDE_LINE, STRIDE_PIXEL, PADDING, MODE,
+        )  # fmt: skip
+    return pixel
+
+
+@triton.jit
+def _kind(kinds, slot):
+    return ((kinds >> (4 * slot)) & 15).to(tl.int32)
+
+
+@triton.jit
+def _moves(kinds, SLOTS: tl.constexpr):
+    """Whether a warp is among the slots."""
+    count = 0
+    for slot in tl.static_range(SLOTS):
+        count += (_kind(kinds, slot) == _WARP).to(tl.int32)
+    return count > 0
 
 
 @triton.jit
@@ -335,40 +382,43 @@ def _pixels(
     STRIDE_CHANNEL: tl.constexpr, STRIDE_LINE: tl.constexpr, STRIDE_PIXEL: tl.constexpr,
     PADDING: tl.constexpr, MODE: tl.constexpr, SLOTS: tl.constexpr, KINDS: tl.constexpr,
 ):  # fmt: skip
-    """Pixels after the slots that ``kinds`` has, from the image that comes before them.
+    """Pixels after the slots that ``kinds`` has, from what comes before them; see `_before`.
 
-    That is the view itself, or the last one of ``staged`` ones that were stored.
+    Where nothing moves, what belongs to a line or to a column is computed once.
     """
-    born = tl.full(mask.shape, -1, tl.int32)
+    born = tl.full(mask.shape, -1, tl.int32)  # the slot in which a pixel comes in from outside
     if _HAS_WARP & KINDS:
-        for turn in range(SLOTS):
-            slot = SLOTS - 1 - turn
-            if ((kinds >> (4 * slot)) & 15) == _WARP:
-                record_ptr = memory.records_ptr + tl.load(view.slots_ptr + slot) * 8
-                from_across = across * tl.load(record_ptr + 2) + down * tl.load(record_ptr + 3)
-                from_down = across * tl.load(record_ptr + 5) + down * tl.load(record_ptr + 6)
-                across = (from_across + tl.load(record_ptr + 4)) >> 16
-                down = (from_down + tl.load(record_ptr + 7)) >> 16
-                inside = (across >= 0) & (across < WIDTH) & (down >= 0) & (down < HEIGHT)
-                born = tl.where(inside | (born >= 0), born, slot)
-    found = mask & (born < 0)
-    if _HAS_SHARPNESS & KINDS:
-        if staged > 0:
-            image = ((staged - 1) % 2) * memory.num_rows + view.row
-            stage_ptr = memory.stage_ptr + image.to(tl.int64) * (HEIGHT * WIDTH)
-            pixel = tl.load(stage_ptr + down * WIDTH + across, mask=found, other=0)
+        if _moves(kinds, SLOTS):
+            y, x = down + tl.zeros_like(born), across + tl.zeros_like(born)
+            for turn in range(SLOTS):
+                slot = SLOTS - 1 - turn
+                if _kind(kinds, slot) == _WARP:
+                    record_ptr = memory.records_ptr + tl.load(view.slots_ptr + slot) * 8
+                    from_across = x * tl.load(record_ptr + 2) + y * tl.load(record_ptr + 3)
+                    from_down = x * tl.load(record_ptr + 5) + y * tl.load(record_ptr + 6)
+                    x = (from_across + tl.load(record_ptr + 4)) >> 16
+                    y = (from_down + tl.load(record_ptr + 7)) >> 16
+                    inside = (x >= 0) & (x < WIDTH) & (y >= 0) & (y < HEIGHT)
+                    born = tl.where(inside | (born >= 0), born, slot)
+            pixel = _before(
+                y, x, mask & (born < 0), view, memory, staged,
+                IN_HEIGHT, IN_WIDTH, HEIGHT, WIDTH, CHANNELS, CUT,
+                STRIDE_CHANNEL, STRIDE_LINE, STRIDE_PIXEL, PADDING, MODE, KINDS,
+            )  # fmt: skip
         else:
-            pixel = _source(
-                down, across, found, view, IN_HEIGHT, IN_WIDTH, HEIGHT, WIDTH, CHANNELS, CUT,
-                STRIDE_CHANNEL, STRIDE_LINE, STRIDE_PIXEL, PADDING, MODE,
+            pixel = _before(
+                down, across, mask, view, memory, staged,
+                IN_HEIGHT, IN_WIDTH, HEIGHT, WIDTH, CHANNELS, CUT,
+                STRIDE_CHANNEL, STRIDE_LINE, STRIDE_PIXEL, PADDING, MODE, KINDS,
             )  # fmt: skip
     else:
-        pixel = _source(
-            down, across, found, view, IN_HEIGHT, IN_WIDTH, HEIGHT, WIDTH, CHANNELS, CUT,
-            STRIDE_CHANNEL, STRIDE_LINE, STRIDE_PIXEL, PADDING, MODE,
+        pixel = _before(
+            down, across, mask, view, memory, staged,
+            IN_HEIGHT, IN_WIDTH, HEIGHT, WIDTH, CHANNELS, CUT,
+            STRIDE_CHANNEL, STRIDE_LINE, STRIDE_PIXEL, PADDING, MODE, KINDS,
         )  # fmt: skip
     for slot in range(SLOTS):
-        kind = ((kinds >> (4 * slot)) & 15).to(tl.int32)
+        kind = _kind(kinds, slot)
         if kind > 0:
             pixel = _changed(pixel, born, slot, kind, mask, view, memory, CHANNELS, SLOTS, KINDS)
     return pixel
@@ -386,7 +436,7 @@ def _event(kinds, number, SLOTS: tl.constexpr):
     """
     count, found_slot, found_kind, first, staged = 0, SLOTS, 0, 0, 0
     for slot in tl.static_range(SLOTS):
-        kind = ((kinds >> (4 * slot)) & 15).to(tl.int32)
+        kind = _kind(kinds, slot)
         is_event = (kind >= _CONTRAST) & (kind <= _EQUALIZE)
         found = is_event & (count == number)
         found_slot = tl.where(found, slot, found_slot)
@@ -438,6 +488,7 @@ def _sharpened(
 @triton.jit
 def _counted(pixel, mask, kind, CHANNELS: tl.constexpr):
     """Histograms of a tile: of each channel, or of how bright the pixels are, three times."""
+    pixel, mask = tl.ravel(pixel), tl.ravel(mask)
     if kind == _CONTRAST:
         first = tl.histogram(_luma(pixel, CHANNELS), 256, mask=mask)
         second, third = first, first
@@ -503,21 +554,23 @@ def event_kernel(
     CHANNELS: tl.constexpr, CUT: tl.constexpr, ROOT: tl.constexpr,
     STRIDE_CHANNEL: tl.constexpr, STRIDE_LINE: tl.constexpr, STRIDE_PIXEL: tl.constexpr,
     PADDING: tl.constexpr, MODE: tl.constexpr,
-    SLOTS: tl.constexpr, FIRST_SLOT: tl.constexpr, COLUMNS: tl.constexpr, KINDS: tl.constexpr,
-    BLOCK: tl.constexpr, TILES: tl.constexpr,
+    SLOTS: tl.constexpr, FIRST_SLOT: tl.constexpr, DRAWN: tl.constexpr, KINDS: tl.constexpr,
+    LINES: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Run the event of a number, where a row has as many, on a part of the row's view.
 
     Whichever program of a row adds its counts last makes the tables, and leaves zeros.
     """
     COUNT: tl.constexpr = HEIGHT * WIDTH
-    PARTS: tl.constexpr = (COUNT + BLOCK * TILES - 1) // (BLOCK * TILES)
+    DOWN: tl.constexpr = (HEIGHT + LINES - 1) // LINES
+    ACROSS: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    PARTS: tl.constexpr = (DOWN * ACROSS + TILES - 1) // TILES
     row = tl.program_id(0) // PARTS
-    start = tl.program_id(0) % PARTS * (BLOCK * TILES)
+    start = tl.program_id(0) % PARTS * TILES
     view = _view_of(
         row, x_ptr, u_ptr, num_x, num_u, inverse_u, stride_x, stride_u,
         draws_ptr, pitch, to_zoom, chain_ptr, records_ptr,
-        IN_HEIGHT, IN_WIDTH, HEIGHT, WIDTH, CUT, ROOT, SLOTS, FIRST_SLOT, COLUMNS,
+        IN_HEIGHT, IN_WIDTH, HEIGHT, WIDTH, CUT, ROOT, SLOTS, FIRST_SLOT, DRAWN,
     )  # fmt: skip
     memory = _Memory(records_ptr, bytes_ptr, made_ptr, stage_ptr, num_rows)
     slot, kind, kinds, staged = _event(view.kinds, number, SLOTS)
@@ -525,22 +578,23 @@ def event_kernel(
         if _HAS_SHARPNESS & KINDS:
             image = (staged % 2) * num_rows + row
             for tile in range(TILES):
-                place = _places(start + tile * BLOCK, BLOCK)
-                mask = place < COUNT
+                down, across, mask = _tile(start + tile, HEIGHT, WIDTH, LINES, COLUMNS)
+                mask = mask & (start + tile < DOWN * ACROSS)
                 pixel = _sharpened(
-                    place // WIDTH, place % WIDTH, mask, view, memory, slot, kinds, staged,
+                    down, across, mask, view, memory, slot, kinds, staged,
                     IN_HEIGHT, IN_WIDTH, HEIGHT, WIDTH, CHANNELS, CUT,
                     STRIDE_CHANNEL, STRIDE_LINE, STRIDE_PIXEL, PADDING, MODE, SLOTS, KINDS,
                 )  # fmt: skip
-                tl.store(stage_ptr + image.to(tl.int64) * COUNT + place, pixel, mask=mask)
+                image_ptr = stage_ptr + image.to(tl.int64) * COUNT
+                tl.store(image_ptr + (down * WIDTH + across), pixel, mask=mask)
     elif kind > 0:
         red = tl.zeros([256], tl.int32)
         green, blue = red, red
         for tile in range(TILES):
-            place = _places(start + tile * BLOCK, BLOCK)
-            mask = place < COUNT
+            down, across, mask = _tile(start + tile, HEIGHT, WIDTH, LINES, COLUMNS)
+            mask = mask & (start + tile < DOWN * ACROSS)
             pixel = _pixels(
-                place // WIDTH, place % WIDTH, mask, view, memory, kinds, staged,
+                down, across, mask, view, memory, kinds, staged,
                 IN_HEIGHT, IN_WIDTH, HEIGHT, WIDTH, CHANNELS, CUT,
                 STRIDE_CHANNEL, STRIDE_LINE, STRIDE_PIXEL, PADDING, MODE, SLOTS, KINDS,
             )  # fmt: skip
@@ -578,24 +632,25 @@ def chain_kernel(
     CHANNELS: tl.constexpr, CUT: tl.constexpr, ROOT: tl.constexpr,
     STRIDE_CHANNEL: tl.constexpr, STRIDE_LINE: tl.constexpr, STRIDE_PIXEL: tl.constexpr,
     PADDING: tl.constexpr, MODE: tl.constexpr,
-    SLOTS: tl.constexpr, FIRST_SLOT: tl.constexpr, COLUMNS: tl.constexpr, KINDS: tl.constexpr,
+    SLOTS: tl.constexpr, FIRST_SLOT: tl.constexpr, DRAWN: tl.constexpr, KINDS: tl.constexpr,
     EVENTS: tl.constexpr, CHANNELS_LAST: tl.constexpr, PER_CHANNEL: tl.constexpr,
-    TO_MEAN: tl.constexpr, CUTOUT: tl.constexpr, COLOR: tl.constexpr, BLOCK: tl.constexpr,
+    TO_MEAN: tl.constexpr, CUTOUT: tl.constexpr, COLOR: tl.constexpr,
+    LINES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of a view; first, where the tile is all of it, run the view's events.
 
     CUTOUT: 0 none, 1 with a side in pixels, 2 in 2^-16 of the width.
     """
     COUNT: tl.constexpr = HEIGHT * WIDTH
-    PARTS: tl.constexpr = (COUNT + BLOCK - 1) // BLOCK
-    row = tl.program_id(0) // PARTS
-    place = _places(tl.program_id(0) % PARTS * BLOCK, BLOCK)
-    mask = place < COUNT
-    down, across = place // WIDTH, place % WIDTH
+    DOWN: tl.constexpr = (HEIGHT + LINES - 1) // LINES
+    ACROSS: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    row = tl.program_id(0) // (DOWN * ACROSS)
+    tile = tl.program_id(0) % (DOWN * ACROSS)
+    down, across, mask = _tile(tile, HEIGHT, WIDTH, LINES, COLUMNS)
     view = _view_of(
         row, x_ptr, u_ptr, num_x, num_u, inverse_u, stride_x, stride_u,
         draws_ptr, pitch, to_zoom, chain_ptr, records_ptr,
-        IN_HEIGHT, IN_WIDTH, HEIGHT, WIDTH, CUT, ROOT, SLOTS, FIRST_SLOT, COLUMNS,
+        IN_HEIGHT, IN_WIDTH, HEIGHT, WIDTH, CUT, ROOT, SLOTS, FIRST_SLOT, DRAWN,
     )  # fmt: skip
     memory = _Memory(records_ptr, bytes_ptr, made_ptr, stage_ptr, num_rows)
     for number in range(EVENTS):
@@ -608,7 +663,8 @@ def chain_kernel(
                     STRIDE_CHANNEL, STRIDE_LINE, STRIDE_PIXEL, PADDING, MODE, SLOTS, KINDS,
                 )  # fmt: skip
                 image = (staged % 2) * num_rows + row
-                tl.store(stage_ptr + image.to(tl.int64) * COUNT + place, pixel, mask=mask)
+                image_ptr = stage_ptr + image.to(tl.int64) * COUNT
+                tl.store(image_ptr + (down * WIDTH + across), pixel, mask=mask)
             tl.debug_barrier()  # what other threads stored is read next
         elif kind > 0:
             pixel = _pixels(
@@ -630,7 +686,7 @@ def chain_kernel(
     if TO_MEAN and (_HAS_WARP & KINDS):
         kept = pixel < _OUTSIDE
     if CUTOUT > 0:
-        cutout_ptr = chain_ptr + row.to(tl.int64) * COLUMNS + (COLUMNS - 3)
+        cutout_ptr = chain_ptr + row.to(tl.int64) * DRAWN + (DRAWN - 3)
         side = tl.load(cutout_ptr + 2)
         if CUTOUT == 2:
             side = ((side.to(tl.int64) * WIDTH) >> 16).to(tl.int32)
@@ -648,9 +704,13 @@ def chain_kernel(
         if CUTOUT > 0:
             painted = 0.0
             if COLOR >= 0:
-                painted = tl.full([], (COLOR >> (8 * channel)) & 255, tl.float32) * of_scale + of_bias
+                byte = tl.full([], (COLOR >> (8 * channel)) & 255, tl.float32)
+                painted = byte * of_scale + of_bias
             value = tl.where(cut_out, painted, value)
-        offset = place * CHANNELS + channel if CHANNELS_LAST else channel * COUNT + place
+        if CHANNELS_LAST:
+            offset = down * (WIDTH * CHANNELS) + across * CHANNELS + channel
+        else:
+            offset = down * WIDTH + across + channel * COUNT
         tl.store(out_ptr + offset, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -678,17 +738,17 @@ def augment(
         return
     target = out
     if mixup is not None:  # two rows of values are read faster than two rows are built
-        shape = tuple(out.shape)
-        if out.is_contiguous():
-            target = scratch.empty("unmixed", shape, out.dtype, device)
-        else:
-            order = (num_rows, height, width, channels)
-            target = scratch.empty("unmixed", order, out.dtype, device).permute(0, 3, 1, 2)
+        target = _like(out, scratch)
 
     slots, count = slots_of(chain), height * width
     kinds = kinds_of(chain)
-    events = _most_events(chain, slots)
-    in_one = count <= _MOST_IN_ONE
+    events = _most_events(chain)
+    lines, across = (triton.next_power_of_2(max(side, 8)) for side in (height, width))
+    in_one = lines * across <= _MOST_IN_ONE
+    if not in_one:
+        across = min(across, 32)
+        lines = _PIXELS // across
+    tiles = blocks(height, lines) * blocks(width, across)
     tables = chain_tables(chain, height, width, device)
     made = stage = tables.bytes
     if events:
@@ -717,24 +777,25 @@ def augment(
         "MODE": geometry.padding_mode,
         "SLOTS": slots,
         "FIRST_SLOT": of_slots.start,
-        "COLUMNS": params.chain.shape[1],
+        "DRAWN": params.chain.shape[1],
         "KINDS": sum(1 << kind for kind in kinds),
+        "LINES": lines,
+        "COLUMNS": across,
     }
     # a blend truncates otherwise where its product and sum are rounded as one
-    compiled = {"enable_fp_fusion": False, "num_warps": 8 if in_one else 4}
+    compiled = {"enable_fp_fusion": False}
     if not in_one and events:
         counts = scratch.zeros("counts", (num_rows, 256 * channels + 1), torch.int32, device)
-        programs = num_rows * blocks(count, _BLOCK * _TILES)
+        parts = blocks(tiles, _TILES)
         for number in range(events):
             launch(
-                event_kernel, programs, device, made, stage, counts, *read, number,
-                **shape, BLOCK=_BLOCK, TILES=_TILES, **compiled,
+                event_kernel, num_rows * parts, device, made, stage, counts, *read, number,
+                **shape, TILES=blocks(tiles, parts), num_warps=8, **compiled,
             )  # fmt: skip
     scale, bias, per_channel = normalisation(scaling, channels, device)
-    block = max(triton.next_power_of_2(count), 128) if in_one else _BLOCK
     color = chain.cutout_color
     launch(
-        chain_kernel, num_rows * blocks(count, block), device,
+        chain_kernel, num_rows * tiles, device,
         target, made, stage, *read, scale, bias,
         **shape,
         EVENTS=events if in_one else 0,
@@ -743,12 +804,21 @@ def augment(
         TO_MEAN=chain.outside == "mean",
         CUTOUT=(1 if isinstance(chain.cutout, int) else 2) if chain.cutout else 0,
         COLOR=-1 if color is None else _packed(color, channels),
-        BLOCK=block,
+        num_warps=8 if in_one else 4,  # events need more registers than a thread has for 8 pixels
         **compiled,
     )  # fmt: skip
     if mixup is not None:
         no_targets = torch.empty((num_rows, 0), dtype=torch.float32, device=device)
         mix_rows(target, no_targets, mixup, out, torch.empty_like(no_targets))
+
+
+def _like(out: Tensor, scratch: Workspace) -> Tensor:
+    """Scratch memory for views, in the memory format of ``out``."""
+    rows, channels, height, width = out.shape
+    if out.is_contiguous():
+        return scratch.empty("unmixed", tuple(out.shape), out.dtype, out.device)
+    shape = (rows, height, width, channels)
+    return scratch.empty("unmixed", shape, out.dtype, out.device).permute(0, 3, 1, 2)
 
 
 def _alike(sources: tuple[Tensor, ...], channels_last_in: bool) -> tuple[Tensor, Tensor]:
@@ -774,12 +844,11 @@ def _check_sizes(channels: int, size: tuple[int, int], in_size: tuple[int, int])
 
 
 @lru_cache(maxsize=64)
-def _most_events(chain: Any, slots: int) -> int:
+def _most_events(chain: Chain) -> int:
     """How many events a view may have: one for each slot that may hold one."""
     if chain.shuffled:
-        return sum(op.name in ("contrast", "sharpness", "autocontrast", "equalize")
-                   for op in chain.ops)
-    return slots if any(kind in kinds_of(chain) for kind in _EVENTS) else 0
+        return sum(kind_of(op.name) in _EVENTS for op in chain.ops)
+    return chain.num_slots if kinds_of(chain) & set(_EVENTS) else 0
 
 
 def _packed(color: tuple[int, ...], channels: int) -> int:

@@ -200,17 +200,15 @@ def _store_part(
 ):  # fmt: skip
     """Store what one part of a chain's draws is: the cut, a slot or all shuffled ones, a cutout."""
     chain_ptr += row.to(tl.int64) * COLUMNS
-    if CUTS > 0:
-        if part == 0:
-            words = tl.philox(seed, low, high, step, purpose + _CUT)
-            _store_cut(chain_ptr, mask, words, aspects_ptr, LEAST_AREA, NUM_AREAS)
-    if NUM_SIDES > 0:
-        if part == PARTS - 1:
-            words = tl.philox(seed, low, high, step, purpose + _CUTOUT)
-            last_ptr = chain_ptr + (COLUMNS - 3)
-            tl.store(last_ptr, (words[0] >> 8).to(tl.int32), mask=mask)
-            tl.store(last_ptr + 1, (words[1] >> 8).to(tl.int32), mask=mask)
-            tl.store(last_ptr + 2, _below(words[2], NUM_SIDES) + LEAST_SIDE, mask=mask)
+    if CUTS > 0 and part == 0:
+        words = tl.philox(seed, low, high, step, purpose + _CUT)
+        _store_cut(chain_ptr, mask, words, aspects_ptr, LEAST_AREA, NUM_AREAS)
+    if NUM_SIDES > 0 and part == PARTS - 1:
+        words = tl.philox(seed, low, high, step, purpose + _CUTOUT)
+        last_ptr = chain_ptr + (COLUMNS - 3)
+        tl.store(last_ptr, (words[0] >> 8).to(tl.int32), mask=mask)
+        tl.store(last_ptr + 1, (words[1] >> 8).to(tl.int32), mask=mask)
+        tl.store(last_ptr + 2, _below(words[2], NUM_SIDES) + LEAST_SIDE, mask=mask)
     slots_ptr = chain_ptr + 4 * CUTS
     if NUM_ORDERS > 0:
         if part == CUTS:
