@@ -13,10 +13,10 @@ from gpu_mixmatch import ColorJitter, MixMatch, RandAugment, WeakAugment, functi
 from gpu_mixmatch._chain import entries
 from gpu_mixmatch.types import Chain, ChainParams, DrawPlan, Geometry, MixUpParams, Op, Scaling
 from tests.skips import skip_without
-from tests.test_strong import EDGES, HUES, images_of
 from tests.tolerances import KERNEL_TOLERANCES
 
 skip_without("triton")
+triton = importlib.import_module("triton")
 chaining = importlib.import_module("gpu_mixmatch.impl.triton.chain")
 launching = importlib.import_module("gpu_mixmatch.impl.triton.launch")
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -36,6 +36,15 @@ IDS = {
     "positions": (3, 37),
     "ids": (torch.arange(5) * 2**33 + 7, torch.arange(37) + 2**32 - 3),
 }
+
+
+def images_of(count, height, width, channels=3, seed=0):
+    """Coarse patches with some noise, of less than all brightnesses."""
+    generator = torch.Generator().manual_seed(seed)
+    patches = torch.rand(count, channels, 4, 4, generator=generator)
+    smooth = torch.nn.functional.interpolate(patches, (height, width), mode="bilinear")
+    noise = torch.rand(count, channels, height, width, generator=generator)
+    return (20 + 180 * smooth + 30 * noise).to(torch.uint8)
 
 
 # Draws
@@ -107,7 +116,14 @@ def single_operations():
     """Each operation at its ends and in between, and where a rule has an end."""
     ops = [op for preset in ("usb", "uda") for op in getattr(RandAugment, preset)().chain.ops]
     some = [Op(name, values[:: max(len(values) // 2, 1)]) for name, values in ops]
-    return Chain((*sorted({*some, *EDGES[:4]}), HUES, *EDGES[4:]), num_slots=1)
+    ends = (
+        Op("rotate", (90.0, 180.0, -128.7)),
+        Op("shear_x", (2.5, -0.004)),
+        Op("translate_x", (-2.5, -1000.0)),
+        Op("hue", (-0.5, -0.21, 0.0, 0.002, 0.1, 0.5)),
+        *(Op(name, (0.0, 7.0)) for name in ("brightness", "color", "contrast", "sharpness")),
+    )
+    return Chain((*sorted(set(some)), *ends), num_slots=1)
 
 
 @pytest.mark.parametrize("channels", [3, 1])
@@ -317,9 +333,13 @@ def test_kernels_of_chains_keep_their_branches_and_round_what_eager_rounds():
     assert {row["arch"] for row in rows} == {80, 90, 100}
     for row in rows:
         assert row["stack"] == row["local_accesses"] == 0, row
-        assert row["registers"] <= 168, row
         assert row["variants"] == 1, row
-        assert row["layout_conversions"] == 0 or row["kernel"] == "draw_kernel", row
+        if tuple(map(int, triton.__version__.split(".")[:2])) >= (
+            3,
+            8,
+        ):  # before: right, but slower
+            assert row["registers"] <= 128, row
+            assert row["layout_conversions"] == 0, row
     for row in rows:
         if row["kernel"] == "chain_kernel":
             # three are part of a float64 division, of the tables that a view's own program makes
