@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gpu_mixmatch import _streams
 from gpu_mixmatch._buffers import Workspace
+from gpu_mixmatch._keys import CountedKey
 from gpu_mixmatch._validation import as_step, check_rows
 from gpu_mixmatch.impl import resolve_impl
 from gpu_mixmatch.impl.library import running
@@ -29,7 +30,7 @@ def draw_batch(
     plan: DrawPlan,
     *,
     device: torch.device,
-    key: Tensor | None,
+    key: Tensor | CountedKey | None,
     impl: Impl,
 ) -> tuple[AugmentParams | None, MixUpParams]:
     """See `functional.draw_batch`."""

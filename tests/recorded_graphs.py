@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gpu_mixmatch import _streams, _unchecked, sampling
+from gpu_mixmatch._keys import CountedKey
 
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty"}
 
@@ -83,9 +84,11 @@ def run(kernel, programs, *args, **options):
     kernel[(programs,)](*args, **options)
 
 
-def draw_into(key, ids_x, ids_u, out, plan):
-    seed, step = key.tolist()
+def draw_into(words, ids_x, ids_u, out, plan, counts):
+    seed, step = words.tolist()
     out.copy_(sampling.pack(*sampling.draw_batch(seed, step, ids_x, ids_u, plan)))
+    if counts:
+        words[1] += 1
 
 
 draw_batch = _unchecked.draw_batch
@@ -134,7 +137,9 @@ class Recorder(TorchDispatchMode):
         num_rows = len(ids_x) + plan.num_augmentations * len(ids_u)
         words = sampling.words_per_row(with_augment=with_augment)
         out = torch.empty(words * num_rows, dtype=torch.int32)
-        self.whole(lambda *args: draw_into(*args, plan), key, ids_x, ids_u, out)
+        counts = isinstance(key, CountedKey)
+        words = key.words(1) if counts else key
+        self.whole(partial(draw_into, plan=plan, counts=counts), words, ids_x, ids_u, out)
         return sampling.unpack(out, num_rows, with_augment=with_augment)
 
     @contextmanager

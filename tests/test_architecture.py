@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # What stands on a floor may import what stands below, and its neighbours in no circle.
 FLOORS = (
     {
-        *("types", "_buffers", "_extras", "_generators", "_machine", "_ranks", "_streams"),
+        *("types", "_buffers", "_extras", "_generators", "_keys", "_machine", "_ranks", "_streams"),
         *("_timing", "_validation", "_version", "_writes"),
     },
     {"sampling"},

@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gpu_mixmatch import _streams, _unchecked, sampling
 from gpu_mixmatch._buffers import Workspace
+from gpu_mixmatch._keys import CountedKey
 from gpu_mixmatch._ranks import ids_or_positions
 from gpu_mixmatch._validation import (
     MOST_SEED,
@@ -195,7 +196,7 @@ class MixMatch(nn.Module):
         *,
         ids_x: Tensor | None = None,
         ids_u: Tensor | None = None,
-        key: Tensor | None = None,
+        key: Tensor | CountedKey | None = None,
     ) -> MixMatchBatch:
         """Build the batch of the next step.
 
@@ -211,7 +212,8 @@ class MixMatch(nn.Module):
                 on batch size, order or world size.
             ids_u: Sample ids of u, ``[M]`` int64.
             key: Seed and step, ``[2]`` int64 on this module's device, to draw by in place of this
-                module's own: a CUDA graph reads them anew. Kernels only; see `capture`.
+                module's own: a CUDA graph reads them anew, and writes nothing to them. Kernels
+                only; see `capture`.
 
         Returns:
             The mixed batch of N = B + K·M rows.
@@ -229,7 +231,7 @@ class MixMatch(nn.Module):
         check_model(model)
         if key is None:  # what is built while a graph is captured is made of any images
             self.look_at(x, u)
-        else:
+        elif not isinstance(key, CountedKey):
             check_key_tensor(key)
         device = self.device
         x, u = self._moved("x", x, device), self._moved("u", u, device)
@@ -262,8 +264,10 @@ class MixMatch(nn.Module):
 
         draws, mixup = draw()
         with torch.no_grad():
-            # an engine of the user's may have written into its draws: drawn again to build again
-            return self._guess_and_mix(build(draws), lambda: build(draw()[0]), y, model, mixup)
+            # an engine of the user's may have written into its draws: drawn again to build again,
+            # but for those that a graph makes, which would be the next step's
+            again = draw if not isinstance(key, CountedKey) else lambda: (draws, mixup)
+            return self._guess_and_mix(build(draws), lambda: build(again()[0]), y, model, mixup)
 
     def from_views(
         self,
@@ -366,7 +370,7 @@ class MixMatch(nn.Module):
         self,
         plan: DrawPlan,
         ids: tuple[Tensor | int, Tensor | int],
-        key: Tensor | None,
+        key: Tensor | CountedKey | None,
         device: torch.device,
     ) -> tuple[AugmentParams | None, MixUpParams]:
         if plan != self._checked_plan:  # an attribute of this module or of its engine was set
