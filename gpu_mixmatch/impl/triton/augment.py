@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpu_mixmatch._buffers import Workspace
+from gpu_mixmatch.impl.triton import packed
 from gpu_mixmatch.impl.triton.launch import blocks, launch
 from gpu_mixmatch.types import LEAST_SIGMA, AugmentParams, Geometry, MixUpParams, Scaling
 
@@ -330,6 +331,12 @@ def augment(
     mixup: MixUpParams | None = None,
 ) -> None:
     padding, padding_mode, zoom, blur_radius = geometry
+    if not (zoom or blur_radius) and packed.fits(sources, channels_last_in, out):
+        packed.augment(
+            sources, params, geometry, scaling,
+            channels_last_in=channels_last_in, out=out, mixup=mixup,
+        )  # fmt: skip
+        return
     num_rows, channels, height, width = out.shape
     channels_last = not out.is_contiguous()
     num_lines, num_columns = (
