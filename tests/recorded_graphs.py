@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gpu_mixmatch import _streams, functional, sampling
+from gpu_mixmatch import _streams, _unchecked, sampling
 
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty"}
 
@@ -88,7 +88,7 @@ def draw_into(key, ids_x, ids_u, out, plan):
     out.copy_(sampling.pack(*sampling.draw_batch(seed, step, ids_x, ids_u, plan)))
 
 
-draw_batch = functional.draw_batch
+draw_batch = _unchecked.draw_batch
 
 
 class Recorder(TorchDispatchMode):
@@ -164,7 +164,7 @@ def record_graphs(monkeypatch, host):
     recorder = Recorder(lambda: {tensor.data_ptr() for tensor in host()})
     module = importlib.import_module("gpu_mixmatch.capture")
     monkeypatch.setattr(module, "check_capturable", lambda mixmatch: None)
-    monkeypatch.setattr(functional, "draw_batch", recorder.draw_batch)
+    monkeypatch.setattr(_unchecked, "draw_batch", recorder.draw_batch)
     if find_spec("triton"):
         launch = importlib.import_module("gpu_mixmatch.impl.triton.launch")
         monkeypatch.setattr(launch, "run", recorder.run)

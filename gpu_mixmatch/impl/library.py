@@ -143,6 +143,11 @@ class Traced:
 def backend(impl: Impl, device: torch.device) -> Implementation:
     """Return what runs ``impl`` on ``device``, here and now or in the graph that is traced."""
     check_choice("impl", impl, Impl)
+    return running(impl, device)
+
+
+def running(impl: Impl, device: torch.device) -> Implementation:
+    """`backend` of a word that is known to be one."""
     return Traced(impl) if torch.compiler.is_compiling() else implementation(impl, device)
 
 
