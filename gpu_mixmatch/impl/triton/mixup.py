@@ -41,7 +41,7 @@ def mixup_kernel(
     partner = tl.load(index_ptr + row)
     offs = block * BLOCK + tl.arange(0, BLOCK)
     _blend(out_ptr, inputs_ptr, row, partner, lam, num_values, offs)
-    if block == 0:
+    if targets_ptr is not None and block == 0:
         for start in range(0, num_classes, CLASSES):
             cls = start + tl.arange(0, CLASSES)
             _blend(mixed_targets_ptr, targets_ptr, row, partner, lam, num_classes, cls)
@@ -49,6 +49,21 @@ def mixup_kernel(
 
 def mixup(
     inputs: Tensor, targets: Tensor, params: MixUpParams, out: Tensor, mixed_targets: Tensor
+) -> None:
+    _mix(inputs, targets, params, out, mixed_targets)
+
+
+def blend(rows: Tensor, params: MixUpParams, out: Tensor) -> None:
+    """Write λ'·row + (1 - λ')·row[index] of rows that lie in memory as ``out`` does."""
+    _mix(rows, None, params, out, None)
+
+
+def _mix(
+    inputs: Tensor,
+    targets: Tensor | None,
+    params: MixUpParams,
+    out: Tensor,
+    mixed_targets: Tensor | None,
 ) -> None:
     num_rows = len(inputs)
     num_values = inputs[0].numel() if num_rows else 0
@@ -64,7 +79,7 @@ def mixup(
         params.lam,
         params.index,
         num_values,
-        targets.shape[1],
+        0 if targets is None else targets.shape[1],
         num_blocks,
         BLOCK=_BLOCK,
         CLASSES=_CLASSES,
