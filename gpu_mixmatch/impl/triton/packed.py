@@ -7,19 +7,41 @@ out of the two in the order of the view, whatever flip and padding make of it; w
 is settled once for all lines and planes.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gpu_mixmatch.impl.triton.launch import blocks, launch
-from gpu_mixmatch.impl.triton.rows import image_of, inverse, normalisation, normalised, packed_draws
+from gpu_mixmatch.impl.triton.rows import (
+    drawn,
+    image_of,
+    inverse,
+    normalisation,
+    normalised,
+    packed_draws,
+    padded,
+)
 from gpu_mixmatch.types import AugmentParams, Geometry, MixUpParams, Scaling
 
 # Whether bytes are permuted by NVIDIA's instruction; the interpreter and other GPUs do without.
 _PERMUTES = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None)
 
 _BIAS = tl.constexpr(2.0**23)
+
+
+class _Rows(NamedTuple):
+    """What rows are made of, in a kernel: images and draws."""
+
+    x_ptr: Any
+    u_ptr: Any
+    num_x: Any
+    num_u: Any
+    inverse_u: Any
+    draws_ptr: Any
+    pitch: Any
 
 
 @triton.jit
@@ -46,24 +68,11 @@ def _permuted(low, high, selector):
 @triton.jit
 def _biased(word, BYTE: tl.constexpr):
     """A byte of a word as 2^23 + byte, float32: the differences of such numbers are exact."""
-    if _PERMUTES:  # behind the upper bytes of 2^23
-        bits = _permuted(word, 0x4B000000, 0x7440 + BYTE)
+    if _PERMUTES:
+        bits = _permuted(0x4B000000, word, 0x3004 + BYTE)
     else:
         bits = ((word >> 8 * BYTE) & 0xFF) | 0x4B000000
     return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _padded(position, shift, SIZE: tl.constexpr, PADDING: tl.constexpr, MODE: tl.constexpr):
-    """Where a pixel of the window is read in the image, and whether it lies there."""
-    position += shift - PADDING
-    inside = (position >= 0) & (position < SIZE)
-    if MODE == "reflect":
-        position = tl.abs(position)
-        position = (SIZE - 1) - tl.abs((SIZE - 1) - position)
-    else:
-        position = tl.minimum(tl.maximum(position, 0), SIZE - 1)
-    return position, inside
 
 
 @triton.jit
@@ -74,7 +83,7 @@ def _columns(
     begin,
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
-    CHANNELS_LAST_IN: tl.constexpr,
+    BY_PIXELS: tl.constexpr,
     PADDING: tl.constexpr,
     MODE: tl.constexpr,
     COUNT: tl.constexpr,
@@ -84,15 +93,15 @@ def _columns(
     For each word: the first of the two that hold it, counted from the line's; which of their
     bytes make it; and a mask of those within the image.
     """
-    BYTES: tl.constexpr = CHANNELS * WIDTH if CHANNELS_LAST_IN else WIDTH
+    BYTES: tl.constexpr = CHANNELS * WIDTH if BY_PIXELS else WIDTH
     # the second word must hold a byte of the line, too: nothing is read that is another's
     last = (begin + BYTES - 1) // 4 - 1
     firsts, selectors, keeps, at = tl.tuple(()), tl.tuple(()), tl.tuple(()), tl.tuple(())
     keep = tl.zeros_like(pixel)
     for k in tl.static_range(COUNT):
-        column = tl.where(flip > 0, WIDTH - 1 - pixel - k, pixel + k)
-        column, inside = _padded(column, left, WIDTH, PADDING, MODE)
-        if CHANNELS_LAST_IN:
+        column = tl.where(flip, WIDTH - 1 - pixel - k, pixel + k)
+        column, inside = padded(column, left, WIDTH, PADDING, MODE)
+        if BY_PIXELS:
             byte = begin + CHANNELS * column
             first = tl.minimum(byte // 4, last)
             firsts += (first,)
@@ -120,41 +129,33 @@ def _words(
     down,
     pixel,
     plane,
-    x_ptr,
-    u_ptr,
-    num_x,
-    num_u,
-    inverse_u,
-    draws_ptr,
-    pitch,
+    rows,
     CHANNELS: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
-    CHANNELS_LAST_IN: tl.constexpr,
+    BY_PIXELS: tl.constexpr,
     PADDING: tl.constexpr,
     MODE: tl.constexpr,
     PLANES: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
     """The bytes of a thread's pixels in each line, ``[LINES, ITEMS]``: words in a tuple."""
-    from_x, place = image_of(row, num_x, num_u, inverse_u)
-    image = tl.where(from_x, x_ptr.to(tl.int64), u_ptr.to(tl.int64))
+    from_x, place = image_of(row, rows.num_x, rows.num_u, rows.inverse_u)
+    image = tl.where(from_x, rows.x_ptr.to(tl.int64), rows.u_ptr.to(tl.int64))
     image += place.to(tl.int64) * (CHANNELS * HEIGHT * WIDTH) + plane * (HEIGHT * WIDTH)
     # Images may begin anywhere. The allocation that they lie in begins at a multiple of 4, so that
     # it holds all bytes of a word up to one that is theirs; and it is padded to such a multiple.
     begin = (image & 3).to(tl.int32)
     image_ptr = (image - begin).to(tl.pointer_type(tl.uint32))
-    top = tl.load(draws_ptr + row)
-    left = tl.load(draws_ptr + pitch + row)
-    flip = tl.load(draws_ptr + 2 * pitch + row)
-    line, line_inside = _padded(down, top, HEIGHT, PADDING, MODE)
+    top, left, flip = drawn(rows.draws_ptr, rows.pitch, row)
+    line, line_inside = padded(down, top, HEIGHT, PADDING, MODE)
     firsts, selectors, keeps = _columns(
-        pixel, left, flip, begin, CHANNELS, WIDTH, CHANNELS_LAST_IN, PADDING, MODE, PIXELS
+        pixel, left, flip, begin, CHANNELS, WIDTH, BY_PIXELS, PADDING, MODE, PIXELS
     )
-    PITCH: tl.constexpr = WIDTH * CHANNELS // 4 if CHANNELS_LAST_IN else WIDTH // 4
+    PITCH: tl.constexpr = WIDTH * CHANNELS // 4 if BY_PIXELS else WIDTH // 4
     line_ptr = image_ptr + line * PITCH
     words = tl.tuple(())
-    for c in tl.static_range(1 if CHANNELS_LAST_IN else PLANES):
+    for c in tl.static_range(1 if BY_PIXELS else PLANES):
         for n in tl.static_range(len(firsts)):
             first_ptr = line_ptr + firsts[n]
             low = tl.load(first_ptr + c * (HEIGHT * WIDTH // 4))
@@ -174,7 +175,7 @@ def _value(
     PART: tl.constexpr,
     K: tl.constexpr,
     CHANNELS: tl.constexpr,
-    CHANNELS_LAST_IN: tl.constexpr,
+    BY_PIXELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     PIXELS: tl.constexpr,
     MIXES: tl.constexpr,
@@ -183,8 +184,8 @@ def _value(
     PLACE: tl.constexpr = PART * PIXELS + K
     CHANNEL: tl.constexpr = PLACE % CHANNELS if CHANNELS_LAST else PART
     PIXEL: tl.constexpr = PLACE // CHANNELS if CHANNELS_LAST else K
-    WORD: tl.constexpr = PIXEL if CHANNELS_LAST_IN else CHANNEL * (PIXELS // 4) + PIXEL // 4
-    BYTE: tl.constexpr = CHANNEL if CHANNELS_LAST_IN else PIXEL % 4
+    WORD: tl.constexpr = PIXEL if BY_PIXELS else CHANNEL * (PIXELS // 4) + PIXEL // 4
+    BYTE: tl.constexpr = CHANNEL if BY_PIXELS else PIXEL % 4
     value = _biased(words[WORD], BYTE)
     if MIXES:
         partner = _biased(partner_words[WORD], BYTE)
@@ -227,7 +228,7 @@ def packed_kernel(
     CHANNELS: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
-    CHANNELS_LAST_IN: tl.constexpr,
+    BY_PIXELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     PADDING: tl.constexpr,
     MODE: tl.constexpr,
@@ -247,18 +248,20 @@ def packed_kernel(
     line = item // GROUPS * LINES + tl.arange(0, LINES)[:, None]
     pixel = item % GROUPS * PIXELS
     down = tl.minimum(line, HEIGHT - 1)
-    words = _words(
-        row, down, pixel, plane, x_ptr, u_ptr, num_x, num_u, inverse_u, draws_ptr, pitch,
-        CHANNELS, HEIGHT, WIDTH, CHANNELS_LAST_IN, PADDING, MODE, PLANES, PIXELS,
-    )  # fmt: skip
+    rows = _Rows(x_ptr, u_ptr, num_x, num_u, inverse_u, draws_ptr, pitch)
     MIXES: tl.constexpr = index_ptr is not None
-    lam, partner_words = 1.0, words
+    lam, partner = 1.0, row
     if MIXES:
-        lam = tl.load(lam_ptr + row)
+        lam, partner = tl.load(lam_ptr + row), tl.load(index_ptr + row).to(tl.int32)
+    words = _words(
+        row, down, pixel, plane, rows,
+        CHANNELS, HEIGHT, WIDTH, BY_PIXELS, PADDING, MODE, PLANES, PIXELS,
+    )  # fmt: skip
+    partner_words = words
+    if MIXES:
         partner_words = _words(
-            tl.load(index_ptr + row).to(tl.int32),
-            down, pixel, plane, x_ptr, u_ptr, num_x, num_u, inverse_u, draws_ptr, pitch,
-            CHANNELS, HEIGHT, WIDTH, CHANNELS_LAST_IN, PADDING, MODE, PLANES, PIXELS,
+            partner, down, pixel, plane, rows,
+            CHANNELS, HEIGHT, WIDTH, BY_PIXELS, PADDING, MODE, PLANES, PIXELS,
         )  # fmt: skip
     if CHANNELS_LAST:
         at = (line * WIDTH + pixel) * CHANNELS
@@ -271,7 +274,7 @@ def packed_kernel(
         for k in tl.static_range(PIXELS):
             channel, value = _value(
                 words, partner_words, lam, part, k,
-                CHANNELS, CHANNELS_LAST_IN, CHANNELS_LAST, PIXELS, MIXES,
+                CHANNELS, BY_PIXELS, CHANNELS_LAST, PIXELS, MIXES,
             )  # fmt: skip
             value = normalised(value, plane + channel, scale, bias, PER_CHANNEL, CHANNELS)
             values += (value.to(out_ptr.dtype.element_ty),)
@@ -280,25 +283,26 @@ def packed_kernel(
         tl.store(out_ptr + to, joined, mask=line[:, :, None] < HEIGHT)
 
 
-_LEAST_VALUES = 2**13  # of an image: below it, launches decide, and short chains win
-_MOST_CHANNELS = 4  # that a thread holds of a pixel
+_LEAST_VALUES = 2**13  # of an image: below it launches decide, and short chains win
+_MOST_CHANNELS = 4  # of a pixel that a thread holds
+_MOST_HELD = 48  # values of a thread; more of them take registers from other threads
+_ITEMS = 128
 
 
-def fits(sources: tuple[Tensor, ...], channels_last_in: bool, out: Tensor) -> bool:
-    """Whether `augment` here should make ``out``: by the images' layout, dtype and size alone.
+def fits(dtype: torch.dtype, out: Tensor, by_pixels: bool) -> bool:
+    """Whether `augment` here should make ``out`` of images of a dtype that have no gaps.
 
-    Neither the number of images nor where their memory begins enters: a batch that differs in these
+    Neither the number of images nor where they begin enters: a batch that differs in these alone
     must not compile another kernel.
     """
     _, channels, height, width = out.shape
-    planes = _are_planes(sources, channels_last_in)
+    any_channels = out.is_contiguous() and not by_pixels
     return (
-        planes is not None
-        and sources[0].dtype == torch.uint8
+        dtype == torch.uint8
         and channels * height * width >= _LEAST_VALUES
         and width % 4 == 0
         and width >= 8  # two words
-        and (channels <= _MOST_CHANNELS or (planes and out.is_contiguous()))
+        and (any_channels or channels <= _MOST_CHANNELS)
     )
 
 
@@ -308,20 +312,25 @@ def augment(
     geometry: Geometry,
     scaling: Scaling,
     *,
-    channels_last_in: bool,
+    by_pixels: bool,
     out: Tensor,
     mixup: MixUpParams | None,
 ) -> None:
-    """Shift, flip, scale and, asked, mix images that `fits`."""
+    """Shift, flip, scale and, asked, mix images that `fits` fits.
+
+    Args:
+        sources, params, geometry, scaling, out, mixup: As for the implementation's ``augment``.
+        by_pixels: Whether memory holds the images pixel by pixel, not plane by plane.
+    """
     num_rows, channels, height, width = out.shape
     first, last = sources[0], sources[-1]
     draws, pitch, _ = packed_draws(params)
     scale, bias, per_channel = normalisation(scaling, channels, out.device)
-    # a thread writes 16 bytes at a time
+    # 16 bytes of a line, if lines are so long
     pixels = 8 if out.itemsize == 2 and width % 8 == 0 else 4
     planes = max(n for n in range(1, _MOST_CHANNELS + 1) if channels % n == 0)
-    lines, items = 4, 128
-    tiles = blocks(blocks(height, lines) * (width // pixels), items)
+    lines = 2 ** ((_MOST_HELD // (pixels * planes)).bit_length() - 1)
+    tiles = blocks(blocks(height, lines) * (width // pixels), _ITEMS)
     launch(
         packed_kernel,
         num_rows * (channels // planes) * tiles,
@@ -341,7 +350,7 @@ def augment(
         CHANNELS=channels,
         HEIGHT=height,
         WIDTH=width,
-        CHANNELS_LAST_IN=not _are_planes(sources, channels_last_in),
+        BY_PIXELS=by_pixels,
         CHANNELS_LAST=not out.is_contiguous(),
         PADDING=geometry.padding,
         MODE=geometry.padding_mode,
@@ -349,17 +358,6 @@ def augment(
         PLANES=planes,
         PIXELS=pixels,
         LINES=lines,
-        ITEMS=items,
+        ITEMS=_ITEMS,
         num_warps=4,
     )
-
-
-def _are_planes(sources: tuple[Tensor, ...], channels_last_in: bool) -> bool | None:
-    """Whether memory holds plane by plane, or pixel by pixel; None if there are gaps in it."""
-    if channels_last_in:
-        sources = tuple(source.permute(0, 3, 1, 2) for source in sources)
-    if all(source.is_contiguous() for source in sources):
-        return True
-    if all(source.is_contiguous(memory_format=torch.channels_last) for source in sources):
-        return False
-    return None
