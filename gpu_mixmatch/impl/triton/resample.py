@@ -1,0 +1,674 @@
+"""Zoom and blur: a small matrix product across and one down per tile, reads a byte, writes a value.
+
+Padding, shift, zoom, flip and blur move and weigh the pixels of one axis at a time: a view is
+``down · image · acrossᵀ`` with a banded matrix per axis. `weights_kernel` writes the bands once per
+view, `resample_kernel` multiplies them by the images of all channels. A band is as wide as a tile's
+sources, so that blur costs no more than zoom, and reflection costs nothing.
+
+Products run at the rate of half precision, yet lose nothing that the result could hold. A byte
+widened to 16 bits *is* the float16 of byte · 2^-24, exactly, without an instruction. A weight is
+one float16, or two that sum to it, where the result has more digits than bfloat16; what is between
+the products likewise. Sums are float32. Images of floats are multiplied in float32.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gpu_mixmatch._buffers import Workspace
+from gpu_mixmatch.impl.triton.launch import blocks, launch
+from gpu_mixmatch.impl.triton.mixup import blend
+from gpu_mixmatch.impl.triton.rows import (
+    image_of,
+    inverse,
+    normalisation,
+    normalised,
+    packed_draws,
+)
+from gpu_mixmatch.types import LEAST_SIGMA, AugmentParams, Geometry, MixUpParams, Scaling
+
+_LEAST_SIGMA = tl.constexpr(LEAST_SIGMA)
+_MOST_AT_ONCE = 64  # sources of one product; a wide blur takes several
+# Weights and what is between the products stay clear of float16's smallest numbers: a weight of 1
+# is 2^15, hence a pixel is byte · 2^(15 - 24) in between and byte · 2^(15 - 24 + 15) at the end.
+_OF_ONE = tl.constexpr(2.0**15)
+_OF_BYTE = tl.constexpr(2.0**-6)
+
+# Draws and images may begin anywhere, and a batch of another size is no other kernel.
+_DRAWS = ["pitch", "to_zoom"]
+_NUMBERS = ["num_x", "num_u", "inverse_u", "stride_x_image", "stride_u_image"]
+_ANYWHERE = ["x_ptr", "u_ptr", "scale", "bias"]
+
+
+# Weights
+
+
+@triton.jit
+def _padded(position, shift, SIZE: tl.constexpr, PADDING: tl.constexpr, MODE: tl.constexpr):
+    """Where a pixel of the window lies in the image, and whether it does."""
+    position += shift - PADDING
+    inside = (position >= 0) & (position < SIZE)
+    if MODE == "reflect":
+        position = (SIZE - 1) - tl.abs((SIZE - 1) - tl.abs(position))
+        inside = position >= 0
+    elif MODE == "edge":
+        inside = position == position
+    return tl.minimum(tl.maximum(position, 0), SIZE - 1), inside
+
+
+@triton.jit
+def _read(
+    position,
+    shift,
+    flip,
+    before,
+    after,
+    SIZE: tl.constexpr,
+    PADDING: tl.constexpr,
+    MODE: tl.constexpr,
+    ZOOM: tl.constexpr,
+):
+    """The two sources of a pixel before blur, and their weights."""
+    position = tl.minimum(position, SIZE - 1)
+    position = tl.where(flip > 0, SIZE - 1 - position, position)
+    distance = tl.zeros(position.shape, tl.float32)
+    if ZOOM:
+        before = tl.minimum(before, SIZE - 1)  # at least one pixel is left
+        kept = SIZE - before - tl.minimum(after, SIZE - 1 - before)
+        # (position + 1/2) · kept / SIZE - 1/2, in units of 1 / (2 · SIZE)
+        units = (2 * position + 1) * kept - SIZE
+        units = tl.minimum(tl.maximum(units, 0), (kept - 1) * (2 * SIZE))
+        position = units // (2 * SIZE)
+        distance = (units - position * (2 * SIZE)).to(tl.float32) / (2 * SIZE)
+        position += before
+    first, inside = _padded(position, shift, SIZE, PADDING, MODE)
+    of_first = tl.where(inside, 1.0 - distance, 0.0)
+    second, of_second = first, tl.zeros_like(of_first)
+    if ZOOM:
+        second, inside = _padded(tl.minimum(position + 1, SIZE - 1), shift, SIZE, PADDING, MODE)
+        of_second = tl.where(inside, distance, 0.0)
+    return first, of_first, second, of_second
+
+
+@triton.jit
+def _two_taps(read, source, ZOOM: tl.constexpr):
+    """A matrix of the weights of sources ``[1, S]`` in pixels ``[P]`` before blur."""
+    first, of_first, second, of_second = read
+    weight = tl.where(source == first[:, None], of_first[:, None], 0.0)
+    if ZOOM:
+        weight += tl.where(source == second[:, None], of_second[:, None], 0.0)
+    return weight
+
+
+@triton.jit
+def _tap(distance, falloff, RADIUS: tl.constexpr):
+    weight = tl.exp2(falloff * (distance * distance).to(tl.float32))
+    return tl.where(tl.abs(distance) <= RADIUS, weight, 0.0)
+
+
+@triton.jit
+def _taps(start, position, falloff, SIZE: tl.constexpr, TILE: tl.constexpr, RADIUS: tl.constexpr):
+    """Weights of pixels ``[P]`` in a tile of blurred ones: a Gaussian and its reflections."""
+    place = tl.minimum(start + tl.arange(0, TILE), SIZE - 1)[:, None]
+    position = position[None, :]
+    weight = _tap(position - place, falloff, RADIUS)
+    if SIZE > 1:
+        # places further out repeat with this period, forwards and backwards in turn
+        PERIOD: tl.constexpr = 2 * (SIZE - 1)
+        PERIODS: tl.constexpr = (RADIUS + PERIOD - 1) // PERIOD if RADIUS >= SIZE - 1 else 0
+        if (start < RADIUS) | (start + TILE + RADIUS > SIZE):
+            between = (position > 0) & (position < SIZE - 1)  # the ends are their own images
+            weight = tl.zeros_like(weight)
+            for turn in range(-PERIODS, PERIODS + 2):
+                forwards = turn * PERIOD + position
+                backwards = turn * PERIOD - position
+                weight += _tap(forwards - place, falloff, RADIUS)
+                weight += tl.where(between, _tap(backwards - place, falloff, RADIUS), 0.0)
+        weight = tl.where(position < SIZE, weight, 0.0)
+    else:
+        weight = tl.where(position == 0, tl.full(weight.shape, 1.0, tl.float32), 0.0)
+    return weight
+
+
+@triton.jit
+def _band(
+    table_ptr,
+    first_ptr,
+    tile,
+    shift,
+    flip,
+    before,
+    after,
+    falloff,
+    SIZE: tl.constexpr,
+    SOURCES: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    POSITIONS_AT_ONCE: tl.constexpr,
+    TILE: tl.constexpr,
+    PADDING: tl.constexpr,
+    MODE: tl.constexpr,
+    ZOOM: tl.constexpr,
+    RADIUS: tl.constexpr,
+    PARTS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Weights of a tile of one axis, and the first of its sources."""
+    start = tile * TILE
+    place = start + tl.arange(0, TILE)
+    # the pixels before blur that a tile is made of; reflection folds them back into these
+    lowest = tl.maximum(start - RADIUS, 0)
+    highest = tl.minimum(start + TILE - 1 + RADIUS, SIZE - 1)
+    first = SIZE
+    if SIZE <= SOURCES:
+        first = 0
+    else:
+        for behind in tl.range(0, POSITIONS, POSITIONS_AT_ONCE, num_stages=1):
+            position = lowest + behind + tl.arange(0, POSITIONS_AT_ONCE)
+            read = _read(
+                tl.minimum(position, highest),
+                shift, flip, before, after, SIZE, PADDING, MODE, ZOOM,
+            )  # fmt: skip
+            first = tl.minimum(first, tl.min(tl.minimum(read[0], read[2]), axis=0))
+        if WORDS:
+            first = first // 4 * 4
+        first = tl.minimum(first, SIZE - SOURCES)
+    tl.store(first_ptr + tile, first)
+
+    column = tl.arange(0, AT_ONCE)
+    source = column
+    if WORDS:  # the order in which masks take bytes out of words
+        source = column // 16 * 16 + column // 2 % 4 * 4 + column % 2 * 2 + column // 8 % 2
+    for behind in tl.range(0, SOURCES, AT_ONCE, num_stages=1):
+        sources = (first + behind + source)[None, :]
+        if RADIUS == 0:
+            read = _read(place, shift, flip, before, after, SIZE, PADDING, MODE, ZOOM)
+            weight = _two_taps(read, sources, ZOOM)
+        else:
+            weight = tl.zeros([TILE, AT_ONCE], tl.float32)
+            total = tl.zeros([TILE], tl.float32)
+            for further in tl.range(0, POSITIONS, POSITIONS_AT_ONCE, num_stages=1):
+                position = lowest + further + tl.arange(0, POSITIONS_AT_ONCE)
+                taps = _taps(start, position, falloff, SIZE, TILE, RADIUS)
+                read = _read(position, shift, flip, before, after, SIZE, PADDING, MODE, ZOOM)
+                total += tl.sum(taps, axis=1)
+                weight = tl.dot(
+                    taps, _two_taps(read, sources, ZOOM), weight, input_precision="tf32x3"
+                )
+            weight /= total[:, None]
+        element = table_ptr.dtype.element_ty
+        at = place[:, None] * (PARTS * SOURCES) + (behind + column)[None, :]
+        if element == tl.float16:
+            weight *= _OF_ONE
+        high = weight.to(element)
+        tl.store(table_ptr + at, high)
+        if PARTS == 2:
+            low = (weight - high.to(tl.float32)).to(element)
+            tl.store(table_ptr + at + SOURCES, low)
+
+
+@triton.jit(do_not_specialize=_DRAWS, do_not_specialize_on_alignment=["draws_ptr"])
+def weights_kernel(
+    table_ptr,
+    first_ptr,
+    draws_ptr,
+    pitch,
+    to_zoom,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDING: tl.constexpr,
+    MODE: tl.constexpr,
+    ZOOM: tl.constexpr,
+    RADIUS: tl.constexpr,
+    TILE: tl.constexpr,
+    LINES: tl.constexpr,
+    LINES_AT_ONCE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COLUMNS_AT_ONCE: tl.constexpr,
+    POSITIONS_DOWN: tl.constexpr,
+    POSITIONS_ACROSS: tl.constexpr,
+    POSITIONS_AT_ONCE: tl.constexpr,
+    PARTS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """One tile of lines or of columns of a view."""
+    DOWN: tl.constexpr = (HEIGHT + TILE - 1) // TILE
+    ACROSS: tl.constexpr = (WIDTH + TILE - 1) // TILE
+    row = tl.program_id(0) // (DOWN + ACROSS)
+    tile = tl.program_id(0) % (DOWN + ACROSS)
+    table_ptr += row.to(tl.int64) * (PARTS * TILE * (DOWN * LINES + ACROSS * COLUMNS))
+    first_ptr += row.to(tl.int64) * (DOWN + ACROSS)
+    cuts_ptr = draws_ptr + to_zoom + row.to(tl.int64) * 4
+    draws_ptr += row
+    falloff = 0.0
+    if RADIUS > 0:
+        sigma = tl.load(draws_ptr + 7 * pitch).to(tl.float32, bitcast=True)
+        sigma = tl.maximum(sigma, _LEAST_SIGMA)
+        falloff = -0.7213475204444817 / (sigma * sigma)  # of exp2: -1/2 · log2(e)
+    before, after = 0, 0
+    if tile < DOWN:
+        if ZOOM:
+            before, after = tl.load(cuts_ptr), tl.load(cuts_ptr + 1)
+        _band(
+            table_ptr, first_ptr, tile, tl.load(draws_ptr), 0, before, after, falloff,
+            HEIGHT, LINES, LINES_AT_ONCE, POSITIONS_DOWN, POSITIONS_AT_ONCE,
+            TILE, PADDING, MODE, ZOOM, RADIUS, PARTS, False,
+        )  # fmt: skip
+    else:
+        if ZOOM:
+            before, after = tl.load(cuts_ptr + 2), tl.load(cuts_ptr + 3)
+        _band(
+            table_ptr + PARTS * TILE * DOWN * LINES, first_ptr + DOWN, tile - DOWN,
+            tl.load(draws_ptr + pitch), tl.load(draws_ptr + 2 * pitch), before, after, falloff,
+            WIDTH, COLUMNS, COLUMNS_AT_ONCE, POSITIONS_ACROSS, POSITIONS_AT_ONCE,
+            TILE, PADDING, MODE, ZOOM, RADIUS, PARTS, WORDS,
+        )  # fmt: skip
+
+
+# Products
+
+
+class _Image(NamedTuple):
+    """An image in a kernel."""
+
+    ptr: Any
+    stride_channel: Any
+    stride_line: Any
+    stride_pixel: Any
+
+
+@triton.jit
+def _half(bits):
+    """The lowest 16 bits, or the byte, as they are: a byte is byte · 2^-24."""
+    return bits.to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _of_words(words):
+    """Four bytes each of words ``[LINES, S / 4]``, as ``[LINES, S]`` float16.
+
+    Bytes 0 and 2, and bytes 1 and 3, stay together in a register, as do the registers that a thread
+    of the product holds: sources come in the order of the weights.
+    """
+    LINES: tl.constexpr = words.shape[0]
+    FOURS: tl.constexpr = words.shape[1] // 4
+    even = words & 0x00FF00FF
+    odd = (words >> 8) & 0x00FF00FF
+    front = tl.join(_half(even), _half(odd))
+    back = tl.join(_half(even >> 16), _half(odd >> 16))
+    pixels = tl.reshape(tl.join(front, back), [LINES, FOURS, 4, 2, 2])
+    return tl.reshape(tl.permute(pixels, [0, 1, 3, 2, 4]), [LINES, FOURS * 16])
+
+
+@triton.jit
+def _sources(
+    image,
+    channel,
+    line,
+    column,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LINES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LINES_AT_ONCE: tl.constexpr,
+    COLUMNS_AT_ONCE: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Pixels from a line and a column on, as the product wants them."""
+    line += tl.arange(0, LINES_AT_ONCE)
+    if LINES > HEIGHT:
+        line = tl.minimum(line, HEIGHT - 1)  # whose weight is 0
+    start = channel * image.stride_channel
+    if WORDS:
+        word = column // 4 + tl.arange(0, COLUMNS_AT_ONCE // 4)
+        if COLUMNS > WIDTH:
+            word = tl.minimum(word, WIDTH // 4 - 1)
+        # all lines begin equally far behind the beginning of a word
+        address = image.ptr.to(tl.int64) + start
+        words_ptr = (address & -4).to(tl.pointer_type(tl.int32))
+        words_ptr += (line * (image.stride_line // 4))[:, None] + word[None, :]
+        behind = (address & 3).to(tl.int32) * 8
+        words = tl.load(words_ptr)
+        if behind > 0:
+            low = words.to(tl.uint32, bitcast=True) >> behind.to(tl.uint32)
+            words = low.to(tl.int32, bitcast=True) | (tl.load(words_ptr + 1) << (32 - behind))
+        pixels = _of_words(words)
+    else:
+        column += tl.arange(0, COLUMNS_AT_ONCE)
+        if COLUMNS > WIDTH:
+            column = tl.minimum(column, WIDTH - 1)
+        at = (line * image.stride_line)[:, None] + (column * image.stride_pixel)[None, :]
+        pixels = tl.load(image.ptr + start + at)
+        if image.ptr.dtype.element_ty == tl.uint8:
+            pixels = _half(pixels)
+        else:
+            pixels = pixels.to(tl.float32)
+    return pixels
+
+
+@triton.jit
+def _product(left, right, total):
+    return tl.dot(left, right, total, input_precision="tf32x3")
+
+
+@triton.jit
+def _tile(
+    image,
+    channel,
+    lines_ptr,
+    columns_ptr,
+    line,
+    column,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    LINES: tl.constexpr,
+    LINES_AT_ONCE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COLUMNS_AT_ONCE: tl.constexpr,
+    PARTS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """A tile of one channel, ``[TILE, TILE]`` float32, in units of a byte or of the images."""
+    element = lines_ptr.dtype.element_ty
+    down = tl.arange(0, LINES_AT_ONCE)[None, :]
+    across = tl.arange(0, COLUMNS_AT_ONCE)[:, None]
+    value = tl.zeros([TILE, TILE], tl.float32)
+    for below in tl.range(0, LINES, LINES_AT_ONCE, num_stages=1):
+        blurred = tl.zeros([LINES_AT_ONCE, TILE], tl.float32)
+        for beside in tl.range(0, COLUMNS, COLUMNS_AT_ONCE, num_stages=1):
+            pixels = _sources(
+                image, channel, line + below, column + beside,
+                HEIGHT, WIDTH, LINES, COLUMNS, LINES_AT_ONCE, COLUMNS_AT_ONCE, WORDS,
+            )  # fmt: skip
+            weights_ptr = columns_ptr + beside + across
+            blurred = _product(pixels, tl.load(weights_ptr), blurred)
+            if PARTS == 2:
+                rest = tl.load(weights_ptr + COLUMNS)
+                blurred = _product(pixels, rest, blurred)
+        weights_ptr = lines_ptr + below + down
+        weights = tl.load(weights_ptr)
+        high = blurred.to(element)
+        if PARTS == 2:
+            rest = (blurred - high.to(tl.float32)).to(element)
+            value = _product(weights, rest, value)
+            value = _product(tl.load(weights_ptr + LINES), high, value)
+        value = _product(weights, high, value)
+    if element == tl.float16:
+        value *= _OF_BYTE
+    return value
+
+
+@triton.jit
+def _eight(value):
+    """Every eighth column of a tile, whose columns are in the order of `_in_eights`."""
+    DOWN: tl.constexpr = value.shape[0]
+    value = tl.reshape(value, [DOWN, 2, 2, 4, 2])
+    first, second = tl.split(tl.permute(value, [0, 3, 1, 2, 4]))
+    even, odd = tl.split(first), tl.split(second)
+    v0, v4 = tl.split(even[0])
+    v2, v6 = tl.split(even[1])
+    v1, v5 = tl.split(odd[0])
+    v3, v7 = tl.split(odd[1])
+    return v0, v1, v2, v3, v4, v5, v6, v7
+
+
+@triton.jit
+def _in_eights(place):
+    """An order of 32 columns in which a thread of the product holds eight neighbours."""
+    return place // 2 % 4 * 8 + place // 8 * 2 + place % 2
+
+
+@triton.jit
+def _joined(a, b, c, d, e, f, g, h):
+    joined = tl.join(tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h)))
+    return tl.reshape(joined, [a.shape[0], a.shape[1] * 8])
+
+
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_ANYWHERE)
+def resample_kernel(
+    out_ptr,
+    x_ptr,
+    u_ptr,
+    num_x,
+    num_u,
+    inverse_u,
+    stride_x_image,
+    stride_x_channel,
+    stride_x_line,
+    stride_x_pixel,
+    stride_u_image,
+    stride_u_channel,
+    stride_u_line,
+    stride_u_pixel,
+    table_ptr,
+    first_ptr,
+    scale,
+    bias,
+    CHANNELS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    TILE: tl.constexpr,
+    LINES: tl.constexpr,
+    LINES_AT_ONCE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COLUMNS_AT_ONCE: tl.constexpr,
+    PARTS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """One tile of a view, all its channels: weights down, bytes, weights across."""
+    DOWN: tl.constexpr = (HEIGHT + TILE - 1) // TILE
+    ACROSS: tl.constexpr = (WIDTH + TILE - 1) // TILE
+    VALUES: tl.constexpr = CHANNELS * HEIGHT * WIDTH
+    row = tl.program_id(0) // (DOWN * ACROSS)
+    tile_down = tl.program_id(0) % (DOWN * ACROSS) // ACROSS
+    tile_across = tl.program_id(0) % ACROSS
+    from_x, place = image_of(row, num_x, num_u, inverse_u)
+    place = place.to(tl.int64)
+    image_ptr = x_ptr if from_x else u_ptr
+    if stride_x_image is None:
+        image = _Image(image_ptr + place * VALUES, HEIGHT * WIDTH, WIDTH, 1)
+    else:
+        stride_image = tl.where(from_x, stride_x_image, stride_u_image).to(tl.int64)
+        image = _Image(
+            image_ptr + place * stride_image,
+            tl.where(from_x, stride_x_channel, stride_u_channel).to(tl.int64),
+            tl.where(from_x, stride_x_line, stride_u_line).to(tl.int64),
+            tl.where(from_x, stride_x_pixel, stride_u_pixel).to(tl.int64),
+        )
+    out_ptr += row.to(tl.int64) * VALUES
+    table_ptr += row.to(tl.int64) * (PARTS * TILE * (DOWN * LINES + ACROSS * COLUMNS))
+    first_ptr += row.to(tl.int64) * (DOWN + ACROSS)
+    line = tl.load(first_ptr + tile_down)
+    column = tl.load(first_ptr + DOWN + tile_across)
+
+    THREES: tl.constexpr = CHANNELS_LAST and CHANNELS == 3 and TILE == 32
+    in_tile = tl.arange(0, TILE)
+    down = (tile_down * TILE + in_tile)[:, None]
+    across = (tile_across * TILE + (_in_eights(in_tile) if THREES else in_tile))[None, :]
+    lines_ptr = table_ptr + down * (PARTS * LINES)
+    columns_ptr = table_ptr + PARTS * TILE * DOWN * LINES + across * (PARTS * COLUMNS)
+    element = out_ptr.dtype.element_ty
+    if THREES:
+        red = tl.zeros([TILE, TILE], element)
+        green, blue = red, red
+        for channel in tl.range(0, 3, num_stages=1):
+            value = _tile(
+                image, channel, lines_ptr, columns_ptr, line, column,
+                HEIGHT, WIDTH, TILE, LINES, LINES_AT_ONCE, COLUMNS, COLUMNS_AT_ONCE, PARTS, WORDS,
+            )  # fmt: skip
+            value = normalised(value, channel, scale, bias, PER_CHANNEL, CHANNELS)
+            red, green, blue = green, blue, value.to(element)
+        r0, r1, r2, r3, r4, r5, r6, r7 = _eight(red)
+        g0, g1, g2, g3, g4, g5, g6, g7 = _eight(green)
+        b0, b1, b2, b3, b4, b5, b6, b7 = _eight(blue)
+        # eight pixels are 24 values: three stores of 16 bytes in half precision
+        at = (tile_across * (TILE * 3) + in_tile // 8 * 24 + in_tile % 8)[None, :]
+        out_ptr += down * (WIDTH * 3) + at
+        inside = (down < HEIGHT) & (at < WIDTH * 3)
+        tl.store(out_ptr, _joined(r0, g0, b0, r1, g1, b1, r2, g2), mask=inside)
+        inside = (down < HEIGHT) & (at + 8 < WIDTH * 3)
+        tl.store(out_ptr + 8, _joined(b2, r3, g3, b3, r4, g4, b4, r5), mask=inside)
+        inside = (down < HEIGHT) & (at + 16 < WIDTH * 3)
+        tl.store(out_ptr + 16, _joined(g5, b5, r6, g6, b6, r7, g7, b7), mask=inside)
+    else:
+        for channel in tl.range(0, CHANNELS, num_stages=1):
+            value = _tile(
+                image, channel, lines_ptr, columns_ptr, line, column,
+                HEIGHT, WIDTH, TILE, LINES, LINES_AT_ONCE, COLUMNS, COLUMNS_AT_ONCE, PARTS, WORDS,
+            )  # fmt: skip
+            value = normalised(value, channel, scale, bias, PER_CHANNEL, CHANNELS)
+            if CHANNELS_LAST:
+                at = (down * WIDTH + across) * CHANNELS + channel
+            else:
+                at = channel * (HEIGHT * WIDTH) + down * WIDTH + across
+            tl.store(out_ptr + at, value.to(element), mask=(down < HEIGHT) & (across < WIDTH))
+
+
+# Launches
+
+
+class _Shape(NamedTuple):
+    """Sizes of a tile: outputs, sources of the products, and pixels between zoom and blur."""
+
+    tile: int
+    lines: int
+    lines_at_once: int
+    columns: int
+    columns_at_once: int
+    positions_down: int
+    positions_across: int
+    positions_at_once: int
+
+
+@lru_cache(maxsize=64)
+def _shape(height: int, width: int, zoom: bool, radius: int, words: bool) -> _Shape:
+    tile = 32 if max(height, width) > 16 else 16
+    reach = tile + 2 * radius
+    # between two pixels, and from the beginning of a word
+    lines, lines_at_once = _in_products(min(reach + zoom, height))
+    columns, columns_at_once = _in_products(min(reach + zoom + 3 * words, width))
+    down, across = (_in_products(min(reach, size)) for size in (height, width))
+    at_once = max(down[1], across[1])
+    return _Shape(
+        tile,
+        lines,
+        lines_at_once,
+        columns,
+        columns_at_once,
+        blocks(down[0], at_once) * at_once,
+        blocks(across[0], at_once) * at_once,
+        at_once,
+    )
+
+
+def _in_products(count: int) -> tuple[int, int]:
+    """At least ``count`` terms of a sum, and how many of them one product takes."""
+    if count <= _MOST_AT_ONCE:
+        size = max(16, triton.next_power_of_2(count))
+        return size, size
+    return blocks(count, 32) * 32, 32
+
+
+def _is_of_words(images: Tensor) -> bool:
+    """Whether all lines of ``[M, C, H, W]`` bytes begin equally far behind that of a word."""
+    *outer, stride_pixel = images.stride()
+    return stride_pixel == 1 and all(stride % 4 == 0 for stride in outer)
+
+
+def resample(
+    sources: tuple[Tensor, ...],
+    params: AugmentParams,
+    geometry: Geometry,
+    scaling: Scaling,
+    *,
+    channels_last_in: bool,
+    out: Tensor,
+    workspace: Workspace | None,
+    mixup: MixUpParams | None = None,
+) -> None:
+    num_rows, channels, height, width = out.shape
+    first, last = sources[0], sources[-1]
+    num_x, num_u = (len(first) if len(sources) > 1 else 0), len(last)
+    views = tuple(
+        source.permute(0, 3, 1, 2) if channels_last_in else source for source in (first, last)
+    )
+    plain = all(view.is_contiguous() for view in views)
+    of_bytes = first.dtype == torch.uint8
+    words = of_bytes and width % 4 == 0 and (plain or all(map(_is_of_words, views)))
+    split = of_bytes and out.dtype != torch.bfloat16
+    shape = _shape(height, width, geometry.zoom, geometry.blur_radius, words)
+    parts = {"PARTS": 2 if split else 1, "WORDS": words}
+
+    scratch = workspace or Workspace()
+    tile, lines, columns = shape.tile, shape.lines, shape.columns
+    tiles_down, tiles_across = blocks(height, tile), blocks(width, tile)
+    weights = parts["PARTS"] * tile * (tiles_down * lines + tiles_across * columns)
+    table = scratch.empty(
+        "weights",
+        (num_rows, weights),
+        torch.float16 if of_bytes else torch.float32,
+        out.device,
+    )
+    starts = scratch.empty("starts", (num_rows, tiles_down + tiles_across), torch.int32, out.device)
+    sizes = {
+        "HEIGHT": height,
+        "WIDTH": width,
+        "TILE": tile,
+        "LINES": lines,
+        "LINES_AT_ONCE": shape.lines_at_once,
+        "COLUMNS": columns,
+        "COLUMNS_AT_ONCE": shape.columns_at_once,
+        **parts,
+    }
+    launch(
+        weights_kernel,
+        num_rows * (tiles_down + tiles_across),
+        out.device,
+        table,
+        starts,
+        *packed_draws(params),
+        PADDING=geometry.padding,
+        MODE=geometry.padding_mode,
+        ZOOM=geometry.zoom,
+        RADIUS=geometry.blur_radius,
+        POSITIONS_DOWN=shape.positions_down,
+        POSITIONS_ACROSS=shape.positions_across,
+        POSITIONS_AT_ONCE=shape.positions_at_once,
+        **sizes,
+        num_warps=4,
+    )
+    strides = (None,) * 8 if plain else (*views[0].stride(), *views[1].stride())
+    scale, bias, per_channel = normalisation(scaling, channels, out.device)
+    target = out
+    if mixup:
+        target = scratch.empty("unmixed", (num_rows, out[0].numel()), out.dtype, out.device)
+    launch(
+        resample_kernel,
+        num_rows * tiles_down * tiles_across,
+        out.device,
+        target,
+        first,
+        last,
+        num_x,
+        num_u,
+        inverse(num_u),
+        *strides,
+        table,
+        starts,
+        scale,
+        bias,
+        CHANNELS=channels,
+        CHANNELS_LAST=not out.is_contiguous(),
+        PER_CHANNEL=per_channel,
+        **sizes,
+        num_warps=2 if of_bytes else 4,
+    )
+    if mixup:
+        blend(target, mixup, out)
