@@ -68,7 +68,7 @@ def _permuted(low, high, selector):
 @triton.jit
 def _biased(word, BYTE: tl.constexpr):
     """A byte of a word as 2^23 + byte, float32: the differences of such numbers are exact."""
-    if _PERMUTES:
+    if _PERMUTES:  # of 2^23 the upper three bytes, and then the byte
         bits = _permuted(0x4B000000, word, 0x3004 + BYTE)
     else:
         bits = ((word >> 8 * BYTE) & 0xFF) | 0x4B000000
@@ -76,51 +76,56 @@ def _biased(word, BYTE: tl.constexpr):
 
 
 @triton.jit
-def _columns(
+def _column(pixel, left, flip, WIDTH: tl.constexpr, PADDING: tl.constexpr, MODE: tl.constexpr):
+    return padded(tl.where(flip, WIDTH - 1 - pixel, pixel), left, WIDTH, PADDING, MODE)
+
+
+@triton.jit
+def _of_plane(
     pixel,
     left,
     flip,
     begin,
-    CHANNELS: tl.constexpr,
+    last,
     WIDTH: tl.constexpr,
-    BY_PIXELS: tl.constexpr,
     PADDING: tl.constexpr,
     MODE: tl.constexpr,
-    COUNT: tl.constexpr,
 ):
-    """Where COUNT pixels from ``pixel`` on are read in a line that begins at byte ``begin``.
+    """Where four pixels of a plane lie in a line that begins at byte ``begin`` of its first word.
 
-    For each word: the first of the two that hold it, counted from the line's; which of their
-    bytes make it; and a mask of those within the image.
+    Returns the first of the two words that hold them, ``last`` at most; a selector of their bytes;
+    and a mask of those that are within the image.
     """
-    BYTES: tl.constexpr = CHANNELS * WIDTH if BY_PIXELS else WIDTH
-    # the second word must hold a byte of the line, too: nothing is read that is another's
-    last = (begin + BYTES - 1) // 4 - 1
-    firsts, selectors, keeps, at = tl.tuple(()), tl.tuple(()), tl.tuple(()), tl.tuple(())
-    keep = tl.zeros_like(pixel)
-    for k in tl.static_range(COUNT):
-        column = tl.where(flip, WIDTH - 1 - pixel - k, pixel + k)
-        column, inside = padded(column, left, WIDTH, PADDING, MODE)
-        if BY_PIXELS:
-            byte = begin + CHANNELS * column
-            first = tl.minimum(byte // 4, last)
-            firsts += (first,)
-            selectors += (0x3210 + 0x1111 * (byte - 4 * first),)
-            keeps += (tl.where(inside, -1, 0),)
-        else:
-            at += (begin + column,)
-            keep |= tl.where(inside, 0xFF << 8 * (k % 4), 0)
-            if k % 4 == 3:  # folding keeps an interval an interval, so that two words suffice
-                first = tl.minimum(tl.minimum(at[k], at[k - 1]), tl.minimum(at[k - 2], at[k - 3]))
-                first = tl.minimum(first // 4, last)
-                selector = at[k] - 4 * first
-                for j in tl.static_range(1, 4):
-                    selector = 16 * selector + at[k - j] - 4 * first
-                firsts += (first,)
-                selectors += (selector,)
-                keeps += (keep,)
-                keep = tl.zeros_like(pixel)
-    return firsts, selectors, keeps
+    a, in_a = _column(pixel, left, flip, WIDTH, PADDING, MODE)
+    b, in_b = _column(pixel + 1, left, flip, WIDTH, PADDING, MODE)
+    c, in_c = _column(pixel + 2, left, flip, WIDTH, PADDING, MODE)
+    d, in_d = _column(pixel + 3, left, flip, WIDTH, PADDING, MODE)
+    # padding folds an interval into one that is no longer: all four lie in two words
+    least = tl.minimum(tl.minimum(a, b), tl.minimum(c, d))
+    first = tl.minimum((begin + least) >> 2, last)
+    selector = a + 16 * b + 256 * c + 4096 * d - 0x1111 * (4 * first - begin)
+    keep = tl.where(in_a, 0xFF, 0) | tl.where(in_b, 0xFF00, 0)
+    keep |= tl.where(in_c, 0xFF0000, 0) | tl.where(in_d, -0x1000000, 0)
+    return first, selector, keep
+
+
+@triton.jit
+def _of_pixel(
+    pixel,
+    left,
+    flip,
+    begin,
+    last,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDING: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """Where the channels of a pixel lie, likewise."""
+    column, inside = _column(pixel, left, flip, WIDTH, PADDING, MODE)
+    byte = begin + CHANNELS * column
+    first = tl.minimum(byte >> 2, last)
+    return first, 0x3210 + 0x1111 * (byte - 4 * first), tl.where(inside, -1, 0)
 
 
 @triton.jit
@@ -139,30 +144,37 @@ def _words(
     PLANES: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    """The bytes of a thread's pixels in each line, ``[LINES, ITEMS]``: words in a tuple."""
+    """The bytes of a view as a tuple of words ``[LINES, ITEMS]``, in the view's order."""
     from_x, place = image_of(row, rows.num_x, rows.num_u, rows.inverse_u)
     image = tl.where(from_x, rows.x_ptr.to(tl.int64), rows.u_ptr.to(tl.int64))
     image += place.to(tl.int64) * (CHANNELS * HEIGHT * WIDTH) + plane * (HEIGHT * WIDTH)
-    # Images may begin anywhere. The allocation that they lie in begins at a multiple of 4, so that
-    # it holds all bytes of a word up to one that is theirs; and it is padded to such a multiple.
+    # Images may begin anywhere. Their first and last words may hold bytes of others, too; those lie
+    # in the same page of memory, so that they can be read, and no selector chooses them.
     begin = (image & 3).to(tl.int32)
     image_ptr = (image - begin).to(tl.pointer_type(tl.uint32))
     top, left, flip = drawn(rows.draws_ptr, rows.pitch, row)
     line, line_inside = padded(down, top, HEIGHT, PADDING, MODE)
-    firsts, selectors, keeps = _columns(
-        pixel, left, flip, begin, CHANNELS, WIDTH, BY_PIXELS, PADDING, MODE, PIXELS
-    )
-    PITCH: tl.constexpr = WIDTH * CHANNELS // 4 if BY_PIXELS else WIDTH // 4
-    line_ptr = image_ptr + line * PITCH
+    PITCH: tl.constexpr = WIDTH * (CHANNELS if BY_PIXELS else 1)
+    PLANE: tl.constexpr = HEIGHT * WIDTH // 4
+    last = ((begin + PITCH - 1) >> 2) - 1  # so that the second word holds bytes of the line, too
+    line_ptr = image_ptr + line * (PITCH // 4)
     words = tl.tuple(())
-    for c in tl.static_range(1 if BY_PIXELS else PLANES):
-        for n in tl.static_range(len(firsts)):
-            first_ptr = line_ptr + firsts[n]
-            low = tl.load(first_ptr + c * (HEIGHT * WIDTH // 4))
-            high = tl.load(first_ptr + (c * (HEIGHT * WIDTH // 4) + 1))
-            word = _permuted(low, high, selectors[n])
+    for k in tl.static_range(PIXELS if BY_PIXELS else PIXELS // 4):
+        if BY_PIXELS:
+            first, selector, keep = _of_pixel(
+                pixel + k, left, flip, begin, last, CHANNELS, WIDTH, PADDING, MODE
+            )
+        else:
+            first, selector, keep = _of_plane(
+                pixel + 4 * k, left, flip, begin, last, WIDTH, PADDING, MODE
+            )
+        first_ptr = line_ptr + first
+        for c in tl.static_range(1 if BY_PIXELS else PLANES):
+            low = tl.load(first_ptr + c * PLANE)
+            high = tl.load(first_ptr + (c * PLANE + 1))
+            word = _permuted(low, high, selector)
             if MODE == "zeros":
-                word &= tl.where(line_inside, keeps[n], 0)
+                word &= tl.where(line_inside, keep, 0)
             words += (word,)
     return words
 
@@ -177,6 +189,7 @@ def _value(
     CHANNELS: tl.constexpr,
     BY_PIXELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    PLANES: tl.constexpr,
     PIXELS: tl.constexpr,
     MIXES: tl.constexpr,
 ):
@@ -184,7 +197,7 @@ def _value(
     PLACE: tl.constexpr = PART * PIXELS + K
     CHANNEL: tl.constexpr = PLACE % CHANNELS if CHANNELS_LAST else PART
     PIXEL: tl.constexpr = PLACE // CHANNELS if CHANNELS_LAST else K
-    WORD: tl.constexpr = PIXEL if BY_PIXELS else CHANNEL * (PIXELS // 4) + PIXEL // 4
+    WORD: tl.constexpr = PIXEL if BY_PIXELS else PIXEL // 4 * PLANES + CHANNEL
     BYTE: tl.constexpr = CHANNEL if BY_PIXELS else PIXEL % 4
     value = _biased(words[WORD], BYTE)
     if MIXES:
@@ -274,7 +287,7 @@ def packed_kernel(
         for k in tl.static_range(PIXELS):
             channel, value = _value(
                 words, partner_words, lam, part, k,
-                CHANNELS, BY_PIXELS, CHANNELS_LAST, PIXELS, MIXES,
+                CHANNELS, BY_PIXELS, CHANNELS_LAST, PLANES, PIXELS, MIXES,
             )  # fmt: skip
             value = normalised(value, plane + channel, scale, bias, PER_CHANNEL, CHANNELS)
             values += (value.to(out_ptr.dtype.element_ty),)
