@@ -32,7 +32,6 @@ from gpu_mixmatch.impl.triton.rows import (
 from gpu_mixmatch.types import LEAST_SIGMA, AugmentParams, Geometry, MixUpParams, Scaling
 
 _LEAST_SIGMA = tl.constexpr(LEAST_SIGMA)
-_MOST_AT_ONCE = 64  # sources of one product; a wide blur takes several
 # Weights and what is between the products stay clear of float16's smallest numbers: a weight of 1
 # is 2^15, hence a pixel is byte · 2^(15 - 24) in between and byte · 2^(15 - 24 + 15) at the end.
 _OF_ONE = tl.constexpr(2.0**15)
@@ -536,15 +535,15 @@ def _shape(height: int, width: int, zoom: bool, radius: int, words: bool) -> _Sh
     size = max(height, width)
     tile = 32 if size > 16 else 16
     reach = tile + 2 * radius
-    # zoom reads between two pixels, and words may begin up to three before the first
-    sources, at_once = _in_products(min(reach + zoom + 3 * words, size))
-    positions, _ = _in_products(min(reach, size))
-    return _Shape(tile, sources, at_once, positions, min(positions, 32))
+    # zoom reads between two pixels, and words may begin up to three before the first. What is not
+    # read in words takes more registers: fewer pixels at once
+    sources = _in_products(min(reach + zoom + 3 * words, size), 64 if words else 32)
+    return _Shape(tile, *sources, *_in_products(min(reach, size), 64))
 
 
-def _in_products(count: int) -> tuple[int, int]:
+def _in_products(count: int, most: int) -> tuple[int, int]:
     """At least ``count`` terms of a sum, and how many of them one product takes."""
-    if count <= _MOST_AT_ONCE:
+    if count <= most:
         size = max(16, triton.next_power_of_2(count))
         return size, size
     return blocks(count, 32) * 32, 32
@@ -613,7 +612,7 @@ def resample(
         POSITIONS=shape.positions,
         POSITIONS_AT_ONCE=shape.positions_at_once,
         **sizes,
-        num_warps=1,
+        num_warps=2,
     )
     strides = (None,) * 8 if plain else (*views[0].stride(), *views[1].stride())
     scale, bias, per_channel = normalisation(scaling, channels, out.device)
