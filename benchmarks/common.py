@@ -329,11 +329,11 @@ def _command(suite: str, arguments: Sequence[str]) -> str:
     return " ".join(["python -m", f"benchmarks.{suite}", *map(shlex.quote, kept)])
 
 
-def commit() -> str:
+def commit(root: Path = ROOT) -> str:
     """The commit, with a mark where the package differs from it; "unknown" outside of git."""
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
+        command = ["git", "-C", str(root), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:

@@ -1,9 +1,10 @@
 """All that wants a CUDA device, in one command: ``python -m benchmarks.gpu``, or ``make gpu``.
 
-First the hazards that only a device shows: graphs, streams and memory that others need. Then the
-tests marked ``gpu``, the kernels' tests on the real device, all suites with ``--device cuda``,
-compute-sanitizer and Nsight Compute where they are installed, and the plots. Each part has a time
-limit, so that all fit in eight minutes; a part that fails does not stop the others. Results go to
+First what the device does beside what was predicted of it, `benchmarks.facts`, on one page
+``gpu.md``. Then the hazards that only a device shows: graphs, streams and memory that others need;
+the tests marked ``gpu``, the kernels' tests on the real device, compute-sanitizer where it is
+installed, all suites with ``--device cuda``, Nsight Compute and the plots. Each part has a time
+limit, so that all fit in nine minutes; a part that fails does not stop the others. Results go to
 the folder that ``$OUT`` names, or to that of this version's results; a table sums up at the end,
 and the exit code is 1 if a part failed.
 """
@@ -27,8 +28,9 @@ from benchmarks import schema
 from benchmarks.common import RESULTS, ROOT, commit
 from gpu_mixmatch._machine import header, machine
 
-SECONDS = 480.0  # for everything
-SUITE_SECONDS = {"ops": 70, "batch": 45, "augment": 60, "scaling": 25, "loader": 35}
+SECONDS = 540.0  # for everything
+FACTS_SECONDS = 90.0  # no part of the facts begins later
+SUITE_SECONDS = {"ops": 60, "batch": 40, "augment": 50, "scaling": 25, "loader": 30}
 HAZARD_TESTS = ("test_buffers", "test_capture")  # what a device alone shows, and corrupts
 KERNEL_TESTS = ("test_triton", "test_ops", "test_capture", "test_launches")
 COUNTERS = (
@@ -91,9 +93,16 @@ def parts(out: Path) -> list[Part]:
     # the first batch compiles and warms up
     heaviest += ["--launch-skip", "2", "--launch-count", "2"]
     return [
+        Part(
+            "facts",
+            [python, "-m", "benchmarks.facts", "--seconds", str(FACTS_SECONDS), "--out", str(out)],
+            FACTS_SECONDS + 20,
+        ),
         Part("hazards", [*run, "-m", "gpu", *hazards], 40),
-        Part("tests marked gpu", [*run, "-m", "gpu", f"--junitxml={xml}", *passed], 50),
-        Part("kernel tests on the device", [*run, "-m", "not gpu", *tests], 60),
+        Part("tests marked gpu", [*run, "-m", "gpu", f"--junitxml={xml}", *passed], 45),
+        Part("kernel tests on the device", [*run, "-m", "not gpu", *tests], 50),
+        Part("memcheck", [*sanitizer, "--tool", "memcheck", *workload, "short"], 25, no_cache),
+        Part("racecheck", [*sanitizer, "--tool", "racecheck", *workload, "short"], 25),
         *(
             Part(
                 f"suite {suite}",
@@ -102,12 +111,10 @@ def parts(out: Path) -> list[Part]:
             )
             for suite in schema.SUITES
         ),
-        Part("memcheck", [*sanitizer, "--tool", "memcheck", *workload, "short"], 25, no_cache),
-        Part("racecheck", [*sanitizer, "--tool", "racecheck", *workload, "short"], 25),
         Part(
             "Nsight Compute",
             ["ncu", "--csv", "--metrics", ",".join(COUNTERS), *heaviest, *workload, "heavy"],
-            30,
+            25,
         ),
         Part("plots", [python, "-m", "benchmarks.report", "--draw", str(out)], 15),
     ]

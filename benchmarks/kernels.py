@@ -1,198 +1,52 @@
-"""What the kernels compile to and the bytes that they move: facts that need no GPU.
+"""What the kernels compile to, and what they are predicted to cost: facts that need no GPU.
 
-``python -m benchmarks.kernels [--arch 80 90 100] [--json FILE]`` lets `MixMatch` and the loss
-launch all their kernels on CPU tensors, with the launch replaced, and compiles what they would have
-run. ptxas and cuobjdump come with Triton; neither a GPU nor a driver is needed.
+``python -m benchmarks.kernels`` lets `MixMatch` and the loss launch all their kernels on CPU
+tensors, with the launch replaced, compiles what they would have run, counts the instructions that
+are executed and the bytes that are moved, and predicts times by the model of `benchmarks.costs`.
+ptxas and cuobjdump come with Triton; neither a GPU nor a driver is needed, and nothing is run.
 
-Bytes: each value that a launch reads or writes counts once for that launch, and a view's pixel once
-for each view that is made of it. Caches do not enter.
+``--resources`` only compiles, for registers and spills; ``--read FILE`` takes results in place of
+compiling; ``--against FILE`` shows earlier results beside the new ones; ``--budgets`` writes what
+the tests allow. The rows do not depend on the machine that compiled.
 """
 
 import argparse
-import json
-import math
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-from gpu_mixmatch import MixMatch, WeakAugment, functional, impl
-
-NUM_AUGMENTATIONS = 2
-BATCH_SIZE = 64
-LAST_SIZES = (1, 2, 15, 16, 17, 64)  # what the last batch of an epoch may hold
-EFFECTS: dict[str, dict[str, Any]] = {
-    "shift": {"padding": 4},
-    "zoom": {"padding": 4, "zoom_px": (0, 16)},
-    "zoom and blur": {"padding": 4, "zoom_px": (0, 16), "blur_sigma": (0.0, 3.0)},
-}
-
-
-class Regime(NamedTuple):
-    """A size of batches.
-
-    Attributes:
-        size: Height and width of the images in pixels.
-        dtype: Of the views.
-        channels_last: Their memory format.
-        num_classes: L.
-    """
-
-    size: int
-    dtype: torch.dtype
-    channels_last: bool
-    num_classes: int
-
-    def __str__(self) -> str:
-        layout = "channels_last" if self.channels_last else "contiguous"
-        return f"{self.size} px {str(self.dtype).removeprefix('torch.')} {layout}"
-
-
-REGIMES = (
-    Regime(32, torch.float32, False, 10),
-    Regime(96, torch.float32, False, 10),
-    Regime(224, torch.float32, False, 1000),
-    Regime(224, torch.bfloat16, True, 1000),
+from benchmarks import costs, sass, schema
+from benchmarks.budgets import (
+    BUDGETS,
+    batches_of,
+    goal_rows,
+    kernels_of,
+    rounded,
+    write_budgets,
+)
+from benchmarks.common import RESULTS, Row, Settings, header
+from benchmarks.launches import (
+    BATCH_SIZE,
+    EFFECTS,
+    NUM_AUGMENTATIONS,
+    REGIMES,
+    Launch,
+    Regime,
+    launches_of,
+    least,
+    moved,
+    traffic,
 )
 
-
-class Launch(NamedTuple):
-    """A kernel that would have run, and with what."""
-
-    kernel: Any
-    programs: int
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """The kernel's name."""
-        return str(self.kernel.__name__)
-
-    @property
-    def named(self) -> dict[str, Any]:
-        """The arguments by name, those of named tuples by the names of their fields."""
-        return named_arguments(self.kernel.arg_names, self.arguments)
-
-
-def named_arguments(names: Iterable[str], arguments: Iterable[Any]) -> dict[str, Any]:
-    """Arguments by name; a named tuple's fields stand for themselves, however deep they lie."""
-    found: dict[str, Any] = {}
-    for name, argument in zip(names, arguments, strict=False):
-        fields = getattr(argument, "_fields", None)
-        found |= named_arguments(fields, argument) if fields else {name: argument}
-    return found
-
-
-def launches_of(
-    regime: Regime, effects: str, num_x: int = BATCH_SIZE, num_u: int = BATCH_SIZE, start: int = 0
-) -> tuple[list[Launch], list[Launch]]:
-    """What one batch launches, and what the loss launches, forward and backward.
-
-    Images, labels and ids begin ``start`` values behind an aligned address.
-    """
-
-    def sliced(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(start + math.prod(shape), dtype=dtype)[start:].view(shape)
-
-    x, u = (
-        sliced(count, 3, regime.size, regime.size, dtype=torch.uint8) for count in (num_x, num_u)
-    )
-    y, ids_x, ids_u = (sliced(count, dtype=torch.int64).zero_() for count in (num_x, num_x, num_u))
-    ids = {"ids_x": ids_x, "ids_u": ids_u} if start else {}
-
-    def model(views: Tensor) -> Tensor:
-        return torch.zeros(len(views), regime.num_classes, dtype=views.dtype)
-
-    with recording() as launches:
-        augment = WeakAugment(
-            **EFFECTS[effects],
-            dtype=regime.dtype,
-            channels_last=regime.channels_last,
-            impl="triton",
-        )
-        mixmatch = MixMatch(
-            augment, regime.num_classes, num_augmentations=NUM_AUGMENTATIONS, impl="triton"
-        )
-        batch = mixmatch(x, y, u, model, **ids)
-    with recording() as of_loss:
-        logits = model(batch.inputs).requires_grad_()
-        losses = functional.mixmatch_loss(logits, batch.targets, num_x, 75.0, impl="triton")
-        losses.loss.backward()
-    return launches, of_loss
-
-
-@contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Take down what would be launched, and let the launchers have CPU tensors."""
-    from gpu_mixmatch.impl import triton as kernels
-    from gpu_mixmatch.impl.triton import launch
-
-    launches: list[Launch] = []
-
-    def take_down(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-        launches.append(Launch(kernel, programs, arguments, options))
-
-    with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(launch, "run", take_down))
-        for name, answer in (("implementation", kernels), ("resolve_impl", "triton")):
-            for module in _holders(name):
-                patches.enter_context(mock.patch.object(module, name, return_value=answer))
-        yield launches
-
-
-def _holders(name: str) -> list[ModuleType]:
-    """The package's modules that look for their implementation by a function of this name."""
-    function = getattr(impl, name, None)
-    modules = [m for key, m in sys.modules.items() if key.startswith("gpu_mixmatch")]
-    return [m for m in modules if function is not None and getattr(m, name, None) is function]
-
-
-# Bytes
-
-
-def moved(launch: Launch) -> int:
-    """The bytes that a launch reads and writes."""
-    named = launch.named
-    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
-    total = 0
-    # the draw writes its partners; the others read them, and with each row its partner
-    rows_per_row = 2 if launch.name != "draw_kernel" and "index_ptr" in tensors else 1
-    for name, tensor in tensors.items():
-        if name in ("x_ptr", "u_ptr"):
-            continue
-        read_in_pairs = name in ("inputs_ptr", "targets_ptr", "logits_ptr", "y_ptr")
-        total += tensor.nbytes * (rows_per_row if read_in_pairs else 1)
-    if "x_ptr" in tensors:
-        total += tensors["out_ptr"].numel() * tensors["x_ptr"].itemsize * rows_per_row
-    return total
-
-
-def least(regime: Regime) -> int:
-    """The bytes that no batch can do without.
-
-    The views of u are made of bytes and written for the guess. Then each value of the batch is read
-    as two bytes, its own and its partner's, and written; and so are logits and targets.
-    """
-    rows_u = NUM_AUGMENTATIONS * BATCH_SIZE
-    rows = BATCH_SIZE + rows_u
-    pixels, itemsize = 3 * regime.size**2, regime.dtype.itemsize
-    views = rows_u * pixels * (1 + itemsize)
-    mixed = rows * pixels * (2 + itemsize)
-    return views + mixed + regime.num_classes * (rows_u * itemsize + rows * 4)
-
+ARCHS = (80, 89, 90, 100)
+LAST_SIZES = (1, 2, 15, 16, 17, 64)  # what the last batch of an epoch may hold
 
 # Compilation
 
@@ -218,58 +72,143 @@ class Device:
         return GPUTarget("cuda", self.arch, 32)
 
 
-def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
-    """Compile a kernel as its launch would, and say what came of it."""
-    from triton.runtime import driver
+class Compiled(NamedTuple):
+    """A launch's kernel for an architecture, and what its programs execute."""
 
-    driver.set_active(Device(arch))
-    kernel = launch.kernel.warmup(*launch.arguments, grid=(launch.programs,), **launch.options)
+    machine: sass.Machine
+    routes: list[sass.Route]
+    executed: costs.Count
+    layouts: list[costs.Layout]
+    warps: int
+    shared: int
+
+
+def compiled(launch: Launch, arch: int, *, is_here: bool = False) -> Compiled:
+    """Compile a kernel as its launch would, and follow its programs.
+
+    Args:
+        launch: What to compile.
+        arch: For which architecture.
+        is_here: Whether that is the current device's, whose driver then stays.
+
+    Raises:
+        ValueError: If data decides over a loop or an exit, of which `costs.ASSUMED` says nothing.
+    """
+    kernel = _warmed_up(launch, None if is_here else arch)
+    machine = sass.disassembled(kernel.asm["cubin"])
+    given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.options
+    arguments = list(_of_the_launch(kernel.src.signature.items(), given))
+    bank = sass.constants(kernel.asm["ptx"], arguments, launch.programs, arch)
+    layouts = byte_loads(kernel.asm["ttgir"])
+    try:
+        routes = sass.trace(machine, bank, launch.programs, costs.ASSUMED.get(launch.name))
+    except ValueError as error:
+        raise ValueError(f"{launch.name}, sm_{arch}: {error}; see costs.ASSUMED") from error
+    count = costs.counted(machine, routes, layouts)
+    metadata = kernel.metadata
+    return Compiled(machine, routes, count, layouts, metadata.num_warps, metadata.shared)
+
+
+def _warmed_up(launch: Launch, arch: int | None) -> Any:
+    """Triton's compiled kernel of a launch."""
+    if arch is not None:
+        from triton.runtime import driver
+
+        driver.set_active(Device(arch))
+    return launch.kernel.warmup(*launch.arguments, grid=(launch.programs,), **launch.options)
+
+
+def _of_the_launch(signature: Iterable[tuple[Any, Any]], given: Any) -> Iterator[Any]:
+    """The arguments that a kernel was not specialised on, those of tuples one by one."""
+    for key, kind in signature:
+        if isinstance(kind, tuple):
+            yield from _of_the_launch(enumerate(kind), given[key])
+        elif kind != "constexpr":
+            yield given[key]
+
+
+def predicted(
+    launch: Launch, found: Compiled, gpu: costs.Gpu, overhead_us: float = costs.OVERHEAD_US
+) -> costs.Prediction:
+    """Predict the time of a launch on a GPU."""
+    return costs.predicted(
+        found.machine,
+        found.routes,
+        found.executed,
+        gpu,
+        programs=launch.programs,
+        warps=found.warps,
+        shared=found.shared,
+        overhead_us=overhead_us,
+        **traffic(launch)._asdict(),
+    )
+
+
+def kernel_row(launch: Launch, gpu: costs.Gpu) -> Row:
+    """What a launch compiles to, executes and is predicted to take."""
+    found = compiled(launch, gpu.arch)
+    prediction = predicted(launch, found, gpu)
+    machine, count = found.machine, found.executed
+    out = launch.named.get("out_ptr")
+    of_images, per = False, 1.0
+    if isinstance(out, Tensor) and out.dim() == 4:
+        # lanes count whether they hold a value or not
+        of_images, per = True, out.numel() / (32 * launch.programs * found.warps)
     return {
         "kernel": launch.name,
-        "arch": arch,
+        "arch": gpu.arch,
+        "gpu": gpu.name,
+        "mixes": launch.mixes,
+        "makes_views": of_images and "x_ptr" in launch.named,
         "programs": launch.programs,
-        "warps": launch.options["num_warps"],
-        **looked_at(kernel.asm["cubin"]),
-        "byte_loads": byte_loads(kernel.asm["ttgir"]),
+        "warps": found.warps,
+        **machine.resources._asdict(),
+        "local_accesses": sum(i.name in ("LDL", "STL") for i in machine.code),
+        "shared": found.shared,
+        "load_bits": _widths("LDG", machine),
+        "store_bits": _widths("STG", machine),
+        "byte_loads": found.layouts,
+        "moved": moved(launch),
+        "per": "value" if of_images else "warp",
+        "instructions": rounded(count.instructions / per),
+        "lanes": 32 * round(count.instructions * found.warps * launch.programs),
+        "pipes": {name: rounded(n / per) for name, n in sorted(count.pipes.items())},
+        "loads": rounded(count.loads / per),
+        "stores": rounded(count.stores / per),
+        "resident": prediction.resident,
+        "clocks": round(prediction.clocks),
+        # what is far from binding would only fill the file
+        "us_of": {
+            name: rounded(us)
+            for name, us in prediction.of.items()
+            if us > 0.1 * max(prediction.of.values())
+        },
+        "bound": prediction.bound,
+        "predicted_us": rounded(prediction.us),
     }
+
+
+def resource_row(launch: Launch, arch: int) -> Row:
+    """Registers and memory of a launch's kernel."""
+    used = sass.resources(_warmed_up(launch, arch).asm["cubin"])
+    return {"kernel": launch.name, "arch": arch, "mixes": launch.mixes, **used._asdict()}
+
+
+def _widths(operation: str, machine: sass.Machine) -> dict[str, int]:
+    """How many of an operation there are in the code, by the bits of a thread's access."""
+    widths = Counter(8 * i.width for i in machine.code if i.name == operation)
+    return {str(bits): number for bits, number in sorted(widths.items())}
 
 
 def variants(regime: Regime, effects: str, arch: int) -> dict[str, int]:
     """How many kernels batches of all sizes and alignments compile, by the launch's place."""
-    from triton.runtime import driver
-
-    driver.set_active(Device(arch))
-    compiled: dict[str, set[int]] = {}
+    found: dict[str, set[int]] = {}
     for number, (num_x, num_u) in enumerate(zip(LAST_SIZES, reversed(LAST_SIZES), strict=True)):
         launches, of_loss = launches_of(regime, effects, num_x, num_u, start=(1, 16)[number % 2])
         for place, launch in enumerate(launches + of_loss):
-            kernel = launch.kernel.warmup(
-                *launch.arguments, grid=(launch.programs,), **launch.options
-            )
-            compiled.setdefault(f"{place} {launch.name}", set()).add(id(kernel))
-    return {place: len(kernels) for place, kernels in compiled.items()}
-
-
-@cache
-def looked_at(cubin: bytes) -> dict[str, Any]:
-    """Registers and memory of a kernel, and the widths of its accesses in bits."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        sass = _cuobjdump("-sass", "--dump-resource-usage", str(file))
-    numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", sass)
-    if numbers is None:
-        raise RuntimeError(f"cuobjdump must tell the resources of a kernel, got {sass[:500]!r}")
-    registers, stack, shared, local = map(int, numbers.groups())
-    return {
-        "registers": registers,
-        "stack": stack,
-        "shared": shared,
-        "local": local,
-        "local_accesses": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "loads": _widths("LDG", sass),
-        "stores": _widths("STG", sass),
-    }
+            kernel = _warmed_up(launch, arch)
+            found.setdefault(f"{place} {launch.name}", set()).add(id(kernel))
+    return {place: len(kernels) for place, kernels in found.items()}
 
 
 def byte_loads(ttgir: str) -> list[dict[str, list[int]]]:
@@ -288,60 +227,110 @@ def byte_loads(ttgir: str) -> list[dict[str, list[int]]]:
     return layouts
 
 
-def _widths(operation: str, sass: str) -> dict[str, int]:
-    widths: Counter[str] = Counter()
-    for suffixes in re.findall(rf"\b{operation}((?:\.\w+)*)", sass):
-        width = re.search(r"\.(?:[US]?(8|16|64|128))(?:\.|$)", suffixes)
-        widths[width[1] if width else "32"] += 1
-    return dict(sorted(widths.items(), key=lambda item: int(item[0])))
-
-
-def _cuobjdump(*arguments: str) -> str:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    result = subprocess.run([tool, *arguments], capture_output=True, text=True, check=True)
-    return result.stdout
-
-
 # The report
 
+Tell = Callable[[str], None]
 
-def measured(archs: list[int], progress: Callable[[str], None]) -> dict[str, Any]:
-    """All kernels of all regimes, policies and architectures, and the bytes of a batch."""
-    import triton
 
-    kernels: list[dict[str, Any]] = []
-    batches = []
-    sizes = []
+def run(archs: Iterable[int], tell: Tell) -> list[Row]:
+    """Rows of all kernels of all regimes and policies, of batches, of other sizes, and of goals."""
+    gpus = [costs.GPUS[arch] for arch in archs]
+    rows: list[Row] = []
     for regime in REGIMES:
         for effects in EFFECTS:
             launches, of_loss = launches_of(regime, effects)
-            labels = {"regime": str(regime), "effects": effects}
-            total = sum(map(moved, launches))
-            batches.append(
-                {
-                    **labels,
-                    "launches": [launch.name for launch in launches],
-                    "moved": total,
-                    "least": least(regime),
-                    "ratio": total / least(regime),
-                }
-            )
-            sizes.append({**labels, "variants": variants(regime, effects, archs[0])})
-            for arch in archs:
-                progress(f"{regime}, {effects}, sm_{arch}")
+            tell(f"{regime}, {effects}, other sizes")
+            rows.append(_size_row(regime, effects, gpus[0].arch))
+            for gpu in gpus:
+                tell(f"{regime}, {effects}, sm_{gpu.arch}")
+                found = [kernel_row(launch, gpu) for launch in launches]
+                rows += _labelled(found, regime, effects)
+                rows.append(_batch_row(found, regime, effects, gpu))
+                if effects == "shift":
+                    rows += _labelled(
+                        [kernel_row(launch, gpu) for launch in of_loss], regime, "loss"
+                    )
+    return rows + goal_rows(rows) + [_model_row(gpu) for gpu in gpus]
+
+
+def run_resources(archs: Iterable[int], tell: Tell) -> list[Row]:
+    """Rows of registers and memory alone, each compiled kernel once."""
+    rows: list[Row] = []
+    for arch in archs:
+        seen: set[int] = set()
+        for regime in REGIMES:
+            for effects in EFFECTS:
+                tell(f"{regime}, {effects}, sm_{arch}")
+                launches, of_loss = launches_of(regime, effects)
+                found = []
                 for launch in launches + (of_loss if effects == "shift" else []):
-                    mixes = launch.named.get("index_ptr") is not None
-                    found = compile_launch(launch, arch)
-                    kernels.append({**labels, "mixes": mixes, "moved": moved(launch), **found})
+                    kernel = id(_warmed_up(launch, arch))
+                    if kernel not in seen:
+                        seen.add(kernel)
+                        found.append(resource_row(launch, arch))
+                rows += _labelled(found, regime, effects)
+    return rows
+
+
+def _labelled(found: list[Row], regime: Regime, effects: str) -> list[Row]:
+    """Rows of kernels with what tells them apart: a kernel may be launched twice."""
+    seen: Counter[str] = Counter()
+    rows = []
+    for row in found:
+        label = row["kernel"] + (", mixing" if row["mixes"] else "")
+        seen[label] += 1
+        if seen[label] > 1:
+            label += f" ({seen[label]})"
+        case = {"case": f"{regime}, {effects}, sm_{row['arch']}", "contender": label}
+        rows.append(
+            {**case, "threads": 1, "note": "", "regime": str(regime), "effects": effects, **row}
+        )
+    return rows
+
+
+def _batch_row(found: list[Row], regime: Regime, effects: str, gpu: costs.Gpu) -> Row:
+    total = sum(row["moved"] for row in found)
+    us = sum(row["predicted_us"] for row in found)
+    values = (1 + NUM_AUGMENTATIONS) * BATCH_SIZE * 3 * regime.size**2
+    floor_us = least(regime) / gpu.dram / 1e3
     return {
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "kernels": kernels,
-        "batches": batches,
-        "sizes": sizes,
+        "case": f"batch: {regime}, {effects}",
+        "contender": gpu.name,
+        "threads": 1,
+        "note": "predicted, without the model's forward pass",
+        "regime": str(regime),
+        "effects": effects,
+        "arch": gpu.arch,
+        "launches": [row["kernel"] for row in found],
+        "moved": total,
+        "least": least(regime),
+        "ratio": rounded(total / least(regime)),
+        "instructions": rounded(sum(row["lanes"] for row in found) / values),
+        "predicted_us": rounded(us),
+        "floor_us": rounded(floor_us),
+        "times_floor": rounded(us / floor_us),
     }
+
+
+def _model_row(gpu: costs.Gpu) -> Row:
+    """What the predictions take a GPU to be."""
+    note = "assumed, from data sheets and from memory"
+    return {"case": "model", "contender": gpu.name, "threads": 1, "note": note, **gpu._asdict()}
+
+
+def _size_row(regime: Regime, effects: str, arch: int) -> Row:
+    return {
+        "case": f"other sizes: {regime}, {effects}",
+        "contender": f"sm_{arch}",
+        "threads": 1,
+        "note": "kernels that batches of all sizes compile, by the launch's place",
+        "regime": str(regime),
+        "effects": effects,
+        "variants": variants(regime, effects, arch),
+    }
+
+
+# Text
 
 
 def in_columns(rows: list[list[Any]]) -> str:
@@ -358,52 +347,119 @@ def in_columns(rows: list[list[Any]]) -> str:
 def shown(content: dict[str, Any]) -> str:
     """The report as text."""
     heading = [
-        *("regime", "effects", "kernel", "sm", "programs", "warps", "regs", "stack"),
-        *("LDL+STL", "shared", "loads: bits x number", "stores", "bytes moved"),
+        *("regime", "effects", "kernel", "sm", "programs", "warps", "regs", "resident", "stack"),
+        *("LDL+STL", "shared", "loads: bits x number", "stores", "bytes moved", "per"),
+        *("instructions", "by pipe", "loads", "stores", "clocks", "us", "binds"),
     ]
 
-    def accesses(widths: dict[str, int]) -> str:
-        return " ".join(f"{width}x{number}" for width, number in widths.items())
+    def pairs(numbers: dict[str, Any], between: str) -> str:
+        return " ".join(f"{name}{between}{number}" for name, number in numbers.items())
 
     rows = [
         [
-            *(found["regime"], found["effects"], found["kernel"], found["arch"]),
-            *(found["programs"], found["warps"], found["registers"], found["stack"]),
-            *(found["local_accesses"], found["shared"]),
-            *(accesses(found["loads"]), accesses(found["stores"]), f"{found['moved']:,}"),
+            *(row["regime"], row["effects"], row["contender"], row["arch"]),
+            *(row["programs"], row["warps"], row["registers"], row["resident"], row["stack"]),
+            *(row["local_accesses"], row["shared"]),
+            *(pairs(row["load_bits"], "x"), pairs(row["store_bits"], "x"), f"{row['moved']:,}"),
+            *(row["per"], row["instructions"], pairs(row["pipes"], " ")),
+            *(row["loads"], row["stores"], row["clocks"], row["predicted_us"], row["bound"]),
         ]
-        for found in content["kernels"]
+        for row in kernels_of(content["rows"])
     ]
-    traffic = [
+    batches = [
         [
-            *(batch["regime"], batch["effects"], len(batch["launches"])),
-            *(f"{batch['moved']:,}", f"{batch['least']:,}", f"{batch['ratio']:.3f}"),
+            *(row["regime"], row["effects"], row["contender"], len(row["launches"])),
+            *(f"{row['moved']:,}", f"{row['least']:,}", f"{row['ratio']:.3f}"),
+            *(row["instructions"], row["predicted_us"], row["floor_us"]),
+            f"{row['times_floor']:.1f}",
         ]
-        for batch in content["batches"]
+        for row in batches_of(content["rows"])
     ]
-    traffic_heading = ["regime", "effects", "launches", "bytes moved", "least", "ratio"]
+    of_batches = ["regime", "effects", "gpu", "launches", "bytes moved", "least", "ratio"]
+    of_batches += ["instructions/value", "us", "floor us", "ratio"]
+    goals = [
+        [row["contender"], row["value"], row["goal"], row["note"]]
+        for row in content["rows"]
+        if "goal" in row
+    ]
+    versions = content["versions"]
     return (
-        f"Triton {content['triton']}, torch {content['torch']}; compiled, not run\n\n"
-        f"{in_columns([heading, *rows])}\n\n"
+        f"Triton {versions['triton']}, torch {versions['torch']}; compiled, not run: times are "
+        f"predictions\n\n{in_columns([heading, *rows])}\n\n"
         f"A batch of {BATCH_SIZE} + {NUM_AUGMENTATIONS} x {BATCH_SIZE} views, without the model\n\n"
-        f"{in_columns([traffic_heading, *traffic])}"
+        f"{in_columns([of_batches, *batches])}\n\n"
+        f"{in_columns([['goal on sm_90', 'counted', 'at most', ''], *goals])}"
     )
+
+
+def compared(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Two files of results side by side: batches, then kernels, by case and GPU."""
+    lines = [["batch", "gpu", "us before", "after", "", "bytes before", "after", "launches"]]
+    old, new = (
+        {(row["case"], row["contender"]): row for row in batches_of(content["rows"])}
+        for content in (before, after)
+    )
+    for key in [*new, *(key for key in old if key not in new)]:
+        lines.append([*key, *_side_by_side(old.get(key), new.get(key), "predicted_us")])
+        lines[-1] += _side_by_side(old.get(key), new.get(key), "moved")[:2]
+        lines[-1].append(
+            " -> ".join(str(len(side[key]["launches"])) for side in (old, new) if key in side)
+        )
+    tables = [in_columns(lines)]
+    lines = [["case", "kernel", "us before", "after", "", "instructions before", "after", "binds"]]
+    old, new = (
+        {(row["case"], row["contender"]): row for row in kernels_of(content["rows"])}
+        for content in (before, after)
+    )
+    for key in sorted({*old, *new}, key=lambda key: (_case_order(key[0]), key[1])):
+        lines.append([*key, *_side_by_side(old.get(key), new.get(key), "predicted_us")])
+        lines[-1] += _side_by_side(old.get(key), new.get(key), "instructions")[:2]
+        bounds = [side[key]["bound"] for side in (old, new) if key in side]
+        lines[-1].append(" -> ".join(dict.fromkeys(bounds)))
+    return "\n\n".join([*tables, in_columns(lines)])
+
+
+def _case_order(case: str) -> tuple[str, int, int, str]:
+    regime, effects, arch = case.split(", ")
+    return arch, int(regime.split()[0]), len(effects), regime
+
+
+def _side_by_side(old: Row | None, new: Row | None, field: str) -> list[str]:
+    """Two numbers, and how many times less the second is."""
+    cells = [f"{row[field]:,}" if row else "-" for row in (old, new)]
+    return [*cells, f"{old[field] / new[field]:.2f}x" if old and new else ""]
 
 
 def main() -> None:
-    """Compile everything, print the report, write JSON if asked to."""
+    """Compile everything, or read results; print them, write them, compare them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--arch", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities"
+        "--arch", type=int, nargs="+", default=[*ARCHS], choices=ARCHS, help="architectures"
     )
-    parser.add_argument("--json", type=Path, help="write the report to this file, too")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
+    parser.add_argument("--name", default="kernels", help="of the JSON, NAME--MACHINE.json")
+    parser.add_argument("--resources", action="store_true", help="only registers and spills")
+    parser.add_argument("--read", type=Path, help="show these results, compile nothing")
+    parser.add_argument("--against", type=Path, help="show earlier results beside the new ones")
+    parser.add_argument("--budgets", action="store_true", help=f"write {BUDGETS.name}")
     arguments = parser.parse_args()
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.exit("TRITON_INTERPRET must not be 1: the interpreter compiles nothing. Unset it")
-    content = measured(arguments.arch, lambda line: print(line, file=sys.stderr, flush=True))
-    print(shown(content))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    if arguments.read:
+        content = schema.load(arguments.read)
+    else:
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            sys.exit("TRITON_INTERPRET must not be 1: the interpreter compiles nothing. Unset it")
+        make = run_resources if arguments.resources else run
+        rows = make(arguments.arch, lambda line: print(line, file=sys.stderr, flush=True))
+        content = header("kernels", Settings(torch.device("cpu"), threads=(1,)), rows)
+        path = arguments.out / f"{arguments.name}--{content['machine']}.json"
+        schema.dump(content, path)
+        print(f"wrote {path}", file=sys.stderr)
+    if arguments.budgets:
+        write_budgets(content)
+    if arguments.against:
+        print(compared(schema.load(arguments.against), content))
+    elif not arguments.resources:
+        print(shown(content))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ results in that folder. ``--collect FOLDER`` first takes over what the package's
 to ``FOLDER/NAME/``.
 
 NAME is that of a file, NAME--MACHINE.json; or ``speed``, the few rows of ``augment`` that README
-shows; or ``machines``, what was measured where, and what was not.
+shows; or ``kernels-each``, ``kernels-goals`` and ``kernels-model``, further tables of ``kernels``;
+or ``machines``, what was measured where, and what was not.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,7 +25,18 @@ import torch
 from benchmarks import schema
 from benchmarks.common import RESULTS, ROOT, Row
 from benchmarks.drawings import DRAWINGS, HEADLINES, draw_all
-from benchmarks.tables import TABLES, Content, number, pivot, place, threads
+from benchmarks.tables import (
+    TABLES,
+    Content,
+    Tables,
+    kernel_goals,
+    kernel_table,
+    model_table,
+    number,
+    pivot,
+    place,
+    threads,
+)
 from gpu_mixmatch._machine import machine
 
 MARKED = re.compile(
@@ -32,6 +45,11 @@ MARKED = re.compile(
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted(ROOT.glob("docs/*.md")))
 DOCUMENTS = tuple(path for path in PAGES if path.exists() and MARKED.search(path.read_text()))
 SPEED_EFFECTS = "shift, flip"
+FURTHER: dict[str, Callable[[Content], Tables]] = {
+    "kernels-each": kernel_table,
+    "kernels-goals": kernel_goals,
+    "kernels-model": model_table,
+}
 NO_GPU = "Nothing has been measured on a GPU yet."
 
 
@@ -50,7 +68,7 @@ def part(content: Content, file: Path, folder: Path = ROOT) -> str:
         raise ValueError(f"{file.name} must not be of --quick, whose times are no measurements")
     suite = content["suite"]
     shown = content | {"rows": _of_those_that_ran(content["rows"])}
-    parts = [f"{title}\n\n{table}" if title else table for title, table in TABLES[suite](shown)]
+    parts = _titled(TABLES[suite](shown))
     if suite in DRAWINGS and suite not in schema.TRAINED:
         picture = Path(os.path.relpath(file.with_suffix(".png"), folder)).as_posix()
         parts.append(f"![{HEADLINES[suite](content)}]({picture})\n")
@@ -58,6 +76,10 @@ def part(content: Content, file: Path, folder: Path = ROOT) -> str:
         parts += _notes(content["rows"])
     bold = " The fastest of a column is bold." if suite in schema.SUITES[1:] else ""
     return "\n".join([*parts, _source(content, content["rows"], bold)])
+
+
+def _titled(tables: Tables) -> list[str]:
+    return [f"{title}\n\n{table}" if title else table for title, table in tables]
 
 
 def speed(folder: Path = RESULTS) -> str:
@@ -110,12 +132,15 @@ def rendered(text: str, folder: Path = ROOT, results: Path = RESULTS) -> str:
         name = match["name"]
         if name == "machines":
             return match[1] + machines(results) + match[4]
-        wanted = "augment" if name == "speed" else name
+        wanted = "augment" if name == "speed" else "kernels" if name in FURTHER else name
         files = sorted(results.glob(f"{wanted}--*.json"))
         if not files:
             raise FileNotFoundError(f"no results {wanted}--*.json in {results}")
         if name == "speed":
             return match[1] + speed(results) + match[4]
+        if name in FURTHER:
+            parts = FURTHER[name](schema.load(files[0]))
+            return match[1] + "\n".join(_titled(parts)) + match[4]
         return match[1] + "\n".join(part(schema.load(f), f, folder) for f in files) + match[4]
 
     return MARKED.sub(fill, text)
@@ -185,6 +210,11 @@ def _source(content: Content, rows: list[Row], remark: str = "") -> str:
             f"{start}{lengths} steps of {batch} images, errors on {judged} images, model "
             f"`{config['model']}`, {place(content)}, {threads(rows[0])}, {content['date']}, "
             f"torch {versions['torch']}.\n"
+        )
+    if content["suite"] == "kernels":
+        return (
+            f"{start}predicted from machine code, nothing was run; {content['date']}, "
+            f"triton {versions['triton']}, torch {versions['torch']}.\n"
         )
     found = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     counts = sorted({row["threads"] for row in rows})

@@ -1,6 +1,6 @@
 """Results as Markdown tables, a function per suite."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from statistics import fmean
 from typing import Any
 
@@ -224,6 +224,116 @@ def claims_tables(content: Content) -> Tables:
     return [("", goals_table([row for row in content["rows"] if "goal" in row]))]
 
 
+def host_tables(content: Content) -> Tables:
+    """What the host takes, cases below each other; where another checkout took turns, both."""
+    rows = content["rows"]
+    found = {(row["case"], row["contender"]): row for row in rows}
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    heading = ["us on the host", *contenders, *(["share"] if len(contenders) > 1 else [])]
+    lines = ["| " + " | ".join(heading) + " |", "|---" * len(heading) + "|"]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        cells = [number(1e3 * found[case, contender]["median_ms"]) for contender in contenders]
+        shares = [
+            row["share_percent"] for row in rows if row["case"] == case and "share_percent" in row
+        ]
+        cells += [f"{share:.0f} %" for share in shares]
+        lines.append("| " + " | ".join([case, *cells]) + " |")
+    commits = {row["contender"]: row["note"] for row in rows if row["note"]}
+    named = "; ".join(f"{contender}: {note}" for contender, note in commits.items())
+    lines += ["", f"{named[0].upper()}{named[1:]}."] if named else []
+    return [("", "\n".join([*lines, ""]))]
+
+
+def markdown(heading: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
+    """Cells as a Markdown table."""
+    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (heading, *rows)]
+    lines.insert(1, "|---" * (lines[0].count("|") - 1) + "|")
+    return "\n".join(lines) + "\n"
+
+
+def kernels_tables(content: Content) -> Tables:
+    """What a batch is predicted to take: policies below each other, GPUs beside each other."""
+    batches = [row for row in content["rows"] if "launches" in row]
+    names = list(dict.fromkeys(row["contender"] for row in batches))
+    heading = ["64 + 2 · 64", "launches", "MB (of the least)", "instructions/value", *names]
+    rows = []
+    for case in dict.fromkeys(row["case"] for row in batches):
+        of_case = {row["contender"]: row for row in batches if row["case"] == case}
+        shown = of_case.get("H100") or next(
+            iter(of_case.values())
+        )  # others differ by a few percent
+        rows.append(
+            [
+                f"{shown['regime']}, {shown['effects']}",
+                len(shown["launches"]),
+                f"{shown['moved'] / 1e6:.0f} ({shown['ratio']:.2f}×)",
+                number(shown["instructions"]),
+                *(
+                    f"{number(row['predicted_us'])} ({row['times_floor']:.1f}×)"
+                    for row in (of_case[name] for name in names)
+                ),
+            ]
+        )
+    title = "Predicted µs of a batch (and how many times the least bytes at copy speed)"
+    return [(title, markdown(heading, rows))]
+
+
+def kernel_table(content: Content, gpu: str = "H100") -> Tables:
+    """What each kernel executes and is predicted to take on one GPU."""
+    pipes = ("alu", "imad", "fma", "xu", "convert", "tensor")
+    heading = [
+        *("kernel", "", "instructions per", "", *pipes, "loads + stores"),
+        *("registers × programs", "µs", "binds"),
+    ]
+    rows = [
+        [
+            row["contender"],
+            f"{row['regime']}, {row['effects']}",
+            row["per"],
+            number(row["instructions"]),
+            *(number(row["pipes"].get(pipe, 0.0)) for pipe in pipes),
+            number(row["loads"] + row["stores"]),
+            f"{row['registers']} × {row['resident']}",
+            number(row["predicted_us"]),
+            row["bound"],
+        ]
+        for row in content["rows"]
+        if "kernel" in row and row["gpu"] == gpu
+    ]
+    return [(f"Per kernel on {gpu}: instructions by pipe, predicted µs", markdown(heading, rows))]
+
+
+def kernel_goals(content: Content) -> Tables:
+    """What was counted beside what is wanted."""
+    rows = [
+        [row["contender"], number(row["value"]), number(row["goal"]), row["note"]]
+        for row in content["rows"]
+        if "goal" in row
+    ]
+    return [("", markdown(["on sm_90", "counted or predicted", "at most", ""], rows))]
+
+
+def model_table(content: Content) -> Tables:
+    """What the predictions take the GPUs to be."""
+    gpus = [row for row in content["rows"] if row["case"] == "model"]
+    fields = {
+        "sms": "multiprocessors",
+        "ghz": "GHz",
+        "dram": "GB/s of a copy",
+        "l2": "GB/s of a copy within the L2",
+        "l2_mb": "MB of L2",
+        "fp32": "floats a clock",
+        "convert": "conversions a clock",
+        "fp64": "doubles a clock",
+        "tensor": "multiply-adds of halves a clock, HMMA",
+        "grouped": "the same, HGMMA and UTCHMMA",
+        "l2_latency": "clocks to the L2",
+        "dram_latency": "clocks to the DRAM",
+    }
+    rows = [[shown, *(f"{gpu[field]:,}" for gpu in gpus)] for field, shown in fields.items()]
+    return [("", markdown(["", *(gpu["contender"] for gpu in gpus)], rows))]
+
+
 def trained_tables(content: Content) -> Tables:
     """Test errors by seed, and the paper's own beside them for an ablation."""
     seeds, several = content["seeds"], len(content["seeds"]) > 1
@@ -284,6 +394,8 @@ TABLES: dict[str, Callable[[Content], Tables]] = {
     "scaling": scaling_tables,
     "ops": ops_tables,
     "claims": claims_tables,
+    "host": host_tables,
+    "kernels": kernels_tables,
     "demo": trained_tables,
     "ablation": trained_tables,
     "learning": learning_tables,

@@ -476,7 +476,7 @@ def as_plan(plan: Any) -> DrawPlan:
 
 def check_choice(name: str, choice: object, kind: Any) -> None:
     """Raise a ValueError if ``choice`` is none of the words of a Literal."""
-    if not isinstance(choice, str) or choice not in get_args(kind):
+    if not isinstance(choice, str) or choice not in kind.__args__:
         raise ValueError(f"{name} must be one of {list(get_args(kind))}, got {shown(choice)}")
 
 
@@ -687,9 +687,19 @@ _DRAWS = (
 def check_params(params: Any, called: str = "params") -> int:
     """Raise if ``params`` are not draws of R rows, all on one device; return R."""
     check_kind(called, params, AugmentParams, "AugmentParams")
-    check_tensor(f"{called}.top", params.top)
-    rows = params.top.shape[0] if params.top.dim() else -1
+    top = params.top
+    check_tensor(f"{called}.top", top)
+    rows = top.shape[0] if top.dim() else -1
+    device = top.device
     for (name, dtype, row), tensor in zip(_DRAWS, params, strict=True):
+        if (
+            type(tensor) is Tensor
+            and tensor.shape == (rows, *row)
+            and tensor.dtype is dtype
+            and tensor.layout is torch.strided
+            and tensor.device == device
+        ):
+            continue
         check_tensor(f"{called}.{name}", tensor)
         if tuple(tensor.shape) != (rows, *row) or tensor.dtype != dtype:
             raise ValueError(
@@ -697,8 +707,7 @@ def check_params(params: Any, called: str = "params") -> int:
                 f"{'' if rows < 0 else f' with R = {rows} like {called}.top'}, "
                 f"got {list(tensor.shape)} {dtype_name(tensor.dtype)}"
             )
-        if tensor.device != params.top.device:
-            check_device(f"{called}.{name}", tensor, f"{called}.top", params.top)
+        check_device(f"{called}.{name}", tensor, f"{called}.top", top)
     return rows
 
 
@@ -717,31 +726,13 @@ def check_augment(
     Returns:
         Whether the sources are NHWC, and the shape of the views, R, C, H and W.
     """
-    if len(sources) not in (1, 2):
-        raise ValueError(f"images must be a tensor or a pair (x, u), got {len(sources)} of them")
-    check_layout(layout)
-    first = sources[0]
-    nhwc, image_shape = image_layout("x" if len(sources) == 2 else "images", first, layout)
-    for image in sources[1:]:
-        check_tensor("u", image)
-        if image.shape[1:] != first.shape[1:] or image.dtype != first.dtype:
-            raise ValueError(
-                "x and u must have the same channels, height, width, layout and dtype, got "
-                f"{list(first.shape)} {dtype_name(first.dtype)} and "
-                f"{list(image.shape)} {dtype_name(image.dtype)}"
-            )
-        check_device("u", image, "x", first)
+    nhwc, image_shape = check_sources(sources, layout)
     channels, height, width = image_shape
+    first = sources[0]
     check_geometry(geometry)
     check_reflection(geometry.padding, geometry.padding_mode, height, width)
     check_image_dtype(dtype)
-    rows = check_params(params)
-    check_device("params.top", params.top, "images", first)
-    *once, last = (source.shape[0] for source in sources)
-    if rows < sum(once) or (rows - sum(once)) % max(last, 1):
-        raise ValueError(f"params must have a row per view of {[*once, last]} images, got {rows}")
-    if last == 0 and rows > sum(once):
-        raise ValueError(f"images must not be empty where params have rows, got {rows} rows")
+    rows = check_draws_of(sources, params)
     check_kind("scaling", scaling, Scaling, "a Scaling")
     for name, factor in zip(("scale", "bias"), scaling, strict=True):
         if not isinstance(factor, Tensor):
@@ -767,6 +758,43 @@ def check_augment(
         check_mixup(mixup, rows, "params", "mixup")
         check_device("mixup.index", mixup.index, "images", first)
     return nhwc, shape
+
+
+def check_sources(
+    sources: Sequence[Any], layout: Layout | None
+) -> tuple[bool, tuple[int, int, int]]:
+    """Raise unless ``sources`` are images, or x and u of one kind.
+
+    Returns:
+        Whether they are NHWC, and their channels, height and width.
+    """
+    if len(sources) not in (1, 2):
+        raise ValueError(f"images must be a tensor or a pair (x, u), got {len(sources)} of them")
+    check_layout(layout)
+    first = sources[0]
+    found = image_layout("x" if len(sources) == 2 else "images", first, layout)
+    for image in sources[1:]:
+        check_tensor("u", image)
+        if image.shape[1:] != first.shape[1:] or image.dtype != first.dtype:
+            raise ValueError(
+                "x and u must have the same channels, height, width, layout and dtype, got "
+                f"{list(first.shape)} {dtype_name(first.dtype)} and "
+                f"{list(image.shape)} {dtype_name(image.dtype)}"
+            )
+        check_device("u", image, "x", first)
+    return found
+
+
+def check_draws_of(sources: Sequence[Tensor], params: Any) -> int:
+    """Raise unless ``params`` are draws of some views of ``sources``; return their number."""
+    rows = check_params(params)
+    check_device("params.top", params.top, "images", sources[0])
+    *once, last = (source.shape[0] for source in sources)
+    if rows < sum(once) or (rows - sum(once)) % max(last, 1):
+        raise ValueError(f"params must have a row per view of {[*once, last]} images, got {rows}")
+    if last == 0 and rows > sum(once):
+        raise ValueError(f"images must not be empty where params have rows, got {rows} rows")
+    return rows
 
 
 def check_image_dtype(dtype: Any) -> None:

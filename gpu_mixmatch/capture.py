@@ -7,12 +7,14 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
+from gpu_mixmatch._keys import CountedKey
 from gpu_mixmatch._ranks import positions
 from gpu_mixmatch._validation import as_labels, check_images_alike, check_kind, check_labels
+from gpu_mixmatch._writes import count_of_writes
 from gpu_mixmatch.methods.layers import buffers_kept
 from gpu_mixmatch.methods.mixmatch import MixMatch
 from gpu_mixmatch.methods.passes import Model, check_model, modules_of
-from gpu_mixmatch.types import MixMatchBatch
+from gpu_mixmatch.types import MixMatchBatch, SemiSupervisedBatch
 
 _WARM_UP = 3  # calls before the capture, as torch's own wrappers make them
 
@@ -36,7 +38,7 @@ def capture(
         A callable ``(x, y, u, *, ids_x, ids_u) -> MixMatchBatch`` in place of
         ``mixmatch(x, y, u, model)``: it counts the builder's step on, and equals the eager call of
         every step. What it returns is overwritten by its next call; a backward pass that comes
-        after that raises.
+        after that raises. Its ``inputs`` are the tensors that the graph reads.
 
     Raises:
         RuntimeError: If the builder is not on a CUDA device, or has no kernels there.
@@ -51,10 +53,17 @@ class CapturedMixMatch:
     """Builds batches of one shape by replaying a CUDA graph; see `capture`.
 
     Seed, step and ids are read from the device by every replay, so that it draws anew, and equals
-    the eager call of that step. A batch is overwritten by the next replay.
+    the eager call of that step. A replay counts the step on itself: beside it a call launches no
+    kernel, and copies at most once what is not in ``inputs`` yet. Only where seed or step are not
+    those that the last replay left (they were set, a state was loaded, a batch was built without
+    the graph) are they written anew. A batch is overwritten by the next replay.
 
     All that a replay writes is memory of the graph: `MixMatch`'s own buffers are not in it, so that
     a batch of another shape, built without the graph, can neither free nor overwrite any of it.
+
+    Attributes:
+        inputs: What a replay reads, all on the device: x, y, u and their ids, at first positions.
+            Whoever writes the next batch into them, in the stream of the calls, saves its copies.
     """
 
     def __init__(self, mixmatch: MixMatch, model: Model, x: Tensor, y: Tensor, u: Tensor) -> None:
@@ -73,14 +82,14 @@ class CapturedMixMatch:
 
     def _capture(self, x: Tensor, y: Tensor, u: Tensor) -> None:
         mixmatch, device = self.mixmatch, self._device
-        self._x, self._y, self._u = (
-            torch.empty_like(tensor, device=device).copy_(tensor) for tensor in (x, y, u)
-        )
         self._positions = [positions(len(images)).to(device) for images in (x, u)]
-        self._ids = [ids.clone() for ids in self._positions]
-        self._ids_given = [False, False]
-        self._key = torch.tensor([mixmatch.seed, int(mixmatch.step)], device=device)
-        self._seed = mixmatch.seed
+        self.inputs = SemiSupervisedBatch(
+            *(torch.empty_like(tensor, device=device).copy_(tensor) for tensor in (x, y, u)),
+            *(ids.clone() for ids in self._positions),
+        )
+        # how often ids had been written to when they were positions
+        self._at_positions = [count_of_writes(ids) for ids in self.inputs[3:]]
+        self._key = CountedKey(device)
         self._graph = torch.cuda.CUDAGraph()
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(device))
@@ -92,13 +101,14 @@ class CapturedMixMatch:
             self._places = _places(_guesser(mixmatch, self.model))  # lazy ones have one by now
             with torch.cuda.graph(self._graph):
                 self._batch = self._build()
+        self._key.send(mixmatch.seed, int(mixmatch.step))  # warming up has counted it on
 
     @torch.no_grad()
     def __call__(
         self,
-        x: Tensor,
-        y: Tensor,
-        u: Tensor,
+        x: Tensor | None = None,
+        y: Tensor | None = None,
+        u: Tensor | None = None,
         *,
         ids_x: Tensor | None = None,
         ids_u: Tensor | None = None,
@@ -108,33 +118,41 @@ class CapturedMixMatch:
         A batch of another shape or dtype, such as a last, smaller one, is built without the graph.
 
         Args:
-            x, y, u: As for `MixMatch.forward`.
+            x, y, u: As for `MixMatch.forward`. What is one of ``inputs`` is not copied; without
+                any argument the batch is made of ``inputs`` as they are, ids included.
             ids_x, ids_u: Sample ids, as for `MixMatch.forward`.
 
         Returns:
             The mixed batch. Its tensors are overwritten by the next replay.
 
         Raises:
+            TypeError: If an argument is of the wrong kind, or some of x, y and u are left out.
             ValueError: If labels or ids are none; see `MixMatch.forward`.
             RuntimeError: If builder or model are no longer where they were captured.
         """
         self._check_in_place()
+        if x is None or y is None or u is None:
+            if not (x is None and y is None and u is None):
+                raise TypeError("x, y and u must be given, all of them or none, got some of them")
+            x, y, u, *ids = self.inputs
+            ids_x, ids_u = ids[0] if ids_x is None else ids_x, ids[1] if ids_u is None else ids_u
         check_images_alike(x, u)
         y = as_labels("y", y)
-        inputs = ((x, self._x), (y, self._y), (u, self._u))
-        if not all(fits(new, held) for new, held in inputs):
+        given = list(zip((x, y, u), self.inputs, strict=False))
+        if not all(fits(new, held) for new, held in given):
             batch: MixMatchBatch = self.mixmatch(x, y, u, self.model, ids_x=ids_x, ids_u=ids_u)
             return batch
         self.mixmatch.look_at(x, u)
         check_labels(y, self.mixmatch.num_classes)
         ids_x = self._as_ids(0, "ids_x", ids_x)
         ids_u = self._as_ids(1, "ids_u", ids_u)
-        for new, held in inputs:
-            held.copy_(new, non_blocking=True)
+        for new, held in given:
+            _send(new, held)
         self._send_ids(0, ids_x)
         self._send_ids(1, ids_u)
-        self._send_key()
-        self._graph.replay()
+        self._key.send(self.mixmatch.seed, int(self.mixmatch.step))
+        with self._key.one_draw():
+            self._graph.replay()
         images, targets, _, _, params = self._batch
         # autograd does not see what a replay writes
         torch.autograd.graph.increment_version([images, targets, *params])
@@ -147,9 +165,9 @@ class CapturedMixMatch:
         raise TypeError("a captured builder cannot be copied or pickled: capture its MixMatch anew")
 
     def _build(self) -> MixMatchBatch:
-        ids_x, ids_u = self._ids
+        x, y, u, ids_x, ids_u = self.inputs
         batch: MixMatchBatch = self.mixmatch(
-            self._x, self._y, self._u, self.model, ids_x=ids_x, ids_u=ids_u, key=self._key
+            x, y, u, self.model, ids_x=ids_x, ids_u=ids_u, key=self._key
         )
         return batch
 
@@ -171,7 +189,7 @@ class CapturedMixMatch:
     def _as_ids(self, number: int, name: str, ids: Any) -> Tensor | None:
         if ids is None:
             return None
-        held, new = self._ids[number], as_labels(name, ids)
+        held, new = self.inputs[3 + number], as_labels(name, ids)
         if not fits(new, held):
             raise ValueError(
                 f"{name} must be {list(held.shape)} int64, got {list(new.shape)} {new.dtype}"
@@ -179,18 +197,12 @@ class CapturedMixMatch:
         return new
 
     def _send_ids(self, number: int, ids: Tensor | None) -> None:
-        held = self._ids[number]
-        if ids is None and not self._ids_given[number]:
-            return  # the positions are there already
-        held.copy_(self._positions[number] if ids is None else ids, non_blocking=True)
-        self._ids_given[number] = ids is not None
-
-    def _send_key(self) -> None:
-        """Fill in the key: a launch takes the numbers along, so that no host memory is read."""
-        if self.mixmatch.seed != self._seed:
-            self._seed = self.mixmatch.seed
-            self._key[0].fill_(self._seed)
-        self._key[1].fill_(int(self.mixmatch.step))
+        held = self.inputs[3 + number]
+        if ids is not None:
+            _send(ids, held)
+        elif count_of_writes(held) != self._at_positions[number]:
+            held.copy_(self._positions[number])
+            self._at_positions[number] = count_of_writes(held)
 
 
 def check_capturable(mixmatch: MixMatch) -> None:
@@ -219,6 +231,12 @@ def check_capturable(mixmatch: MixMatch) -> None:
 def fits(new: Tensor, old: Tensor) -> bool:
     """Whether a tensor can be copied into a captured input as it is."""
     return new.shape == old.shape and new.dtype == old.dtype
+
+
+def _send(new: Tensor, held: Tensor) -> None:
+    """Copy to where a graph reads, unless that is where it lies."""
+    if new.data_ptr() != held.data_ptr() or new.stride() != held.stride():
+        held.copy_(new, non_blocking=True)
 
 
 class _Place(NamedTuple):

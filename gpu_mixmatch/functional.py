@@ -1,12 +1,9 @@
 """The public operations: each validates its arguments, chooses an implementation and calls it."""
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from gpu_mixmatch import _streams, sampling
+from gpu_mixmatch import _unchecked
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch._validation import (
     as_device,
@@ -17,10 +14,10 @@ from gpu_mixmatch._validation import (
     as_rampup,
     as_seed,
     as_smoothing,
-    as_step,
     as_temperature,
     check_augment,
     check_batch_logits,
+    check_choice,
     check_device,
     check_float,
     check_groups,
@@ -32,7 +29,6 @@ from gpu_mixmatch._validation import (
     check_mixup_rows,
     check_no_grad,
     check_out,
-    check_rows,
     check_tensor,
 )
 from gpu_mixmatch.impl import eager, resolve_impl
@@ -81,31 +77,13 @@ def draw_batch(
         RuntimeError: If a CUDA graph is being captured and there is no ``key``.
     """
     device = as_device("device", device)
-    if key is None:
-        _streams.refuse_capture(
-            device,
-            "a CUDA graph would draw the same batch in every replay, since seed and step come from "
-            "the host: capture with gpu_mixmatch.capture, or pass key=, seed and step on the "
-            "device, and fill it before each replay",
-        )
-    else:
+    if key is not None:
         check_key_tensor(key)
-    tracing = torch.compiler.is_compiling()
-    if not tracing and device.type == "cpu" and resolve_impl(impl, device) != "triton":
-        if key is not None:
-            raise ValueError("key must be None where kernels do not draw, got a tensor")
-        return sampling.draw_batch(seed, as_step(step), ids_x, ids_u, plan)
-    if not tracing:  # else when the op runs
+    check_choice("impl", impl, Impl)
+    if not torch.compiler.is_compiling():  # else the op does it when it runs
         plan, seed = as_plan(plan), as_seed(seed)
-        as_step(step)
         ids_x, ids_u = as_ids("ids_x", ids_x), as_ids("ids_u", ids_u)
-    num_x, num_u = (ids if isinstance(ids, int) else len(ids) for ids in (ids_x, ids_u))
-    num_rows, has_policy = num_x + plan.num_augmentations * num_u, plan.policy is not None
-    check_rows("ids_x and ids_u", num_rows)
-    words = sampling.words_per_row(with_augment=has_policy)
-    out = torch.empty(words * num_rows, dtype=torch.int32, device=device)
-    backend(impl, device).draw_batch((seed, step) if key is None else key, ids_x, ids_u, plan, out)
-    return sampling.unpack(out, num_rows, with_augment=has_policy)
+    return _unchecked.draw_batch(seed, step, ids_x, ids_u, plan, device=device, key=key, impl=impl)
 
 
 def sharpen(probs: Tensor, temperature: float) -> Tensor:
@@ -193,15 +171,11 @@ def batch_targets(
     y = as_labels("y", y)
     check_labels(y, num_classes)
     check_device("y", y, "logits", logits)
-    shape = (len(y) + num_views * num_images, num_classes)
     if mixup is not None:
-        check_mixup(mixup, shape[0], "y and logits", "mixup")
+        check_mixup(mixup, len(y) + num_views * num_images, "y and logits", "mixup")
         check_device("mixup.index", mixup.index, "logits", logits)
-    out = torch.empty(shape, dtype=torch.float32, device=logits.device)
-    backend(impl, logits.device).batch_targets(
-        y, logits.detach(), temperature, label_smoothing, mixup, out
-    )
-    return out
+    check_choice("impl", impl, Impl)
+    return _unchecked.batch_targets(y, logits.detach(), temperature, label_smoothing, mixup, impl)
 
 
 def mixup(
@@ -239,11 +213,8 @@ def mixup(
     check_no_grad(inputs=inputs, targets=targets)
     if out is not None:
         check_out(out, inputs=inputs, targets=targets, **params._asdict())
-    mixed = torch.empty_like(inputs) if out is None else out
-    mixed_targets = torch.empty_like(targets)
-    backend(impl, inputs.device).mixup(inputs, targets, params, mixed, mixed_targets)
-    _count_write(out)
-    return mixed, mixed_targets
+    check_choice("impl", impl, Impl)
+    return _unchecked.mixup(inputs, targets, params, out, impl)
 
 
 def interleave(rows: Tensor, num_groups: int) -> Tensor:
@@ -385,36 +356,21 @@ def augment(
     if workspace is not None:
         check_kind("workspace", workspace, Workspace, "a Workspace or None")
     check_no_grad(**dict(zip(("images", "u"), sources, strict=False)))
-    if out is None:
-        order = torch.channels_last if channels_last else torch.contiguous_format
-        views = torch.empty(shape, dtype=dtype, device=sources[0].device, memory_format=order)
-    else:
+    if out is not None:
         read = dict(zip(("images", "u"), sources, strict=False)) | params._asdict()
         check_out(out, **read, **scaling._asdict(), **(mixup._asdict() if mixup else {}))
-        views = out
-    with _without_autocast(views.device):
-        backend(impl, views.device).augment(
-            sources,
-            params,
-            geometry,
-            scaling,
-            channels_last_in=channels_last_in,
-            out=views,
-            workspace=workspace,
-            mixup=mixup,
-        )
-    _count_write(out)
-    return views
-
-
-def _count_write(out: Tensor | None) -> None:
-    """Tell autograd of a write by a kernel or a compiled loop, which it does not see."""
-    if out is not None and not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(out)
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Products stay in float32 where the caller's autocast would make them half precision."""
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    check_choice("impl", impl, Impl)
+    return _unchecked.augment(
+        sources,
+        params,
+        geometry,
+        scaling,
+        shape=shape,
+        channels_last_in=channels_last_in,
+        dtype=dtype,
+        channels_last=channels_last,
+        mixup=mixup,
+        out=out,
+        workspace=workspace,
+        impl=impl,
+    )

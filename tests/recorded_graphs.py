@@ -15,7 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gpu_mixmatch import _streams, functional, sampling
+from gpu_mixmatch import _streams, _unchecked, sampling
+from gpu_mixmatch._keys import CountedKey
 
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty"}
 
@@ -83,12 +84,14 @@ def run(kernel, programs, *args, **options):
     kernel[(programs,)](*args, **options)
 
 
-def draw_into(key, ids_x, ids_u, out, plan):
-    seed, step = key.tolist()
+def draw_into(words, ids_x, ids_u, out, plan, counts):
+    seed, step = words.tolist()
     out.copy_(sampling.pack(*sampling.draw_batch(seed, step, ids_x, ids_u, plan)))
+    if counts:
+        words[1] += 1
 
 
-draw_batch = functional.draw_batch
+draw_batch = _unchecked.draw_batch
 
 
 class Recorder(TorchDispatchMode):
@@ -134,7 +137,9 @@ class Recorder(TorchDispatchMode):
         num_rows = len(ids_x) + plan.num_augmentations * len(ids_u)
         words = sampling.words_per_row(with_augment=with_augment)
         out = torch.empty(words * num_rows, dtype=torch.int32)
-        self.whole(lambda *args: draw_into(*args, plan), key, ids_x, ids_u, out)
+        counts = isinstance(key, CountedKey)
+        words = key.words(1) if counts else key
+        self.whole(partial(draw_into, plan=plan, counts=counts), words, ids_x, ids_u, out)
         return sampling.unpack(out, num_rows, with_augment=with_augment)
 
     @contextmanager
@@ -164,7 +169,7 @@ def record_graphs(monkeypatch, host):
     recorder = Recorder(lambda: {tensor.data_ptr() for tensor in host()})
     module = importlib.import_module("gpu_mixmatch.capture")
     monkeypatch.setattr(module, "check_capturable", lambda mixmatch: None)
-    monkeypatch.setattr(functional, "draw_batch", recorder.draw_batch)
+    monkeypatch.setattr(_unchecked, "draw_batch", recorder.draw_batch)
     if find_spec("triton"):
         launch = importlib.import_module("gpu_mixmatch.impl.triton.launch")
         monkeypatch.setattr(launch, "run", recorder.run)

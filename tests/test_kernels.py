@@ -1,4 +1,4 @@
-"""Compiled for sm_80, sm_90 and sm_100, which needs no GPU: registers, widths, bytes moved."""
+"""Compiled for four architectures, which needs no GPU: registers, widths, instructions, bytes."""
 
 import json
 import os
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import costs, sass, schema
+from benchmarks.budgets import BUDGETS, batches_of, budgets, goal_rows, kernels_of
 from tests.skips import skip_without
 
 ROOT = Path(__file__).parent.parent
@@ -28,22 +30,41 @@ def run(*arguments, **variables):
     )
 
 
+def results_of(folder, *arguments):
+    result = run(*arguments, "--out", str(folder))
+    assert result.returncode == 0, result.stderr
+    (file,) = folder.glob("*.json")
+    return {**schema.load(file), "text": result.stdout}
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    file = tmp_path_factory.mktemp("kernels") / "kernels.json"
-    result = run("--arch", "80", "90", "100", "--json", str(file))
-    assert result.returncode == 0, result.stderr
-    return {**json.loads(file.read_text()), "text": result.stdout}
+    """All that is known of the kernels on sm_90."""
+    return results_of(tmp_path_factory.mktemp("kernels"), "--arch", "90")
 
 
-def kernels_of(report, name):
-    found = [kernel for kernel in report["kernels"] if kernel["kernel"] == name]
-    assert {kernel["arch"] for kernel in found} == {80, 90, 100}
-    return found
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """Registers and spills on the other architectures."""
+    folder = tmp_path_factory.mktemp("resources")
+    return results_of(folder, "--resources", "--arch", "80", "89", "100")
 
 
-def test_every_kernel_is_compiled_for_every_architecture(report):
-    compiled = {(kernel["kernel"], kernel["arch"]) for kernel in report["kernels"]}
+def found(report, name):
+    rows = [row for row in kernels_of(report["rows"]) if row["kernel"] == name]
+    assert rows
+    return rows
+
+
+def batches(report, effects):
+    rows = [row for row in batches_of(report["rows"]) if row["effects"] == effects]
+    assert len(rows) == 4
+    return rows
+
+
+def test_every_kernel_is_compiled_for_every_architecture(report, elsewhere):
+    compiled = {(row["kernel"], row["arch"]) for row in kernels_of(report["rows"])}
+    compiled |= {(row["kernel"], row["arch"]) for row in kernels_of(elsewhere["rows"])}
     names = {
         "draw_kernel",
         "augment_kernel",
@@ -53,35 +74,235 @@ def test_every_kernel_is_compiled_for_every_architecture(report):
         "mixmatch_loss_kernel",
         "mixmatch_loss_backward_kernel",
     }
-    assert compiled == {(name, arch) for name in names for arch in (80, 90, 100)}
+    assert compiled == {(name, arch) for name in names for arch in (80, 89, 90, 100)}
 
 
-def test_no_kernel_spills_or_touches_local_memory(report):
-    for kernel in report["kernels"]:
-        used = [kernel[name] for name in ("stack", "local", "local_accesses")]
-        assert used == [0, 0, 0], kernel
-        assert 0 < kernel["registers"] < 255, kernel
+def test_no_kernel_spills_or_touches_local_memory(report, elsewhere):
+    for row in kernels_of(report["rows"] + elsewhere["rows"]):
+        assert (row["stack"], row["local"]) == (0, 0), row
+        assert row.get("local_accesses", 0) == 0, row
+        assert 0 < row["registers"] < 255, row
+
+
+# Budgets
+
+
+def test_kernels_stay_within_their_budgets_of_instructions(report):
+    """What a change costs shows here at once; `python -m benchmarks.kernels --budgets` refills."""
+    written = json.loads(BUDGETS.read_text())
+    skip_where_counts_differ(report, written)
+    counted = {
+        (f"{row['regime']}, {row['effects']}", row["contender"]): row["instructions"]
+        for row in kernels_of(report["rows"])
+    }
+    allowed = {
+        (case, kernel): most
+        for case, kernels in written["most"].items()
+        for kernel, most in kernels.items()
+    }
+    assert counted.keys() == allowed.keys(), "every kernel has a budget, and no other has"
+    over = {key: (counted[key], allowed[key]) for key in counted if counted[key] > allowed[key]}
+    assert not over, f"more instructions than the budget: {over}"
+    wide = {
+        key: (counted[key], allowed[key]) for key in counted if allowed[key] > budget(counted[key])
+    }
+    assert not wide, f"a budget far above what is counted holds nothing: {wide}"
+
+
+def budget(counted):
+    """The most that a budget may be."""
+    return 1.15 * counted
+
+
+def skip_where_counts_differ(report, written):
+    versions = [of["triton"].split(".")[:2] for of in (report["versions"], written)]
+    if versions[0] != versions[1]:
+        pytest.skip(f"budgets are those of Triton {written['triton']}, which compiles otherwise")
+
+
+def test_budgets_are_refilled_from_what_was_counted(report):
+    for case, kernels in budgets(report["rows"]).items():
+        for kernel, most in kernels.items():
+            (count,) = (
+                row["instructions"]
+                for row in kernels_of(report["rows"])
+                if (f"{row['regime']}, {row['effects']}", row["contender"]) == (case, kernel)
+            )
+            assert count <= most <= budget(count)
+
+
+def test_goals_stand_beside_what_was_counted(report):
+    goals = goal_rows(report["rows"])
+    assert goals == [row for row in report["rows"] if row["case"] == "goals"]
+    assert len(goals) >= 10
+    for goal in goals:
+        assert goal["note"] == ("met" if goal["value"] <= goal["goal"] else "not met")
+        assert goal["contender"] in report["text"]
+
+
+# The model
+
+
+def test_counts_are_those_of_a_count_by_hand(report):
+    """MixUp of 2048 values by 128 threads, each 16: two loads and a store of 16 bytes per four."""
+    row = next(
+        row
+        for row in found(report, "mixup_kernel")
+        if (row["regime"], row["effects"]) == ("224 px float32 contiguous", "zoom")
+    )
+    values = 3 * 224 * 224
+    lanes = -(values // -2048) * 2048 / values  # a row's last program has less to do
+    targets = 8 * 128 / values  # those of 1000 classes, in eight turns of a row's first program
+    of_draws = 2 * 128 / 2048  # λ and the partner, of every thread
+    assert row["loads"] == pytest.approx(lanes * (2 / 4 + of_draws) + 2 * targets, rel=2e-3)
+    assert row["stores"] == pytest.approx(lanes / 4 + targets, rel=2e-3)
+    assert row["pipes"]["fma"] == pytest.approx(lanes * 2 + 2 * targets, rel=2e-3)
+
+
+def test_a_prediction_is_the_slowest_resource_and_the_overhead(report):
+    for row in kernels_of(report["rows"]):
+        largest = max(row["us_of"].values())
+        assert row["predicted_us"] == pytest.approx(costs.OVERHEAD_US + largest, rel=1e-3)
+        binds = max(row["us_of"], key=row["us_of"].get)
+        assert row["bound"] == (binds if largest >= costs.OVERHEAD_US else "overhead")
+        assert row["resident"] * row["warps"] <= 64
+        assert sum(row["pipes"].values()) == pytest.approx(row["instructions"], rel=1e-2)
+
+
+def test_a_batch_is_the_sum_of_its_launches(report):
+    for batch in batches_of(report["rows"]):
+        rows = [
+            row
+            for row in kernels_of(report["rows"])
+            if (row["regime"], row["effects"]) == (batch["regime"], batch["effects"])
+        ]
+        assert batch["launches"] == [row["kernel"] for row in rows]
+        assert batch["predicted_us"] == pytest.approx(
+            sum(row["predicted_us"] for row in rows), 1e-3
+        )
+        assert batch["floor_us"] == pytest.approx(batch["least"] / costs.GPUS[90].dram / 1e3, 1e-3)
+
+
+# Machine code by hand: what it says of loops, exits and programs
+
+LISTING = """
+ Function test_kernel:
+  REG:16 STACK:0 SHARED:0 LOCAL:0
+        /*0000*/                   S2R R0, SR_CTAID.X ;
+        /*0010*/                   ULDC UR4, c[0x0][0x210] ;
+        /*0020*/                   HFMA2.MMA R2, -RZ, RZ, 0, 0 ;
+        /*0030*/                   IADD3 R2, R2, 0x1, RZ ;
+        /*0040*/                   FADD R4, R4, R5 ;
+        /*0050*/                   ISETP.GE.AND P0, PT, R2, UR4, PT ;
+        /*0060*/              @!P0 BRA 0x30 ;
+        /*0070*/                   LOP3.LUT P1, RZ, R0, 0x3, RZ, 0xc0, !PT ;
+        /*0080*/               @P1 EXIT ;
+        /*0090*/                   LDG.E R6, desc[UR6][R8.64] ;
+        /*00a0*/                   {data}
+        /*00b0*/                   EXIT ;
+        /*00c0*/                   BRA 0xc0;
+"""
+
+
+def routes_of(data="NOP ;", programs=100, trips=5, **assumed):
+    machine = sass.parsed(LISTING.replace("{data}", data))
+    bank = sass.constants(".visible .entry k(.param .u32 k_0)", [trips], programs, 90)
+    return machine, sass.trace(machine, bank, programs, sass.Assumption(**assumed))
+
+
+def test_loops_run_as_often_as_the_arguments_say_and_programs_part_where_they_differ():
+    machine, routes = routes_of()
+    by_share = {round(route.share, 2): route for route in routes}
+    assert by_share.keys() == {0.25, 0.75}  # every fourth program goes on
+    for share, length in ((0.75, 3 + 4 * 5 + 2), (0.25, 3 + 4 * 5 + 2 + 3)):
+        assert len(by_share[share].steps) == length
+    count = costs.counted(machine, routes)
+    assert count.pipes["fma"] == pytest.approx(5 + 1)  # and the constant
+    assert count.loads == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("@P2 BRA 0x90 ;", "a loop ends by data"),
+        ("@P2 EXIT ;", "an exit depends on data"),
+    ],
+)
+def test_what_data_decides_is_refused_unless_it_is_assumed(data, message):
+    with pytest.raises(ValueError, match=message):
+        routes_of(data)
+    machine, routes = routes_of(data, turns=3.0, goes_on=lambda programs: 1 / programs)
+    count = costs.counted(machine, routes)
+    assert count.loads == pytest.approx(0.25 * (3 if "BRA" in data else 1))
+    exits = sum(
+        route.share * times
+        for route in routes
+        for step, times in zip(route.steps, route.times, strict=True)
+        if machine.code[step].address == 0xB0
+    )
+    assert exits == pytest.approx(0.25 * (0.01 if "EXIT" in data else 1))
+
+
+def test_what_hides_behind_the_last_exit_is_no_loop_and_not_counted():
+    _, routes = routes_of("@P2 BRA 0xc0 ;")
+    assert all(0xC0 // 16 not in route.steps for route in routes)
+
+
+def test_a_loop_that_waits_for_another_unit_counts_once():
+    listing = LISTING.replace("LDG.E R6, desc[UR6][R8.64] ;", "NANOSLEEP 0x64 ;")
+    machine = sass.parsed(listing.replace("{data}", "@P2 BRA 0x90 ;"))
+    bank = sass.constants(".visible .entry k(.param .u32 k_0)", [5], 100, 90)
+    routes = sass.trace(machine, bank, 100)
+    assert {times for route in routes for times in route.times} == {1.0}
+
+
+def test_widths_are_bytes_of_a_thread():
+    for text, width in (
+        ("LDG.E R6, desc[UR6][R8.64] ;", 4),
+        ("LDG.E.U8 R6, desc[UR6][R8.64] ;", 1),
+        ("STG.E.128 desc[UR6][R8.64], R4 ;", 16),
+        ("LDSM.16.M88.4 R4, [R8] ;", 16),
+        ("LDSM.16.MT88.2 R4, [R8] ;", 8),
+    ):
+        assert sass.Instruction(0, text.removesuffix(" ;")).width == width
+
+
+def test_tensor_instructions_weigh_what_their_shape_says():
+    listing = LISTING.replace("{data}", "HMMA.16816.F32 R4, R8, R12, R4 ;")
+    machine = sass.parsed(listing)
+    steps = [10, 10, 10]
+    count = costs.counted(machine, [sass.Route(1.0, steps, [1.0] * 3)])
+    assert (count.multiply_adds, count.grouped) == (3 * 16 * 8 * 16, 0)
+    machine = sass.parsed(listing.replace("16816.F32", "1688.F32.TF32"))
+    count = costs.counted(machine, [sass.Route(1.0, steps, [1.0] * 3)])
+    assert count.multiply_adds == 3 * 2 * 16 * 8 * 8  # tf32 at half the rate
+    shared = listing.replace("HMMA.16816.F32", "HGMMA.64x32x16.F32")
+    count = costs.counted(sass.parsed(shared), [sass.Route(1.0, steps, [1.0] * 3)])
+    assert (count.multiply_adds, count.grouped) == (0, 3 * 64 * 32 * 16 / 4)  # by four warps
+
+
+# Widths and layouts
 
 
 def test_mixup_reads_and_writes_16_bytes_at_a_time(report):
-    for kernel in kernels_of(report, "mixup_kernel"):
+    for row in found(report, "mixup_kernel"):
         # a tile of 2048 values, 16 per thread, two rows read and one written
-        itemsize = 2 if "bfloat16" in kernel["regime"] else 4
-        assert kernel["loads"]["128"] == 2 * itemsize
-        assert kernel["stores"]["128"] == itemsize
-        assert set(kernel["stores"]) == {"32", "128"}  # 32: targets, whatever their number
+        itemsize = 2 if "bfloat16" in row["regime"] else 4
+        assert row["load_bits"]["128"] == 2 * itemsize
+        assert row["store_bits"]["128"] == itemsize
+        assert set(row["store_bits"]) == {"32", "128"}  # 32: targets, whatever their number
 
 
 @pytest.mark.parametrize("name", ["augment_kernel", "blur_kernel"])
 def test_views_are_written_16_bytes_at_a_time(report, name):
-    for kernel in kernels_of(report, name):
-        assert set(kernel["stores"]) == {"128"}, kernel
+    for row in found(report, name):
+        assert set(row["store_bits"]) == {"128"}, row
 
 
 def test_blur_reads_16_bytes_at_a_time(report):
-    for kernel in kernels_of(report, "blur_kernel"):
-        assert kernel["loads"]["128"] > 0
-        assert set(kernel["loads"]) <= {"32", "128"}  # 32: sigma
+    for row in found(report, "blur_kernel"):
+        assert row["load_bits"]["128"] > 0
+        assert set(row["load_bits"]) <= {"32", "128"}  # 32: sigma
 
 
 def test_shifted_bytes_are_read_by_neighbouring_threads(report):
@@ -90,13 +311,13 @@ def test_shifted_bytes_are_read_by_neighbouring_threads(report):
     A thread holds 16 bytes of output, hence 4 or 8 pixels in a row, and the next thread the next
     ones: the byte loads of a warp fall into the same sectors, whichever way the row runs.
     """
-    if tuple(map(int, report["triton"].split(".")[:2])) < (3, 8):
+    if tuple(map(int, report["versions"]["triton"].split(".")[:2])) < (3, 8):
         pytest.skip("Triton 3.6 puts the threads of a byte load down the lines: right, but slower")
-    for kernel in kernels_of(report, "augment_kernel"):
-        assert kernel["loads"]["8"] > 0
-        assert set(kernel["loads"]) == {"8", "32"}  # 32: the draws of a row
-        assert kernel["byte_loads"], kernel
-        for layout in kernel["byte_loads"]:
+    for row in found(report, "augment_kernel"):
+        assert row["load_bits"]["8"] > 0
+        assert set(row["load_bits"]) == {"8", "32"}  # 32: the draws of a row
+        assert row["byte_loads"], row
+        for layout in row["byte_loads"]:
             assert layout["order"] == [1, 0]
             lines, columns = layout["sizePerThread"]
             assert (lines, columns) in ((1, 4), (1, 8))
@@ -104,26 +325,27 @@ def test_shifted_bytes_are_read_by_neighbouring_threads(report):
             assert layout["threadsPerWarp"][1] * columns >= 32
 
 
+# Sizes and bytes
+
+
 def test_a_batch_of_another_size_or_alignment_is_no_other_kernel(report):
-    for regime in report["sizes"]:
-        assert set(regime["variants"].values()) == {1}, regime
-    names = {place.split()[1] for regime in report["sizes"] for place in regime["variants"]}
-    assert names == {kernel["kernel"] for kernel in report["kernels"]}
+    sizes = [row for row in report["rows"] if "variants" in row]
+    assert len(sizes) == 12
+    for row in sizes:
+        assert set(row["variants"].values()) == {1}, row
+    names = {place.split()[1] for row in sizes for place in row["variants"]}
+    assert names == {row["kernel"] for row in kernels_of(report["rows"])}
 
 
 def test_a_batch_without_zoom_and_blur_moves_little_more_than_the_least(report):
-    batches = [batch for batch in report["batches"] if batch["effects"] == "shift"]
-    assert len(batches) == 4
-    for batch in batches:
+    for batch in batches(report, "shift"):
         assert 1 <= batch["ratio"] <= 1.15, batch
         assert len(batch["launches"]) == 4
 
 
 def test_bytes_are_those_of_a_count_by_hand(report):
     (batch,) = (
-        batch
-        for batch in report["batches"]
-        if batch["regime"].startswith("32 px") and batch["effects"] == "zoom and blur"
+        row for row in batches(report, "zoom and blur") if row["regime"].startswith("32 px")
     )
     values = 192 * 3 * 32 * 32
     images = values * 1 + values * 4  # augment: bytes to floats
@@ -138,8 +360,22 @@ def test_bytes_are_those_of_a_count_by_hand(report):
 
 def test_the_report_names_every_batch_and_its_launches(report):
     assert "compiled, not run" in report["text"]
-    for batch in report["batches"]:
+    for batch in batches_of(report["rows"]):
         assert f"{batch['moved']:,}" in report["text"]
+
+
+def test_results_are_shown_beside_earlier_ones(report, tmp_path):
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    content = {key: value for key, value in report.items() if key != "text"}
+    schema.dump(content, after)
+    slower = [
+        row | {"predicted_us": 2 * row["predicted_us"]} if "predicted_us" in row else row
+        for row in content["rows"]
+    ]
+    schema.dump(content | {"rows": slower}, before)
+    shown = run("--read", str(after), "--against", str(before))
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("2.00x") == len(batches_of(slower)) + len(kernels_of(slower))
 
 
 def test_the_interpreter_is_refused():

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks.launch_counter import DEVICE, LaunchCounter
-from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, sampling
+from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, capture, sampling
 
 NUM_CLASSES = 10
 # docs/cuda.md states these
@@ -164,6 +164,23 @@ def test_the_profiler_counts_one_launch_of_the_loss_and_one_back():
     loss = criterion(logits, batch).loss
     work = cuda_work(lambda: torch.autograd.grad(loss, logits, grad, retain_graph=True))
     assert work == Counter(kernel=1)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_a_captured_call_starts_nothing_beside_its_graph_and_waits_for_nothing():
+    build = capture(MixMatch(WeakAugment(), NUM_CLASSES).to("cuda"), Model(), *data("cuda"))
+    alone = cuda_work(build._graph.replay)
+    assert alone == Counter(kernel=4)
+    assert cuda_work(build) == alone
+    assert cuda_work(lambda: build(*build.inputs[:3])) == alone
+    on_host = data("cpu")
+    assert cuda_work(lambda: build(*on_host)) == alone + Counter(memory=3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        build()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, functional, sampling
+from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, _unchecked, functional, sampling
+from gpu_mixmatch._keys import CountedKey
 from gpu_mixmatch.impl import eager, library
 from gpu_mixmatch.types import (
     AugmentParams,
@@ -36,6 +37,7 @@ skip_without("triton")
 kernels = importlib.import_module("gpu_mixmatch.impl.triton")
 launching = importlib.import_module("gpu_mixmatch.impl.triton.launch")
 losing = importlib.import_module("gpu_mixmatch.impl.triton.mixmatch_loss")
+drawing = importlib.import_module("gpu_mixmatch.impl.triton.draw")
 
 
 def pairwise(fits=lambda case: True, **options):
@@ -196,6 +198,36 @@ def test_a_key_on_the_device_draws_what_the_host_s_key_draws(seed, step):
     switches = {"policy": POLICIES["all"], "mix": "all"}
     by_key = draw(999, 999, 3, 5, key=key, **switches)
     assert_draws_equal(by_key, sampling.draw_batch(seed, step, 3, 5, DrawPlan(**switches)))
+
+
+def test_a_key_of_the_user_s_is_read_and_a_counted_one_goes_on():
+    switches = {"policy": POLICIES["all"], "mix": "separate"}
+    key = torch.tensor([4, 6], device=DEVICE)
+    for _ in range(2):
+        draw(0, 0, 35, 3, key=key, **switches)
+    assert key.tolist() == [4, 6]
+    counted = CountedKey(DEVICE)
+    plan = DrawPlan(**switches)
+    ids = (35, 3, plan)
+    arguments = {"device": DEVICE, "key": counted, "impl": "triton"}
+    for seed, step in ((0, 0), (4, 6), (4, 7), (2**63 - 1, 2**32 - 1)):
+        counted.send(seed, step)
+        with counted.one_draw():
+            drawn = _unchecked.draw_batch(0, torch.tensor(0), *ids, **arguments)
+        assert_draws_equal(drawn, sampling.draw_batch(seed, step, *ids))
+        words = counted.words(3 + 2 * 2)  # partners of 32, 3 and 6 rows, twice 41 rows
+        assert words.tolist() == [seed, *[step + 1] * 7]
+    with pytest.raises(ValueError, match="draws of one size, of 7 programs, got one of 3"):
+        _unchecked.draw_batch(0, torch.tensor(0), 1, 0, plan, **arguments)
+
+
+@pytest.mark.parametrize("mix", ["all", "separate"])
+def test_rows_beyond_what_a_block_draws_at_once_meet_the_same_partners(monkeypatch, mix):
+    # a grid of partners with more columns than a block has lanes is drawn round by round
+    monkeypatch.setattr(drawing, "_BLOCK", 4)
+    switches = {"policy": POLICIES["shift"], "mix": mix}
+    expected = sampling.draw_batch(3, 8, 5, 13, DrawPlan(**switches))
+    assert_draws_equal(draw(3, 8, 5, 13, **switches), expected)
 
 
 def test_an_empty_batch_draws_nothing():

@@ -174,7 +174,7 @@ class Augment(Protocol):
         workspace: Workspace | None = None,
     ) -> Views:
         """Build what a method needs of the views; arguments as for `build`."""
-        return BuiltViews(self.build(x, u, draws, num_augmentations, workspace), len(x))
+        return BuiltViews(self.build(x, u, draws, num_augmentations, workspace), x.shape[0])
 
 
 class _Completed(Augment):

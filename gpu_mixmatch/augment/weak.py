@@ -1,25 +1,31 @@
 """WeakAugment: shift-crop, zoom-crop, flip, blur and normalise, with keyed draws."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from gpu_mixmatch import functional, sampling
+from gpu_mixmatch import _unchecked, functional, sampling
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch._validation import (
     as_length,
     as_policy,
     came,
     check_choice,
+    check_draws_of,
     check_kind,
+    check_no_grad,
+    check_out,
     check_pixels,
+    check_reflection,
+    check_sources,
     check_tensor,
     image_layout,
 )
-from gpu_mixmatch.augment.base import MakeTargets, NormalizedViews, Views
+from gpu_mixmatch.augment.base import BuiltViews, MakeTargets, NormalizedViews, Views
 from gpu_mixmatch.impl import resolve_impl
 from gpu_mixmatch.types import (
     AugmentParams,
@@ -129,7 +135,7 @@ class WeakAugment(NormalizedViews):
             return False
         running = resolve_impl(self.impl, images.device)
         if running == "numba":
-            return num_rows * images[0].numel() >= _LEAST_TO_MIX_BYTES
+            return num_rows * images.shape[1:].numel() >= _LEAST_TO_MIX_BYTES
         return running == "triton"
 
     def draw(
@@ -197,22 +203,18 @@ class WeakAugment(NormalizedViews):
         """`apply` without a look at the pixels, which the builder has looked at."""
         first = images[0] if isinstance(images, tuple) else images
         name = "x" if isinstance(images, tuple) else "images"
-        _, (channels, height, width) = image_layout(name, first, self.layout)
+        _, image_shape = image_layout(name, first, self.layout)
         check_kind("params", params, AugmentParams, "AugmentParams")
         check_tensor("params.top", params.top)
         if params.top.device != first.device:
             params = sampling.augment_to_device(params, first.device)
         if out is None and workspace is not None:
-            rows = params.top.shape[0]
-            shape = (channels, height, width)
-            order = (height, width, channels) if self.channels_last else shape
-            out = workspace.empty("views", (rows, *order), self.dtype, first.device)
-            out = out.permute(0, 3, 1, 2) if self.channels_last else out
+            out = self._place(workspace, params.top.shape[0], image_shape, first.device)
         return functional.augment(
             images,
             params,
             self.geometry,
-            self.scaling_of(first, channels),
+            self.scaling_of(first, image_shape[0]),
             dtype=self.dtype,
             channels_last=self.channels_last,
             mixup=mixup,
@@ -260,12 +262,68 @@ class WeakAugment(NormalizedViews):
         workspace: Workspace | None = None,
     ) -> Views:
         """Build W, or the views of u alone where mixing builds all rows anew; see `Augment`."""
-        image_layout("x", x, self.layout)
-        if not self.remixes_from_bytes(x, len(draws.top)):
+        sources = (x, u)
+        nhwc, image_shape = check_sources(sources, self.layout)
+        check_kind("params", draws, AugmentParams, "AugmentParams")
+        check_tensor("params.top", draws.top)
+        remixes = self.remixes_from_bytes(x, draws.top.shape[0])
+        if not remixes and getattr(self.build, "__func__", None) is not WeakAugment.build:
             return super().views(x, u, draws, num_augmentations, workspace)
-        draws_u = AugmentParams(*(draw[len(x) :] for draw in draws))
-        unlabelled = self._applied(u, draws_u, workspace=workspace)
-        return _ViewsOfBytes(unlabelled, self, (x, u), draws, workspace)
+        check_reflection(self.padding, self.padding_mode, *image_shape[1:])
+        if draws.top.device != x.device:
+            draws = sampling.augment_to_device(draws, x.device)
+        check_draws_of(sources, draws)
+        check_no_grad(images=x, u=u)
+        num_x = x.shape[0]
+        write = partial(self._write, nhwc=nhwc, image_shape=image_shape, workspace=workspace)
+        if not remixes:
+            return _WholeViews(write(sources, draws), num_x)
+        draws_u = AugmentParams(*[draw[num_x:] for draw in draws])
+        return _ViewsOfBytes(write((u,), draws_u), sources, draws, write)
+
+    def _write(
+        self,
+        sources: tuple[Tensor, ...],
+        draws: AugmentParams,
+        mixup: MixUpParams | None = None,
+        out: Tensor | None = None,
+        *,
+        nhwc: bool,
+        image_shape: tuple[int, int, int],
+        workspace: Workspace | None,
+    ) -> Tensor:
+        """`_applied` of what is known to fit."""
+        first, rows = sources[0], draws.top.shape[0]
+        if out is None and workspace is not None:
+            out = self._place(workspace, rows, image_shape, first.device)
+        return _unchecked.augment(
+            sources,
+            draws,
+            self.geometry,
+            self.scaling_of(first, image_shape[0]),
+            shape=(rows, *image_shape),
+            channels_last_in=nhwc,
+            dtype=self.dtype,
+            channels_last=self.channels_last,
+            mixup=mixup,
+            out=out,
+            workspace=workspace,
+            impl=self.impl,
+        )
+
+    def _place(
+        self,
+        workspace: Workspace,
+        rows: int,
+        image_shape: tuple[int, int, int],
+        device: torch.device,
+    ) -> Tensor:
+        """Where views lie that outlive no batch, in the memory format of this engine."""
+        channels, height, width = image_shape
+        if self.channels_last:
+            shape = (rows, height, width, channels)
+            return workspace.empty("views", shape, self.dtype, device).permute(0, 3, 1, 2)
+        return workspace.empty("views", (rows, *image_shape), self.dtype, device)
 
     def extra_repr(self) -> str:
         """Show every field."""
@@ -322,6 +380,16 @@ class WeakAugment(NormalizedViews):
         )
 
 
+class _WholeViews(BuiltViews):
+    """W as this engine builds it: images that are known to fit what they are mixed with."""
+
+    def mix(
+        self, params: MixUpParams, make_targets: MakeTargets, out: Tensor | None, impl: Impl
+    ) -> tuple[Tensor, Tensor]:
+        """Blend rows and targets in one pass; see `Views`."""
+        return _unchecked.mixup(self.images, make_targets(None), params, out, impl)
+
+
 class _ViewsOfBytes(NamedTuple):
     """The views of u, and what it takes to build all rows anew while they are mixed.
 
@@ -329,10 +397,9 @@ class _ViewsOfBytes(NamedTuple):
     """
 
     unlabelled: Tensor
-    engine: WeakAugment
     images: tuple[Tensor, Tensor]
     draws: AugmentParams
-    workspace: Workspace | None
+    write: Callable[..., Tensor]
 
     @property
     def mixes_unlabelled(self) -> bool:
@@ -347,8 +414,8 @@ class _ViewsOfBytes(NamedTuple):
         self, params: MixUpParams, make_targets: MakeTargets, out: Tensor | None, impl: Impl
     ) -> tuple[Tensor, Tensor]:
         """Augment and blend in one pass; see `Views`."""
+        x, u = self.images
+        if out is not None:
+            check_out(out, images=x, u=u)
         targets = make_targets(params)
-        inputs = self.engine._applied(
-            self.images, self.draws, mixup=params, out=out, workspace=self.workspace
-        )
-        return inputs, targets
+        return self.write(self.images, self.draws, params, out), targets

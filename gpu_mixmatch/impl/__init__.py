@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch._extras import install_hint
+from gpu_mixmatch._keys import CountedKey
 from gpu_mixmatch._validation import check_choice
 from gpu_mixmatch.types import AugmentParams, DrawPlan, Geometry, Impl, MixUpParams, Scaling
 
@@ -32,7 +33,7 @@ class Implementation(Protocol):
 
     def draw_batch(
         self,
-        key: Tensor | tuple[int, int | Tensor],
+        key: Tensor | CountedKey | tuple[int, int | Tensor],
         ids_x: Tensor | int,
         ids_u: Tensor | int,
         plan: DrawPlan,
@@ -42,7 +43,7 @@ class Implementation(Protocol):
 
         Args:
             key: Seed and step, the latter an integer or 0-d on the CPU; or, in kernels only, both
-                as ``[2]`` int64 on the device.
+                as ``[2]`` int64 on the device, which stay as they are, or a key that counts on.
             ids_x: Labelled sample ids, ``[B]`` int64; an integer B stands for 0 .. B - 1.
             ids_u: Unlabelled sample ids, ``[M]`` int64, likewise.
             plan: What is drawn.

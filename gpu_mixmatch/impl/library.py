@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpu_mixmatch._buffers import Workspace
+from gpu_mixmatch._keys import CountedKey
 from gpu_mixmatch._validation import check_choice
 from gpu_mixmatch.impl import Implementation, implementation
 from gpu_mixmatch.types import (
@@ -43,19 +44,22 @@ class Traced:
 
     def draw_batch(
         self,
-        key: Tensor | tuple[int, int | Tensor],
+        key: Tensor | CountedKey | tuple[int, int | Tensor],
         ids_x: Tensor | int,
         ids_u: Tensor | int,
         plan: DrawPlan,
         out: Tensor,
     ) -> None:
         """See `Implementation.draw_batch`; the step is a tensor, which is read when the op runs."""
-        seed, step = (0, key) if isinstance(key, Tensor) else key
+        words = key.words(1) if isinstance(key, CountedKey) else key
+        seed, step = (0, words) if isinstance(words, Tensor) else words
         tensors = (None if isinstance(ids, int) else ids for ids in (ids_x, ids_u))
         counts = (ids if isinstance(ids, int) else len(ids) for ids in (ids_x, ids_u))
         num_augmentations, policy, *switches = plan
         flat = (num_augmentations, flat_policy(policy), *switches)
         draw_batch(seed, torch.as_tensor(step), *tensors, *counts, *flat, out, self.impl)
+        if isinstance(key, CountedKey):  # what the op writes is in its schema: not the key
+            key.words(1)[1:].add_(1)
 
     def prepare(self, plan: DrawPlan, device: torch.device) -> None:
         """See `Implementation.prepare`; ops make it themselves."""
@@ -143,6 +147,11 @@ class Traced:
 def backend(impl: Impl, device: torch.device) -> Implementation:
     """Return what runs ``impl`` on ``device``, here and now or in the graph that is traced."""
     check_choice("impl", impl, Impl)
+    return running(impl, device)
+
+
+def running(impl: Impl, device: torch.device) -> Implementation:
+    """`backend` of a word that is known to be one."""
     return Traced(impl) if torch.compiler.is_compiling() else implementation(impl, device)
 
 

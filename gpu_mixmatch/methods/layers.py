@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -15,11 +16,12 @@ from torch.nn.parameter import is_lazy
 
 from gpu_mixmatch._writes import count_of_writes
 
+_NOTHING: AbstractContextManager[None] = contextlib.nullcontext()
 
-@contextlib.contextmanager
+
 def norm_flags(
     modules: Sequence[nn.Module], *, training: bool | None = None, tracking: bool | None = None
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Set flags of all normalisation layers for a while; None leaves a flag as it is.
 
     A BatchNorm in training mode that does not track normalises with batch statistics, and neither
@@ -32,13 +34,20 @@ def norm_flags(
         tracking: False stops a BatchNorm's running statistics.
     """
     layers = [module for module in modules if _is_norm(module)]
+    return _flags_set(layers, training, tracking) if layers else _NOTHING
+
+
+@contextlib.contextmanager
+def _flags_set(
+    layers: list[nn.Module], training: bool | None, tracking: bool | None
+) -> Iterator[None]:
     flags = [(layer.training, getattr(layer, "track_running_stats", None)) for layer in layers]
 
     def set_flags(layer: nn.Module) -> None:
         if training is not None:
-            layer.training = training
+            _set_flag(layer, "training", training)
         if tracking is False and isinstance(layer, _BatchNorm) and not _is_unmade(layer):
-            layer.track_running_stats = False
+            _set_flag(layer, "track_running_stats", False)
 
     with contextlib.ExitStack() as hooks:
         try:
@@ -49,13 +58,14 @@ def norm_flags(
             yield
         finally:
             for layer, (trained, tracked) in zip(layers, flags, strict=True):
-                layer.training = trained
+                _set_flag(layer, "training", trained)
                 if isinstance(layer, _BatchNorm):
-                    layer.track_running_stats = tracked  # type: ignore[assignment]
+                    _set_flag(layer, "track_running_stats", tracked)
 
 
-@contextlib.contextmanager
-def buffers_kept(modules: Sequence[nn.Module], *, of_batch_norm: bool = False) -> Iterator[None]:
+def buffers_kept(
+    modules: Sequence[nn.Module], *, of_batch_norm: bool = False
+) -> AbstractContextManager[None]:
     """Put the buffers of a model back at the end, whatever wrote into them or replaced them.
 
     Args:
@@ -66,11 +76,18 @@ def buffers_kept(modules: Sequence[nn.Module], *, of_batch_norm: bool = False) -
     # DDP sends rank 0's buffers to the others before a forward pass, and not before one that
     # follows a pass without gradients: what is put back here must be sent again
     replicated = [module for module in modules if isinstance(module, DistributedDataParallel)]
-    sends = [module.require_forward_param_sync for module in replicated]
     of_all = of_batch_norm or bool(replicated)
     owners = [
         module for module in modules if module._buffers and (of_all or not _obeys_flags(module))
     ]
+    return _buffers_put_back(owners, replicated) if owners or replicated else _NOTHING
+
+
+@contextlib.contextmanager
+def _buffers_put_back(
+    owners: list[nn.Module], replicated: list[DistributedDataParallel]
+) -> Iterator[None]:
+    sends = [module.require_forward_param_sync for module in replicated]
     kept: list[_Kept] = []
 
     def keep(owner: nn.Module) -> None:
@@ -119,6 +136,20 @@ class _Kept(NamedTuple):
             # and a graph that holds the buffer for its backward pass must not be told otherwise.
             with _unsafe_preserve_version_counter(buffer):
                 buffer.copy_(self.value)
+
+
+def _set_flag(layer: nn.Module, name: str, value: bool | None) -> None:
+    """Set a flag of a layer if it has another value.
+
+    A module takes ten times as long as an object: it looks whether the flag is a parameter. There
+    are several flags per layer and guess.
+    """
+    if getattr(layer, name) is value:
+        return
+    if type(layer).__setattr__ is nn.Module.__setattr__ and not torch.compiler.is_compiling():
+        object.__setattr__(layer, name, value)
+    else:
+        setattr(layer, name, value)
 
 
 def _is_writable(tensor: Tensor) -> bool:
@@ -177,6 +208,7 @@ class FixedLayer(NamedTuple):
     training: bool
 
 
+_GRAPHS = (torch.jit.ScriptModule, fx.GraphModule)
 _fixed_layers: WeakKeyDictionary[nn.Module, list[FixedLayer]] = WeakKeyDictionary()
 
 
@@ -220,7 +252,7 @@ def check_guessable(modules: Sequence[nn.Module], guess_bn: str) -> None:
 
 
 def _is_graph(module: nn.Module) -> bool:
-    return isinstance(module, torch.jit.ScriptModule | fx.GraphModule)
+    return isinstance(module, _GRAPHS)
 
 
 def _layers_of_graph(module: nn.Module) -> Iterator[FixedLayer]:

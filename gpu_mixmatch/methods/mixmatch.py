@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gpu_mixmatch import _streams, functional, sampling
+from gpu_mixmatch import _streams, _unchecked, sampling
 from gpu_mixmatch._buffers import Workspace
+from gpu_mixmatch._keys import CountedKey
 from gpu_mixmatch._ranks import ids_or_positions
 from gpu_mixmatch._validation import (
     MOST_SEED,
@@ -24,6 +25,7 @@ from gpu_mixmatch._validation import (
     came,
     check_callable,
     check_choice,
+    check_device,
     check_finite,
     check_images_alike,
     check_key_tensor,
@@ -35,7 +37,7 @@ from gpu_mixmatch._validation import (
 )
 from gpu_mixmatch._writes import count_of_writes, share_memory
 from gpu_mixmatch.augment import as_augment
-from gpu_mixmatch.augment.base import BuiltViews, Views, complete
+from gpu_mixmatch.augment.base import Augment, BuiltViews, Views, complete
 from gpu_mixmatch.impl import implementation, resolve_impl
 from gpu_mixmatch.methods.looks import Looks
 from gpu_mixmatch.methods.passes import (
@@ -157,6 +159,7 @@ class MixMatch(nn.Module):
         self._model_writes: bool | None = None
         self._workspaces = (Workspace(), Workspace()) if reuse_buffers else None
         self._looks = Looks()
+        self._checked_plan = as_plan(self.plan)
         # follows .to(device); holds nothing
         self.register_buffer("_device_anchor", torch.empty(0), persistent=False)
         implementation(impl, self.device)  # raises now if it cannot run
@@ -177,9 +180,7 @@ class MixMatch(nn.Module):
     @property
     def plan(self) -> DrawPlan:
         """What is drawn for a batch, here and not by the engine."""
-        engine = complete(self.augment)
-        policy = engine.policy if engine.drawn_by_builder else None
-        return DrawPlan(self.num_augmentations, policy, self.alpha, self.lam, self.mix)
+        return self._plan_of(complete(self.augment))
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -195,7 +196,7 @@ class MixMatch(nn.Module):
         *,
         ids_x: Tensor | None = None,
         ids_u: Tensor | None = None,
-        key: Tensor | None = None,
+        key: Tensor | CountedKey | None = None,
     ) -> MixMatchBatch:
         """Build the batch of the next step.
 
@@ -211,7 +212,8 @@ class MixMatch(nn.Module):
                 on batch size, order or world size.
             ids_u: Sample ids of u, ``[M]`` int64.
             key: Seed and step, ``[2]`` int64 on this module's device, to draw by in place of this
-                module's own: a CUDA graph reads them anew. Kernels only; see `capture`.
+                module's own: a CUDA graph reads them anew, and writes nothing to them. Kernels
+                only; see `capture`.
 
         Returns:
             The mixed batch of N = B + K·M rows.
@@ -229,39 +231,43 @@ class MixMatch(nn.Module):
         check_model(model)
         if key is None:  # what is built while a graph is captured is made of any images
             self.look_at(x, u)
-        else:
+        elif not isinstance(key, CountedKey):
             check_key_tensor(key)
-        x, u = self._moved("x", x), self._moved("u", u)
-        y = self._labels(y, len(x))
-        ids = _ids(ids_x, ids_u, len(x), len(u))
+        device = self.device
+        x, u = self._moved("x", x, device), self._moved("u", u, device)
+        y = self._labels(y, x.shape[0], device)
+        ids = _ids(ids_x, ids_u, x.shape[0], u.shape[0])
 
         # Algorithm 1: whatever is random, then lines 3-6, the views of x and u; the rest is below
         engine = complete(self.augment)
 
         def draw() -> tuple[Any, MixUpParams]:
-            draws, mixup = self._draw(self.plan, ids, key)
+            draws, mixup = self._draw(self._plan_of(engine), ids, key, device)
             if draws is None:
                 draws = engine.draw_batch(self.seed, int(self.step), *ids, self.num_augmentations)
             return draws, mixup
 
         def build(draws: Any) -> Views:
             scratch = self._workspaces[0] if self._workspaces else None
-            before = [count_of_writes(images) for images in (x, u)]
-            with torch.no_grad():
-                views = engine.views(x, u, draws, self.num_augmentations, scratch)
-            if [count_of_writes(images) for images in (x, u)] != before:
+            before = count_of_writes(x), count_of_writes(u)
+            views = engine.views(x, u, draws, self.num_augmentations, scratch)
+            if (count_of_writes(x), count_of_writes(u)) != before:
                 raise RuntimeError(
                     "augment must leave x and u as they came, since they are read again, got an "
                     f"engine that writes into them: {type(self.augment).__name__}.build must copy "
                     "what it changes"
                 )
             # what the model writes into its views must not be written into the caller's images
-            shared = any(share_memory(views.unlabelled, images) for images in (x, u))
+            shown = views.unlabelled
+            shared = share_memory(shown, x) or share_memory(shown, u)
             return views.copy() if shared else views
 
         draws, mixup = draw()
-        # an engine of the user's may have written into its draws: drawn again to build again
-        return self._guess_and_mix(build(draws), lambda: build(draw()[0]), y, model, mixup)
+        with torch.no_grad():
+            # an engine of the user's may have written into its draws: drawn again to build again,
+            # but for those that a graph makes, which would be the next step's
+            again = draw if not isinstance(key, CountedKey) else lambda: (draws, mixup)
+            return self._guess_and_mix(build(draws), lambda: build(again()[0]), y, model, mixup)
 
     def from_views(
         self,
@@ -321,20 +327,26 @@ class MixMatch(nn.Module):
         check_finite("x", x)
         for view in views:
             check_finite("views", view)
-        sources = [self._moved("x", x), *(self._moved("views", view) for view in views)]
+        device = self.device
+        sources = [
+            self._moved("x", x, device),
+            *(self._moved("views", view, device) for view in views),
+        ]
 
         def build() -> Views:
             return BuiltViews(torch.cat(sources), len(x))
 
-        y = self._labels(y, len(x))
+        y = self._labels(y, len(x), device)
         ids = _ids(ids_x, ids_u, len(x), len(views[0]))
-        _, mixup = self._draw(self.plan._replace(policy=None), ids, None)
-        return self._guess_and_mix(build(), build, y, model, mixup)
+        _, mixup = self._draw(self.plan._replace(policy=None), ids, None, device)
+        with torch.no_grad():
+            return self._guess_and_mix(build(), build, y, model, mixup)
 
     def register_guess_hook(self, hook: Callable[[Tensor], None]) -> RemovableHandle:
         """Call ``hook(logits)`` with the logits of all views, ``[K, M, L]``, of every guess.
 
-        They may lie in memory of the model: a hook copies what it keeps, and writes nothing.
+        They may lie in memory of the model: a hook copies what it keeps, and writes nothing. It is
+        called where no gradients are taken.
 
         Raises:
             TypeError: If ``hook`` cannot be called.
@@ -355,11 +367,22 @@ class MixMatch(nn.Module):
         self._looks.images("u", u)
 
     def _draw(
-        self, plan: DrawPlan, ids: tuple[Tensor | int, Tensor | int], key: Tensor | None
+        self,
+        plan: DrawPlan,
+        ids: tuple[Tensor | int, Tensor | int],
+        key: Tensor | CountedKey | None,
+        device: torch.device,
     ) -> tuple[AugmentParams | None, MixUpParams]:
-        return functional.draw_batch(
-            self.seed, self.step, *ids, plan, device=self.device, key=key, impl=self.impl
+        if plan != self._checked_plan:  # an attribute of this module or of its engine was set
+            self._checked_plan = as_plan(plan)
+        plan, seed = self._checked_plan, as_seed(self.seed)
+        return _unchecked.draw_batch(
+            seed, self.step, *ids, plan, device=device, key=key, impl=self.impl
         )
+
+    def _plan_of(self, engine: Augment) -> DrawPlan:
+        policy = engine.policy if engine.drawn_by_builder else None
+        return DrawPlan(self.num_augmentations, policy, self.alpha, self.lam, self.mix)
 
     def _guess_and_mix(
         self,
@@ -369,25 +392,24 @@ class MixMatch(nn.Module):
         model: Model,
         mixup: MixUpParams,
     ) -> MixMatchBatch:
-        """Lines 7-14 of Algorithm 1: guess, sharpen, label all rows, shuffle and mix them."""
+        """Lines 7-14 of Algorithm 1: guess, sharpen, label all rows, shuffle and mix them.
+
+        Called without gradients: none flows through a batch.
+        """
         views, logits = self._guess(views, build_again, model)  # line 7
+        check_device("y", y, "logits", logits)
 
         def targets(params: MixUpParams | None) -> Tensor:  # lines 8, 10 and 11
-            return functional.batch_targets(
-                y,
-                logits,
-                self.temperature,
-                label_smoothing=self.label_smoothing,
-                mixup=params,
-                impl=self.impl,
-            )
+            temperature = as_temperature(self.temperature)
+            smoothing = as_smoothing(self.label_smoothing)
+            return _unchecked.batch_targets(y, logits, temperature, smoothing, params, self.impl)
 
-        with torch.no_grad():
-            out = self._output(len(mixup.lam), views.unlabelled)
-            inputs, mixed_targets = views.mix(mixup, targets, out, self.impl)  # lines 12-14
+        workspaces = self._workspaces
+        out = self._output(mixup.lam.shape[0], views, workspaces) if workspaces else None
+        inputs, mixed_targets = views.mix(mixup, targets, out, self.impl)  # lines 12-14
         step = self.step.clone()
-        self.step += 1
-        return MixMatchBatch(inputs, mixed_targets, len(y), step, mixup)
+        self.step.add_(1)
+        return MixMatchBatch(inputs, mixed_targets, y.shape[0], step, mixup)
 
     def _guess(
         self, views: Views, build_again: Callable[[], Views], model: Model
@@ -423,17 +445,17 @@ class MixMatch(nn.Module):
         self._model_writes = self._model_writes or writes
 
     def _guess_logits(self, views: Tensor, model: Model) -> Tensor:
-        """Logits of all views, ``[K, M, L]``, without gradients."""
+        """Logits of all views, ``[K, M, L]``."""
         guesser = model if self.teacher is None else self.teacher
         passes = 1 if self.guess_forward == "joint" else self.num_augmentations
-        with torch.no_grad(), guess_mode(guesser, self.guess_bn):
+        with guess_mode(guesser, self.guess_bn):
             parts: list[Tensor] = []
-            for number, part in enumerate(views.chunk(passes), 1):
+            for number, part in enumerate([views] if passes == 1 else views.chunk(passes), 1):
                 logits = get_logits(guesser(part), self.logits_getter)
                 # a model may return the same memory every time
                 parts.append(logits if number == passes else logits.clone())
             logits = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if tuple(logits.shape) != (len(views), self.num_classes):
+        if logits.shape != (views.shape[0], self.num_classes):
             raise ValueError(
                 f"model must return logits [{len(views)}, {self.num_classes}] "
                 f"(num_classes = {self.num_classes}), got {list(logits.shape)}"
@@ -444,26 +466,27 @@ class MixMatch(nn.Module):
             hook(logits)
         return logits
 
-    def _labels(self, y: Any, length: int) -> Tensor:
+    def _labels(self, y: Any, length: int, device: torch.device) -> Tensor:
         y = as_labels("y", y)
-        if y.dim() == 0 or len(y) != length:
+        if y.dim() == 0 or y.shape[0] != length:
             came = len(y) if y.dim() else "a single number"
             raise ValueError(f"y must have a label per image of x, {length}, got {came}")
         check_labels(y, self.num_classes)
-        return self._moved("y", y)
+        return self._moved("y", y, device)
 
-    def _moved(self, name: str, tensor: Tensor) -> Tensor:
-        if tensor.device == self.device:
+    def _moved(self, name: str, tensor: Tensor, device: torch.device) -> Tensor:
+        """A tensor on ``device``, which is this module's."""
+        if tensor.device == device:
             return tensor
         if tensor.device.type == "cpu":
             _streams.refuse_capture(
-                self.device,
-                f"{name} must be on {self.device} while a CUDA graph is captured: the graph would "
+                device,
+                f"{name} must be on {device} while a CUDA graph is captured: the graph would "
                 "not read it from the host again. Fill a tensor on the device before each replay",
             )
-            return tensor.to(self.device, non_blocking=True)
+            return tensor.to(device, non_blocking=True)
         raise ValueError(
-            f"{name} must be on the CPU or on {self.device} like this module, got it on "
+            f"{name} must be on the CPU or on {device} like this module, got it on "
             f"{tensor.device}; move the module with .to({str(tensor.device)!r})"
         )
 
@@ -483,11 +506,11 @@ class MixMatch(nn.Module):
             return
         running.prepare(self.plan, self.device)
 
-    def _output(self, num_rows: int, like: Tensor) -> Tensor | None:
-        """Where the next inputs go, rows like ``like``: one of two buffers in turn, or nowhere."""
-        if self._workspaces is None:
-            return None
-        workspace = self._workspaces[int(self.step) % 2]
+    def _output(
+        self, num_rows: int, views: Views, workspaces: tuple[Workspace, Workspace]
+    ) -> Tensor:
+        """Where the next inputs go, rows like the views: one of two buffers in turn."""
+        workspace, like = workspaces[int(self.step) % 2], views.unlabelled
         if like.is_contiguous():
             shape = (num_rows, *like.shape[1:])
             # an alias: whoever asks it for a gradient does not ask the buffer

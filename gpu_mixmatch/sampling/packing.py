@@ -57,8 +57,15 @@ def unpack(
         raise ValueError(
             f"packed must be [{wanted}] int32 for num_rows = {num_rows}, got {came(packed)}"
         )
+    return unpacked(packed, num_rows, with_augment=with_augment)
+
+
+def unpacked(
+    packed: Tensor, num_rows: int, *, with_augment: bool
+) -> tuple[AugmentParams | None, MixUpParams]:
+    """`unpack` what is known to be packed draws of N rows."""
     words = _WORDS if with_augment else _WORDS[:2]
-    index, lam, *rest = torch.split(packed, [size * num_rows for size in words])
+    index, lam, *rest = torch.split_with_sizes(packed, [size * num_rows for size in words])
     mixup = MixUpParams(lam.view(torch.float32), index.view(torch.int64))
     if not with_augment:
         return None, mixup

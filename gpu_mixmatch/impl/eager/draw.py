@@ -4,17 +4,18 @@ import torch
 from torch import Tensor
 
 from gpu_mixmatch import sampling
+from gpu_mixmatch._keys import CountedKey
 from gpu_mixmatch.types import DrawPlan
 
 
 def draw_batch(
-    key: Tensor | tuple[int, int | Tensor],
+    key: Tensor | CountedKey | tuple[int, int | Tensor],
     ids_x: Tensor | int,
     ids_u: Tensor | int,
     plan: DrawPlan,
     out: Tensor,
 ) -> None:
-    if isinstance(key, Tensor):
+    if not isinstance(key, tuple):
         raise TypeError("key must be seed and step where numpy draws, got a tensor on the device")
     seed, step = key
     drawn = sampling.pack(*sampling.draw_batch(seed, int(step), ids_x, ids_u, plan))

@@ -8,19 +8,29 @@ channels (channels_last), so that what belongs to a line or to a column is compu
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gpu_mixmatch._buffers import Workspace
+from gpu_mixmatch.impl.triton import packed
 from gpu_mixmatch.impl.triton.launch import blocks, launch
 from gpu_mixmatch.impl.triton.resample import resample
+from gpu_mixmatch.impl.triton.rows import (
+    by_pixels,
+    drawn,
+    image_of,
+    inverse,
+    normalisation,
+    normalised,
+    packed_draws,
+    padded,
+)
 from gpu_mixmatch.types import AugmentParams, Geometry, MixUpParams, Scaling
 
 
 class _Images(NamedTuple):
-    """A batch of images in a kernel."""
+    """A batch of images in a kernel; strides are None where images lie without gaps."""
 
     ptr: Any
     count: Any
@@ -28,36 +38,6 @@ class _Images(NamedTuple):
     stride_channel: Any
     stride_line: Any
     stride_pixel: Any
-
-
-class _Draws(NamedTuple):
-    """Where a kernel finds the fields of `AugmentParams` that move pixels."""
-
-    top_ptr: Any
-    left_ptr: Any
-    flip_ptr: Any
-
-
-@triton.jit
-def _padded(position, shift, SIZE: tl.constexpr, PADDING: tl.constexpr, MODE: tl.constexpr):
-    """Where a pixel of the window lies in the image, and whether it does."""
-    position += shift - PADDING
-    inside = (position >= 0) & (position < SIZE)
-    if MODE == "reflect":
-        position = tl.abs(position)
-        position = (SIZE - 1) - tl.abs((SIZE - 1) - position)
-        inside = position >= 0
-    elif MODE == "edge":
-        position = tl.minimum(tl.maximum(position, 0), SIZE - 1)
-        inside = position >= 0
-    return position.to(tl.int64), inside
-
-
-@triton.jit
-def _pixels(pointers, mask, line_inside, pixel_inside, MODE: tl.constexpr):
-    if MODE == "zeros":
-        mask = mask & line_inside & pixel_inside
-    return tl.load(pointers, mask=mask, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -69,29 +49,41 @@ def _tile(
     mask,
     x,
     u,
-    draws,
+    inverse_u,
+    draws_ptr,
+    pitch,
+    CHANNELS: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    BY_PIXELS: tl.constexpr,
     PADDING: tl.constexpr,
     MODE: tl.constexpr,
 ):
     """Pixels of a view, float32: ``down`` ``[LINES, 1]`` by ``across`` ``[1, COLUMNS]``."""
-    from_x = row < x.count
-    stride_image = tl.where(from_x, x.stride_image, u.stride_image).to(tl.int64)
-    stride_channel = tl.where(from_x, x.stride_channel, u.stride_channel).to(tl.int64)
-    stride_line = tl.where(from_x, x.stride_line, u.stride_line).to(tl.int64)
-    stride_pixel = tl.where(from_x, x.stride_pixel, u.stride_pixel).to(tl.int64)
-    image_ptr = u.ptr + ((row - x.count) % tl.maximum(u.count, 1)) * stride_image
+    from_x, place = image_of(row, x.count, u.count, inverse_u)
+    image_ptr = u.ptr
     if from_x:
-        image_ptr = x.ptr + row * stride_image
-    top = tl.load(draws.top_ptr + row)
-    left = tl.load(draws.left_ptr + row)
-    across = tl.where(tl.load(draws.flip_ptr + row) > 0, WIDTH - 1 - across, across)
-    line, line_inside = _padded(down, top, HEIGHT, PADDING, MODE)
-    pixel, pixel_inside = _padded(across, left, WIDTH, PADDING, MODE)
-    image_ptr += channel * stride_channel + line * stride_line
-    pixel_at = pixel * stride_pixel
-    return _pixels(image_ptr + pixel_at, mask, line_inside, pixel_inside, MODE)
+        image_ptr = x.ptr
+    top, left, flip = drawn(draws_ptr, pitch, row)
+    line, line_inside = padded(down, top, HEIGHT, PADDING, MODE)
+    pixel = tl.where(flip, WIDTH - 1 - across, across)
+    pixel, pixel_inside = padded(pixel, left, WIDTH, PADDING, MODE)
+    if x.stride_image is None:
+        image_ptr += place.to(tl.int64) * (CHANNELS * HEIGHT * WIDTH)
+        if BY_PIXELS:
+            pixel_ptr = image_ptr + line * (WIDTH * CHANNELS) + (pixel * CHANNELS + channel)
+        else:
+            pixel_ptr = image_ptr + (channel * (HEIGHT * WIDTH) + line * WIDTH) + pixel
+    else:
+        stride_image = tl.where(from_x, x.stride_image, u.stride_image).to(tl.int64)
+        stride_channel = tl.where(from_x, x.stride_channel, u.stride_channel).to(tl.int64)
+        stride_line = tl.where(from_x, x.stride_line, u.stride_line).to(tl.int64)
+        stride_pixel = tl.where(from_x, x.stride_pixel, u.stride_pixel).to(tl.int64)
+        image_ptr += place * stride_image + channel * stride_channel
+        pixel_ptr = image_ptr + line * stride_line + pixel * stride_pixel
+    if MODE == "zeros":
+        mask = mask & line_inside & pixel_inside
+    return tl.load(pixel_ptr, mask=mask, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -121,32 +113,10 @@ def _line_and_column(
     return row, down, across, channel, line * NUM_COLUMNS + column, mask
 
 
-@triton.jit
-def _normalised(
-    value,
-    channel,
-    mask,
-    scale,
-    bias,
-    stride_scale,
-    stride_bias,
-    PER_CHANNEL: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    if PER_CHANNEL:
-        known = channel < CHANNELS
-        scale = tl.load(scale + channel * stride_scale, mask=known, other=0.0)
-        bias = tl.load(bias + channel * stride_bias, mask=known, other=0.0)
-    return value * scale + bias
-
-
 # A batch of another size must not be another kernel: its counts may be 1 or divisible by 16, and
 # its images and draws, slices often, may begin anywhere. Strides within an image are its layout's.
-_NUMBERS = ["num_x", "num_u", "stride_x_image", "stride_u_image"]
-_ANYWHERE = [
-    *("x_ptr", "u_ptr", "top_ptr", "left_ptr", "flip_ptr"),
-    *("lam_ptr", "index_ptr", "scale", "bias"),
-]
+_NUMBERS = ["num_x", "num_u", "inverse_u", "stride_x_image", "stride_u_image", "pitch"]
+_ANYWHERE = ["x_ptr", "u_ptr", "draws_ptr", "lam_ptr", "index_ptr", "scale", "bias"]
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_ANYWHERE)
@@ -156,6 +126,7 @@ def augment_kernel(
     u_ptr,
     num_x,
     num_u,
+    inverse_u,
     stride_x_image,
     stride_x_channel,
     stride_x_line,
@@ -164,18 +135,16 @@ def augment_kernel(
     stride_u_channel,
     stride_u_line,
     stride_u_pixel,
-    top_ptr,
-    left_ptr,
-    flip_ptr,
+    draws_ptr,
+    pitch,
     lam_ptr,
     index_ptr,
     scale,
     bias,
-    stride_scale,
-    stride_bias,
     CHANNELS: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    BY_PIXELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     PADDING: tl.constexpr,
     MODE: tl.constexpr,
@@ -185,25 +154,23 @@ def augment_kernel(
 ):
     x = _Images(x_ptr, num_x, stride_x_image, stride_x_channel, stride_x_line, stride_x_pixel)
     u = _Images(u_ptr, num_u, stride_u_image, stride_u_channel, stride_u_line, stride_u_pixel)
-    draws = _Draws(top_ptr, left_ptr, flip_ptr)
     row, down, across, channel, offs, mask = _line_and_column(
         tl.program_id(0), CHANNELS, HEIGHT, WIDTH, CHANNELS_LAST, LINES, COLUMNS
     )
-    out_ptr += row.to(tl.int64) * (CHANNELS * HEIGHT * WIDTH)
     value = _tile(
-        row, down, across, channel, mask,
-        x, u, draws, HEIGHT, WIDTH, PADDING, MODE,
+        row, down, across, channel, mask, x, u, inverse_u, draws_ptr, pitch,
+        CHANNELS, HEIGHT, WIDTH, BY_PIXELS, PADDING, MODE,
     )  # fmt: skip
     if index_ptr is not None:
         # the rest is linear and per pixel, so that both rows can be blended before it
         partner = _tile(
-            tl.load(index_ptr + row).to(tl.int32), down, across, channel, mask,
-            x, u, draws, HEIGHT, WIDTH, PADDING, MODE,
+            tl.load(index_ptr + row).to(tl.int32),
+            down, across, channel, mask, x, u, inverse_u, draws_ptr, pitch,
+            CHANNELS, HEIGHT, WIDTH, BY_PIXELS, PADDING, MODE,
         )  # fmt: skip
         value = partner + tl.load(lam_ptr + row) * (value - partner)
-    value = _normalised(
-        value, channel, mask, scale, bias, stride_scale, stride_bias, PER_CHANNEL, CHANNELS
-    )
+    value = normalised(value, channel, scale, bias, PER_CHANNEL, CHANNELS)
+    out_ptr += row.to(tl.int64) * (CHANNELS * HEIGHT * WIDTH)
     tl.store(out_ptr + offs, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -230,6 +197,13 @@ def augment(
             mixup=mixup,
         )
         return
+    first, last = sources[0], sources[-1]
+    pixels_in = by_pixels(sources, channels_last_in)
+    if pixels_in is not None and packed.fits(first.dtype, out, pixels_in):
+        packed.augment(
+            sources, params, geometry, scaling, by_pixels=pixels_in, out=out, mixup=mixup
+        )
+        return
     num_rows, channels, height, width = out.shape
     channels_last = not out.is_contiguous()
     num_lines, num_columns = (
@@ -240,28 +214,8 @@ def augment(
     # number of images does not enter: a smaller batch would be another kernel
     lines = (1024 if channels * height * width < 2**14 else 4096) // columns
     programs = num_rows * blocks(num_lines, lines) * blocks(num_columns, columns)
-    first, last = sources[0], sources[-1]
-    strides = [
-        tuple(source.permute(0, 3, 1, 2).stride() if channels_last_in else source.stride())
-        for source in (first, last)
-    ]
-    per_channel = any(isinstance(factor, Tensor) for factor in scaling)
-    if per_channel:
-        scaling = Scaling(*(_of_channels(factor, channels, out.device) for factor in scaling))
-    strides_of_scaling = (
-        factor.stride(0) if isinstance(factor, Tensor) else 0 for factor in scaling
-    )
-    normalisation = (*scaling, *strides_of_scaling)
-    shape = {
-        "CHANNELS": channels,
-        "HEIGHT": height,
-        "WIDTH": width,
-        "CHANNELS_LAST": channels_last,
-        "PER_CHANNEL": per_channel,
-        "LINES": lines,
-        "COLUMNS": columns,
-        "num_warps": 4,
-    }
+    draws, pitch, _ = packed_draws(params)
+    scale, bias, per_channel = normalisation(scaling, channels, out.device)
     launch(
         augment_kernel,
         programs,
@@ -271,24 +225,36 @@ def augment(
         last,
         len(first) if len(sources) > 1 else 0,
         len(last),
-        *strides[0],
-        *strides[1],
-        params.top,
-        params.left,
-        params.flip,
+        inverse(len(last)),
+        *(_NO_STRIDES if pixels_in is not None else _strides((first, last), channels_last_in)),
+        draws,
+        pitch,
         mixup.lam if mixup else None,
         mixup.index if mixup else None,
-        *normalisation,
+        scale,
+        bias,
+        CHANNELS=channels,
+        HEIGHT=height,
+        WIDTH=width,
+        BY_PIXELS=bool(pixels_in),
+        CHANNELS_LAST=channels_last,
         PADDING=geometry.padding,
         MODE=geometry.padding_mode,
-        **shape,
+        PER_CHANNEL=per_channel,
+        LINES=lines,
+        COLUMNS=columns,
+        num_warps=4,
     )
 
 
-def _of_channels(factor: Tensor | float, channels: int, device: torch.device) -> Tensor:
-    if isinstance(factor, Tensor):
-        return factor
-    return torch.full((channels,), factor, dtype=torch.float32, device=device)
+_NO_STRIDES = (None,) * 8
+
+
+def _strides(sources: tuple[Tensor, Tensor], channels_last_in: bool) -> list[int]:
+    """Of images, channels, lines and pixels, for both sources."""
+    if channels_last_in:
+        sources = (sources[0].permute(0, 3, 1, 2), sources[1].permute(0, 3, 1, 2))
+    return [stride for source in sources for stride in source.stride()]
 
 
 @lru_cache(maxsize=64)

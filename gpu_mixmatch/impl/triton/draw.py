@@ -10,8 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from gpu_mixmatch import _streams, sampling
+from gpu_mixmatch._keys import CountedKey
 from gpu_mixmatch.impl.constants import constant
 from gpu_mixmatch.impl.triton.launch import blocks, launch
+from gpu_mixmatch.impl.triton.rows import divided, inverse
 from gpu_mixmatch.types import AugmentPolicy, DrawPlan
 
 _BLOCK = 32
@@ -22,27 +24,51 @@ _SHUFFLE = tl.constexpr(int(sampling.Purpose.SHUFFLE))
 
 
 @triton.jit
-def _encrypt(position, num_rows, num_columns, num_rounds, most_rounds, view, seed, step):
-    """Send each position through the Feistel network of `sampling.shuffle.bijection`."""
-    row = position // num_columns
-    column = position % num_columns
-    purpose = view * 256 + _SHUFFLE
-    for block in range(most_rounds // 4):
-        high = tl.zeros_like(position) + block
-        active = block * 4 < num_rounds
-        word, _, _, _ = tl.philox(seed, column, high, step, purpose)
-        moved = (row + tl.umulhi(word, num_rows.to(tl.uint32)).to(tl.int32)) % num_rows
-        row = tl.where(active, moved, row)
-        _, word, _, _ = tl.philox(seed, row, high, step, purpose)
-        moved = (column + tl.umulhi(word, num_columns.to(tl.uint32)).to(tl.int32)) % num_columns
-        column = tl.where(active, moved, column)
-        _, _, word, _ = tl.philox(seed, column, high, step, purpose)
-        moved = (row + tl.umulhi(word, num_rows.to(tl.uint32)).to(tl.int32)) % num_rows
-        row = tl.where(active, moved, row)
-        _, _, _, word = tl.philox(seed, row, high, step, purpose)
-        moved = (column + tl.umulhi(word, num_columns.to(tl.uint32)).to(tl.int32)) % num_columns
-        column = tl.where(active, moved, column)
-    return row * num_columns + column
+def _moved(place, word, size):
+    """Add a random number below ``size`` to a place below it, modulo ``size``."""
+    place += tl.umulhi(word, size.to(tl.uint32)).to(tl.int32)
+    return tl.where(place >= size, place - size, place)
+
+
+@triton.jit
+def _encrypt(row, column, num_rows, num_columns, num_rounds, view, seed, step, BLOCK: tl.constexpr):
+    """Send each cell of a grid through the Feistel network of `sampling.shuffle.bijection`."""
+    lane = tl.arange(0, BLOCK)
+    purpose = tl.zeros([BLOCK], tl.int32) + (view * 256 + _SHUFFLE)
+    for block in range(num_rounds // 4):
+        high = tl.zeros([BLOCK], tl.int32) + block
+        if tl.maximum(num_rows, num_columns) <= BLOCK:
+            # a lane draws for the row and the column of its number: all four rounds at once
+            words = tl.philox(seed, lane, high, step, purpose)
+            row = _moved(row, tl.gather(words[0], column, axis=0), num_rows)
+            column = _moved(column, tl.gather(words[1], row, axis=0), num_columns)
+            row = _moved(row, tl.gather(words[2], column, axis=0), num_rows)
+            column = _moved(column, tl.gather(words[3], row, axis=0), num_columns)
+        else:
+            row = _moved(row, tl.philox(seed, column, high, step, purpose)[0], num_rows)
+            column = _moved(column, tl.philox(seed, row, high, step, purpose)[1], num_columns)
+            row = _moved(row, tl.philox(seed, column, high, step, purpose)[2], num_rows)
+            column = _moved(column, tl.philox(seed, row, high, step, purpose)[3], num_columns)
+    return row, column
+
+
+@triton.jit
+def _shuffle(
+    index_ptr, start, length, block, view, num_rows, num_columns, inverse_columns, num_rounds,
+    seed, step, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Store the partners of a block of rows of a part; without rounds each row is its own."""
+    place = block * BLOCK + tl.arange(0, BLOCK)
+    mask = place < length
+    row, column = divided(tl.where(mask, place, 0), num_columns, inverse_columns)
+    row, column = _encrypt(row, column, num_rows, num_columns, num_rounds, view, seed, step, BLOCK)
+    outside = row * num_columns + column >= length
+    while tl.max(outside.to(tl.int32), axis=0) > 0:  # cycle walking
+        walked = _encrypt(row, column, num_rows, num_columns, num_rounds, view, seed, step, BLOCK)
+        row, column = tl.where(outside, walked[0], row), tl.where(outside, walked[1], column)
+        outside = row * num_columns + column >= length
+    partner = start + row * num_columns + column
+    tl.store(index_ptr + start + place, partner.to(tl.int64), mask=mask)
 
 
 @triton.jit
@@ -66,12 +92,12 @@ def _folded_beta(word, beta_ptr, DEGREE: tl.constexpr, OF_POWER: tl.constexpr):
 
 
 @triton.jit
-def _counters(row, mask, ids_x_ptr, ids_u_ptr, num_x, num_u):
+def _counters(row, mask, ids_x_ptr, ids_u_ptr, num_x, num_u, inverse_u):
     """Low and high word of each row's sample id, and its view · 256: x is view 0, u 1..K."""
     labelled = row < num_x
-    unlabelled = tl.maximum(row - num_x, 0)
-    position = tl.where(labelled, row, unlabelled % tl.maximum(num_u, 1))
-    view = tl.where(labelled, 0, 1 + unlabelled // tl.maximum(num_u, 1))
+    view, position = divided(tl.maximum(row - num_x, 0), num_u, inverse_u)
+    position = tl.where(labelled, row, position)
+    view = tl.where(labelled, 0, 1 + view)
     sample = position.to(tl.int64)
     if ids_x_ptr is not None:
         ids = tl.load(ids_x_ptr + position, mask=mask & labelled, other=0)
@@ -93,52 +119,49 @@ def _store_cuts(
         word_0 = tl.zeros_like(low)
         word_1, word_2, word_3 = word_0, word_0, word_0
     bound = tl.zeros_like(low) + count.to(tl.uint32)
-    cuts_ptr = zoom_ptr + row * 4
+    cuts_ptr = zoom_ptr + row.to(tl.int64) * 4
     tl.store(cuts_ptr, least + tl.umulhi(word_0, bound).to(tl.int32), mask=mask)
     tl.store(cuts_ptr + 1, least + tl.umulhi(word_1, bound).to(tl.int32), mask=mask)
     tl.store(cuts_ptr + 2, least + tl.umulhi(word_2, bound).to(tl.int32), mask=mask)
     tl.store(cuts_ptr + 3, least + tl.umulhi(word_3, bound).to(tl.int32), mask=mask)
 
 
-# A batch of another size must not be another kernel: numbers may be 1 or divisible by 16, and the
-# draws, which lie in one tensor, may begin anywhere.
+# A batch of another size must not be another kernel: numbers may be 1 or divisible by 16, and ids,
+# slices often, may begin anywhere.
 _NUMBERS = [
-    *("seed", "step", "num_x", "num_u", "num_rows", "boundary", "most_rounds"),
-    *(f"{name}_{part}" for name in ("grid_rows", "grid_columns", "num_rounds") for part in (0, 1)),
+    *("seed", "step", "num_x", "num_u", "inverse_u", "num_rows", "boundary"),
+    *(
+        f"{name}_{part}"
+        for name in ("grid_rows", "grid_columns", "inverse_columns", "num_rounds")
+        for part in (0, 1)
+    ),
     *("num_offsets", "least_zoom", "num_zooms", "flips_below"),
 ]
-_ANYWHERE = [
-    *("key_ptr", "ids_x_ptr", "ids_u_ptr", "index_ptr", "lam_ptr"),
-    *("top_ptr", "left_ptr", "flip_ptr", "zoom_ptr", "sigma_ptr"),
-]
+_ANYWHERE = ["key_ptr", "ids_x_ptr", "ids_u_ptr"]
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_ANYWHERE)
 def draw_kernel(
+    out_ptr,
     key_ptr,
     seed,
     step,
     ids_x_ptr,
     ids_u_ptr,
     beta_ptr,
-    index_ptr,
-    lam_ptr,
-    top_ptr,
-    left_ptr,
-    flip_ptr,
-    zoom_ptr,
-    sigma_ptr,
     num_x,
     num_u,
+    inverse_u,
     num_rows,
     boundary,
     grid_rows_0,
     grid_columns_0,
+    inverse_columns_0,
     num_rounds_0,
     grid_rows_1,
     grid_columns_1,
+    inverse_columns_1,
     num_rounds_1,
-    most_rounds,
     num_offsets,
     least_zoom,
     num_zooms,
@@ -146,6 +169,7 @@ def draw_kernel(
     least_sigma,
     sigma_range,
     MIXES: tl.constexpr,
+    COUNTS: tl.constexpr,
     DEGREE: tl.constexpr,
     OF_POWER: tl.constexpr,
     LAM_PER_BATCH: tl.constexpr,
@@ -153,64 +177,81 @@ def draw_kernel(
     HAS_ZOOM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = row < num_rows
+    """Each program does one thing for a block of rows, so that the three are done side by side."""
+    program = tl.program_id(0)
     if key_ptr is not None:
+        step_ptr = key_ptr + 1
+        if COUNTS:
+            step_ptr += program
         seed = tl.load(key_ptr)
-        step = tl.load(key_ptr + 1)
+        count = tl.load(step_ptr)
+        step = count
     seed = seed.to(tl.int64)
-    step = tl.zeros([BLOCK], tl.int64) + step.to(tl.int64)
-    step = step.to(tl.uint32)
-    low, high, purpose = _counters(row, mask, ids_x_ptr, ids_u_ptr, num_x, num_u)
+    step = (tl.zeros([BLOCK], tl.int64) + step.to(tl.int64)).to(tl.uint32)
+    pitch = num_rows.to(tl.int64)  # words from one field to the next
 
-    if HAS_POLICY:
-        words = tl.philox(seed, low, high, step, purpose + _SHIFT)
-        bound = tl.zeros([BLOCK], tl.uint32) + num_offsets.to(tl.uint32)
-        tl.store(top_ptr + row, tl.umulhi(words[0], bound).to(tl.int32), mask=mask)
-        tl.store(left_ptr + row, tl.umulhi(words[1], bound).to(tl.int32), mask=mask)
-        flipped = (words[2] >> 8).to(tl.int32) < flips_below
-        tl.store(flip_ptr + row, flipped.to(tl.int32), mask=mask)
-        uniform = (words[3] >> 8).to(tl.float32) * (1.0 / (1 << 24))
-        tl.store(sigma_ptr + row, least_sigma + sigma_range * uniform, mask=mask)
-        _store_cuts(
-            zoom_ptr, row, mask, seed, low, high, step, purpose, least_zoom, num_zooms, HAS_ZOOM
+    # partners: two parts of rows, each mixed within itself or, without rounds, not at all
+    blocks_0 = tl.cdiv(boundary, BLOCK)
+    shuffles = blocks_0 + tl.cdiv(num_rows - boundary, BLOCK)
+    if program < shuffles:
+        index_ptr = out_ptr.to(tl.pointer_type(tl.int64), bitcast=True)
+        first = program < blocks_0
+        _shuffle(
+            index_ptr,
+            tl.where(first, 0, boundary),
+            tl.where(first, boundary, num_rows - boundary),
+            tl.where(first, program, program - blocks_0),
+            tl.where(first, 0, 1),
+            tl.where(first, grid_rows_0, grid_rows_1),
+            tl.where(first, grid_columns_0, grid_columns_1),
+            tl.where(first, inverse_columns_0, inverse_columns_1),
+            tl.where(first, num_rounds_0, num_rounds_1),
+            seed,
+            step,
+            BLOCK,
         )
-
-    # two parts of rows, each mixed within itself or, without rounds, not at all
-    first = row < boundary
-    num_rounds = tl.where(first, num_rounds_0, num_rounds_1)
-    mixed = mask & (num_rounds > 0)
-    index = row
-    lam = tl.full([BLOCK], 1.0, tl.float32)
-    if MIXES:
-        if LAM_PER_BATCH:
-            low = tl.zeros([BLOCK], tl.uint32)
-            high, purpose = low, low
-        words = tl.philox(seed, low, high, step, purpose + _LAM)
-        lam = tl.where(mixed, _folded_beta(words[0], beta_ptr, DEGREE, OF_POWER), lam)
-        start = tl.where(first, 0, boundary)
-        length = tl.where(first, boundary, num_rows - boundary)
-        grid_rows = tl.where(first, grid_rows_0, grid_rows_1)
-        grid_columns = tl.where(first, grid_columns_0, grid_columns_1)
-        part = tl.where(first, 0, 1)
-        inside = tl.where(mixed, row - start, 0)
-        inside = _encrypt(
-            inside, grid_rows, grid_columns, num_rounds, most_rounds, part, seed, step
-        )
-        outside = mixed & (inside >= length)
-        while tl.max(outside.to(tl.int32), axis=0) > 0:  # cycle walking
-            walked = _encrypt(
-                inside, grid_rows, grid_columns, num_rounds, most_rounds, part, seed, step
-            )
-            inside = tl.where(outside, walked, inside)
-            outside = mixed & (inside >= length)
-        index = tl.where(mixed, start + inside, row)
-    tl.store(index_ptr + row, index.to(tl.int64), mask=mask)
-    tl.store(lam_ptr + row, lam, mask=mask)
+    else:
+        block = program - shuffles
+        of_rows = tl.cdiv(num_rows, BLOCK)
+        if block < of_rows:
+            row = block * BLOCK + tl.arange(0, BLOCK)
+            mask = row < num_rows
+            lam = tl.full([BLOCK], 1.0, tl.float32)
+            if MIXES:
+                low = tl.zeros([BLOCK], tl.uint32)
+                high, purpose = low, low
+                if not LAM_PER_BATCH:
+                    low, high, purpose = _counters(
+                        row, mask, ids_x_ptr, ids_u_ptr, num_x, num_u, inverse_u
+                    )
+                words = tl.philox(seed, low, high, step, purpose + _LAM)
+                mixed = tl.where(row < boundary, num_rounds_0, num_rounds_1) > 0
+                lam = tl.where(mixed, _folded_beta(words[0], beta_ptr, DEGREE, OF_POWER), lam)
+            tl.store(out_ptr + 2 * pitch + row, lam.to(tl.int32, bitcast=True), mask=mask)
+        elif HAS_POLICY:
+            row = (block - of_rows) * BLOCK + tl.arange(0, BLOCK)
+            mask = row < num_rows
+            top_ptr = out_ptr + 3 * pitch
+            low, high, purpose = _counters(row, mask, ids_x_ptr, ids_u_ptr, num_x, num_u, inverse_u)
+            words = tl.philox(seed, low, high, step, purpose + _SHIFT)
+            bound = tl.zeros([BLOCK], tl.uint32) + num_offsets.to(tl.uint32)
+            tl.store(top_ptr + row, tl.umulhi(words[0], bound).to(tl.int32), mask=mask)
+            tl.store(top_ptr + pitch + row, tl.umulhi(words[1], bound).to(tl.int32), mask=mask)
+            flipped = (words[2] >> 8).to(tl.int32) < flips_below
+            tl.store(top_ptr + 2 * pitch + row, flipped.to(tl.int32), mask=mask)
+            uniform = (words[3] >> 8).to(tl.float32) * (1.0 / (1 << 24))
+            sigma = least_sigma + sigma_range * uniform
+            tl.store(top_ptr + 7 * pitch + row, sigma.to(tl.int32, bitcast=True), mask=mask)
+            _store_cuts(
+                top_ptr + 3 * pitch, row, mask, seed, low, high, step, purpose,
+                least_zoom, num_zooms, HAS_ZOOM,
+            )  # fmt: skip
+    if COUNTS:  # each program's own word, which it has read
+        tl.store(step_ptr, count + 1)
 
 
 def draw_batch(
-    key: Tensor | tuple[int, int | Tensor],
+    key: Tensor | CountedKey | tuple[int, int | Tensor],
     ids_x: Tensor | int,
     ids_u: Tensor | int,
     plan: DrawPlan,
@@ -218,39 +259,35 @@ def draw_batch(
 ) -> None:
     num_x, num_u = (ids if isinstance(ids, int) else len(ids) for ids in (ids_x, ids_u))
     num_rows, device = num_x + plan.num_augmentations * num_u, out.device
-    augment, mixup = sampling.unpack(out, num_rows, with_augment=plan.policy is not None)
-    parts = {
-        start: (stop - start)
-        for _, start, stop in sampling.shuffled_parts(num_rows, num_x, plan.mix)
+    lengths = {
+        part: stop - start
+        for part, start, stop in sampling.shuffled_parts(num_rows, num_x, plan.mix)
     }
     boundary = num_rows if plan.mix == "all" else num_x
-    grids = [
-        sampling.shuffle_grid(parts[start]) if parts.get(start) else (1, 1, 0)
-        for start in (0, boundary)
-    ]
     degree, of_power, beta = _beta(plan.alpha, device)
-    seed, step = (0, 0) if isinstance(key, Tensor) else key
     padding, (least_zoom, most_zoom), flip, sigmas = plan.policy or AugmentPolicy()
     low, high = sigmas or (0.0, 0.0)
+    shuffles = blocks(boundary, _BLOCK) + blocks(num_rows - boundary, _BLOCK)
+    programs = shuffles + (1 if plan.policy is None else 2) * blocks(num_rows, _BLOCK)
+    on_device = key.words(programs) if isinstance(key, CountedKey) else key
+    seed, step = (0, 0) if isinstance(on_device, Tensor) else on_device
     launch(
         draw_kernel,
-        blocks(num_rows, _BLOCK),
+        programs,
         device,
-        key if isinstance(key, Tensor) else None,
+        out,
+        on_device if isinstance(on_device, Tensor) else None,
         seed,
         int(step),
         *_on_device((ids_x, ids_u), device),
         beta,
-        mixup.index,
-        mixup.lam,
-        *(augment or [None] * 5),
         num_x,
         num_u,
+        inverse(num_u),
         num_rows,
         boundary,
-        *grids[0],
-        *grids[1],
-        max(grids[0][2], grids[1][2]),
+        *_grid(lengths.get(0, 0)),
+        *_grid(lengths.get(1, 0)),
         2 * padding + 1,
         least_zoom if most_zoom else 0,
         most_zoom - least_zoom + 1,
@@ -258,6 +295,7 @@ def draw_batch(
         low,
         high - low,
         MIXES=plan.mix != "none",
+        COUNTS=isinstance(key, CountedKey),
         DEGREE=degree,
         OF_POWER=of_power,
         LAM_PER_BATCH=plan.lam == "batch",
@@ -266,6 +304,12 @@ def draw_batch(
         BLOCK=_BLOCK,
         num_warps=1,
     )
+
+
+def _grid(length: int) -> tuple[int, int, int, int]:
+    """Rows, columns, the columns' inverse and rounds of what shuffles a part; none for no part."""
+    rows, columns, rounds = sampling.shuffle_grid(length) if length else (1, 1, 0)
+    return rows, columns, inverse(columns), rounds
 
 
 def prepare(plan: DrawPlan, device: torch.device) -> None:

@@ -11,74 +11,53 @@ import triton.language as tl
 from torch import Tensor
 
 from gpu_mixmatch.impl.triton.launch import blocks, launch
+from gpu_mixmatch.impl.triton.rows import image_of, inverse
 from gpu_mixmatch.types import MOST_CLASSES, MixUpParams
 
 # the logarithm of no probability; finite, so that no NaN comes of it
 _NOTHING = tl.constexpr(-1e30)
+_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _log_sum_exp(values):
-    most = tl.maximum(tl.max(values, axis=1), -3e38)[:, None]  # finite where all are -inf
-    return most + tl.log(tl.sum(tl.exp(values - most), axis=1))[:, None]
-
-
-@triton.jit
-def _targets(
-    row,
-    cls,
-    mask,
-    y_ptr,
-    logits_ptr,
-    stride_y,
-    stride_y_class,
-    stride_view,
-    stride_image,
-    stride_class,
-    num_x,
-    num_u,
-    num_views,
-    num_classes,
-    temperature,
-    smoothing,
+def _known(
+    row, cls, mask, y_ptr, stride_y, stride_y_class, smoothing, num_classes,
     SOFT_LABELS: tl.constexpr,
-):
-    """Targets of rows ``row`` ``[ROWS, 1]`` of W, ``[ROWS, CLASSES]``."""
-    WIDE: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
-    labelled = row < num_x
-    image = tl.where(labelled, 0, (row - num_x) % tl.maximum(num_u, 1)).to(tl.int64)
-    guessed = mask & (row >= num_x)
-    log_sum = tl.full(mask.shape, _NOTHING, WIDE)
-    # products that may not fit into int32
-    stride_view = tl.cast(stride_view, tl.int64)
-    stride_class = tl.cast(stride_class, tl.int64)
-    for view in range(num_views):
-        at = view * stride_view + image * stride_image + cls * stride_class
-        logits = tl.load(logits_ptr + at, mask=guessed, other=0.0).to(WIDE)
-        logits = tl.where(cls < num_classes, logits, float("-inf"))
-        log_probs = logits - _log_sum_exp(logits)
-        most = tl.maximum(tl.maximum(log_sum, log_probs), -3e38)
-        log_sum = most + tl.log(tl.exp(log_sum - most) + tl.exp(log_probs - most))
-    # the sum over views, not the mean: the factor cancels in the softmax
-    log_sum = log_sum / temperature
-    targets = tl.exp(log_sum - _log_sum_exp(log_sum)).to(tl.float32)
-    if y_ptr is not None:
-        label_mask = mask & labelled
-        row = tl.where(labelled, row, 0).to(tl.int64)
-        if SOFT_LABELS:
-            at = row * stride_y + cls * tl.cast(stride_y_class, tl.int64)
-            known = tl.load(y_ptr + at, mask=label_mask, other=0.0).to(tl.float32)
-        else:
-            label = tl.load(y_ptr + row * stride_y, mask=labelled, other=-1)
-            known = (label == cls).to(tl.float32)
-        known += smoothing * (1.0 / num_classes - known)
-        targets = tl.where(labelled, known, targets)
-    return targets
+):  # fmt: skip
+    """Smoothed labels of rows of x, ``[ROWS, CLASSES]``; ``mask`` holds where there are any."""
+    row = tl.where(mask, row, 0).to(tl.int64)
+    if SOFT_LABELS:
+        at = row * stride_y + cls * tl.cast(stride_y_class, tl.int64)
+        known = tl.load(y_ptr + at, mask=mask & (cls < num_classes), other=0.0).to(tl.float32)
+    else:
+        known = (tl.load(y_ptr + row * stride_y, mask=mask, other=-1) == cls).to(tl.float32)
+    return known + smoothing * (1.0 / num_classes - known)
+
+
+@triton.jit
+def _with_view(most, total, at, cls, mask, num_classes):
+    """Add a view's probabilities to a sum that is ``total`` · 2^``most``, in log space."""
+    logits = tl.load(at, mask=mask, other=0.0).to(total.dtype)
+    logits = tl.where(cls < num_classes, logits, float("-inf"))
+    largest = tl.maximum(tl.max(logits, axis=1), -3e38)[:, None]  # finite where all are -inf
+    logits = (logits - largest) * _LOG2_E
+    log_probs = logits - tl.log2(tl.sum(tl.exp2(logits), axis=1))[:, None]
+    highest = tl.maximum(most, log_probs)
+    return highest, total * tl.exp2(most - highest) + tl.exp2(log_probs - highest)
+
+
+@triton.jit
+def _sharpened(most, total, sharpness):
+    """Softmax of ``sharpness`` · log of the sum over views; the mean has the same one."""
+    log_sum = most + tl.log2(total)
+    above = log_sum - tl.max(log_sum, axis=1)[:, None]
+    powers = tl.exp2(above * sharpness)
+    return (powers / tl.sum(powers, axis=1)[:, None]).to(tl.float32)
 
 
 # A batch of another size must not be another kernel: its counts may be 1 or divisible by 16, and
 # labels and draws, slices often, may begin anywhere. The other strides are the layout's.
-_NUMBERS = ["stride_view", "num_x", "num_u", "num_rows"]
+_NUMBERS = ["stride_view", "num_x", "num_u", "inverse_u", "num_rows"]
 
 
 @triton.jit(
@@ -97,32 +76,58 @@ def guess_labels_kernel(
     stride_class,
     num_x,
     num_u,
+    inverse_u,
     num_views,
     num_rows,
     num_classes,
-    temperature,
+    sharpness,
     smoothing,
     SOFT_LABELS: tl.constexpr,
     ROWS: tl.constexpr,
     CLASSES: tl.constexpr,
 ):
+    WIDE: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     cls = tl.arange(0, CLASSES)[None, :]
-    mask = (row < num_rows) & (cls < num_classes)
-    targets = _targets(
-        row, cls, mask, y_ptr, logits_ptr,
-        stride_y, stride_y_class, stride_view, stride_image, stride_class,
-        num_x, num_u, num_views, num_classes, temperature, smoothing, SOFT_LABELS,
-    )  # fmt: skip
+    inside = row < num_rows
+    mask = inside & (cls < num_classes)
+    # products that may not fit into int32
+    stride_view = tl.cast(stride_view, tl.int64)
+    logits_ptr += cls * tl.cast(stride_class, tl.int64)
+    most, total = tl.full([ROWS, CLASSES], _NOTHING, WIDE), tl.full([ROWS, CLASSES], 1.0, WIDE)
+    # a row and its partner in one loop: neither waits for the other
+    labelled, image = image_of(row, num_x, num_u, inverse_u)
+    at, guessed = logits_ptr + image.to(tl.int64) * stride_image, mask & (row >= num_x)
     if index_ptr is not None:
-        inside = row < num_rows
         partner = tl.load(index_ptr + row, mask=inside, other=0).to(tl.int32)
-        theirs = _targets(
-            partner, cls, mask, y_ptr, logits_ptr,
-            stride_y, stride_y_class, stride_view, stride_image, stride_class,
-            num_x, num_u, num_views, num_classes, temperature, smoothing, SOFT_LABELS,
-        )  # fmt: skip
         lam = tl.load(lam_ptr + row, mask=inside, other=1.0)
+        labelled_2, image = image_of(partner, num_x, num_u, inverse_u)
+        at_2, guessed_2 = logits_ptr + image.to(tl.int64) * stride_image, mask & (partner >= num_x)
+        most_2, total_2 = most, total
+    if y_ptr is not None:
+        known = _known(
+            row, cls, inside & labelled, y_ptr, stride_y, stride_y_class, smoothing, num_classes,
+            SOFT_LABELS,
+        )  # fmt: skip
+        if index_ptr is not None:
+            known_2 = _known(
+                partner, cls, inside & labelled_2, y_ptr, stride_y, stride_y_class, smoothing,
+                num_classes, SOFT_LABELS,
+            )  # fmt: skip
+    for view in range(num_views):
+        offset = view * stride_view
+        most, total = _with_view(most, total, at + offset, cls, guessed, num_classes)
+        if index_ptr is not None:
+            most_2, total_2 = _with_view(
+                most_2, total_2, at_2 + offset, cls, guessed_2, num_classes
+            )
+    targets = _sharpened(most, total, sharpness)
+    if y_ptr is not None:
+        targets = tl.where(labelled, known, targets)
+    if index_ptr is not None:
+        theirs = _sharpened(most_2, total_2, sharpness)
+        if y_ptr is not None:
+            theirs = tl.where(labelled_2, known_2, theirs)
         targets = theirs + lam * (targets - theirs)
     tl.store(out_ptr + row.to(tl.int64) * num_classes + cls, targets, mask=mask)
 
@@ -168,10 +173,11 @@ def _launch(
         *logits.stride(),
         0 if y is None else len(y),
         num_images,
+        inverse(num_images),
         num_views,
         num_rows,
         num_classes,
-        temperature,
+        min(1.0 / temperature, 3e38),
         label_smoothing,
         SOFT_LABELS=soft,
         ROWS=rows,
@@ -193,5 +199,6 @@ def row_tile(num_classes: int) -> tuple[int, int, int]:
             f'got {num_classes}; use impl="eager"'
         )
     columns = max(triton.next_power_of_2(num_classes), 2)
-    rows = max(1, 128 // columns)  # twice as many would not fit into a warp's registers
-    return columns, rows, min(max(rows * columns // 256, 1), 16)
+    # a lane has one value of few classes, four of many: what follows from each other is short
+    rows = max(1, 32 // columns)
+    return columns, rows, min(max(rows * columns // 128, 1), 16)

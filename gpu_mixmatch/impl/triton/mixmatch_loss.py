@@ -17,6 +17,22 @@ from gpu_mixmatch.impl.triton.launch import blocks, launch
 
 
 @triton.jit
+def _place(row, cls, stride_row, stride_class, num_classes):
+    if stride_row is None:  # contiguous
+        at = row * num_classes + cls
+    else:
+        at = row * stride_row + cls * stride_class
+    return at
+
+
+@triton.jit
+def _means(num_labelled, num_rows, num_classes):
+    """Of how many values the two parts of the loss are means, at least one."""
+    unlabelled = (num_rows - num_labelled).to(tl.int64)
+    return tl.maximum(num_labelled, 1), tl.maximum(unlabelled * num_classes, 1)
+
+
+@triton.jit
 def _rows(
     row, cls, mask, logits_ptr, targets_ptr, stride_row, stride_class,
     stride_targets_row, stride_targets_class, num_classes,
@@ -24,9 +40,10 @@ def _rows(
     """Log-probabilities, probabilities and targets of some rows, ``[ROWS, CLASSES]``."""
     WIDE: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     row, cls = row.to(tl.int64), cls.to(tl.int64)
-    logits = tl.load(logits_ptr + row * stride_row + cls * stride_class, mask=mask, other=0.0)
+    at = _place(row, cls, stride_row, stride_class, num_classes)
+    logits = tl.load(logits_ptr + at, mask=mask, other=0.0)
     logits = tl.where(cls < num_classes, logits.to(WIDE), float("-inf"))
-    at = row * stride_targets_row + cls * stride_targets_class
+    at = _place(row, cls, stride_targets_row, stride_targets_class, num_classes)
     targets = tl.load(targets_ptr + at, mask=mask, other=0.0).to(WIDE)
     logits -= tl.max(logits, axis=1)[:, None]
     log_probs = logits - tl.log(tl.sum(tl.exp(logits), axis=1))[:, None]
@@ -35,7 +52,11 @@ def _rows(
 
 
 # A batch of another size must not be another kernel: its counts may be 1 or divisible by 16.
-_NUMBERS = ["num_labelled", "num_rows", "count_x", "count_u"]
+# Strides are given where rows do not lie one after the other, as no usual model has them.
+_NUMBERS = [
+    *("num_labelled", "num_rows"),
+    *("stride_row", "stride_class", "stride_targets_row", "stride_targets_class"),
+]
 _GRADS = ["grad_loss_ptr", "grad_loss_x_ptr", "grad_loss_u_ptr"]
 
 
@@ -56,8 +77,6 @@ def mixmatch_loss_kernel(
     num_labelled,
     num_rows,
     num_classes,
-    count_x,
-    count_u,
     weight,
     ROWS: tl.constexpr,
     CLASSES: tl.constexpr,
@@ -90,6 +109,7 @@ def mixmatch_loss_kernel(
             loss_u += tl.load(
                 sums_ptr + num_programs + offs, mask=present, other=0.0, cache_modifier=".cg"
             )
+        count_x, count_u = _means(num_labelled, num_rows, num_classes)
         mean_x = tl.sum(loss_x, axis=0) / count_x
         mean_u = tl.sum(loss_u, axis=0) / count_u
         if weight_ptr is not None:
@@ -116,8 +136,6 @@ def mixmatch_loss_backward_kernel(
     num_labelled,
     num_rows,
     num_classes,
-    count_x,
-    count_u,
     weight,
     ROWS: tl.constexpr,
     CLASSES: tl.constexpr,
@@ -139,6 +157,7 @@ def mixmatch_loss_backward_kernel(
         grad_x += tl.load(grad_loss_x_ptr)
     if grad_loss_u_ptr is not None:
         grad_u += tl.load(grad_loss_u_ptr)
+    count_x, count_u = _means(num_labelled, num_rows, num_classes)
     of_x = probs * tl.sum(targets, axis=1)[:, None] - targets
     missed = tl.where(cls < num_classes, probs - targets, 0.0)
     of_u = probs * (missed - tl.sum(missed * probs, axis=1)[:, None])
@@ -155,7 +174,7 @@ def mixmatch_loss(
     out: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     classes, rows, num_warps = row_tile(logits.shape[1])
-    programs = max(blocks(len(logits), rows), 1)
+    programs = max(blocks(logits.shape[0], rows), 1)
     sums = torch.empty((2, programs), dtype=out[0].dtype, device=logits.device)
     launch(
         mixmatch_loss_kernel,
@@ -183,7 +202,7 @@ def mixmatch_loss_backward(
     classes, rows, num_warps = row_tile(logits.shape[1])
     launch(
         mixmatch_loss_backward_kernel,
-        blocks(len(logits), rows),
+        blocks(logits.shape[0], rows),
         logits.device,
         out,
         *grads,
@@ -198,20 +217,22 @@ def _arguments(
     logits: Tensor, targets: Tensor, num_labelled: int, weight_u: Tensor
 ) -> tuple[object, ...]:
     num_rows, num_classes = logits.shape
-    on_host = weight_u.device.type == "cpu"  # a weight on the device is not read back
+    on_host = weight_u.is_cpu  # a weight on the device is not read back
     return (
         logits,
         targets,
         None if on_host else weight_u,
-        *logits.stride(),
-        *targets.stride(),
+        *_strides(logits),
+        *_strides(targets),
         num_labelled,
         num_rows,
         num_classes,
-        max(num_labelled, 1),
-        max((num_rows - num_labelled) * num_classes, 1),
         float(weight_u) if on_host else 0.0,
     )
+
+
+def _strides(rows: Tensor) -> tuple[int, ...] | tuple[None, None]:
+    return (None, None) if rows.is_contiguous() else rows.stride()
 
 
 def _arrivals(device: torch.device) -> Tensor:

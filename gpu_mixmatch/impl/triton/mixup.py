@@ -1,5 +1,7 @@
 """MixUp of images and targets in one launch: reads each row and its partner, writes the blend."""
 
+from math import prod
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,7 +22,10 @@ def _blend(out_ptr, rows_ptr, row, partner, lam, length, offs):
     tl.store(out_ptr + row * length + offs, mixed.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize_on_alignment=["lam_ptr", "index_ptr"])  # where the draws begin
+# The draws may begin anywhere. The length of a row stays: it says whether rows begin at 16 bytes.
+@triton.jit(
+    do_not_specialize=["num_classes"], do_not_specialize_on_alignment=["lam_ptr", "index_ptr"]
+)
 def mixup_kernel(
     out_ptr,
     mixed_targets_ptr,
@@ -30,11 +35,11 @@ def mixup_kernel(
     index_ptr,
     num_values,
     num_classes,
-    num_blocks,
     BLOCK: tl.constexpr,
     CLASSES: tl.constexpr,
 ):
     program = tl.program_id(0)
+    num_blocks = tl.maximum(tl.cdiv(num_values, BLOCK), 1)
     row = (program // num_blocks).to(tl.int64)
     block = program % num_blocks
     lam = tl.load(lam_ptr + row)
@@ -65,12 +70,11 @@ def _mix(
     out: Tensor,
     mixed_targets: Tensor | None,
 ) -> None:
-    num_rows = len(inputs)
-    num_values = inputs[0].numel() if num_rows else 0
-    num_blocks = max(blocks(num_values, _BLOCK), 1)
+    num_rows, *shape = inputs.shape
+    num_values = prod(shape)
     launch(
         mixup_kernel,
-        num_rows * num_blocks,
+        num_rows * max(blocks(num_values, _BLOCK), 1),
         inputs.device,
         out,
         mixed_targets,
@@ -80,7 +84,6 @@ def _mix(
         params.index,
         num_values,
         0 if targets is None else targets.shape[1],
-        num_blocks,
         BLOCK=_BLOCK,
         CLASSES=_CLASSES,
         num_warps=4,

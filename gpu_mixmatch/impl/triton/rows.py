@@ -17,20 +17,39 @@ _FARTHEST = 2**28  # words between fields that kernels may count in int32
 def image_of(row, num_x, num_u, inverse_u):
     """Whether a row is made of x, and the place of its image there or in u, which has K views.
 
-    The place in u is the remainder by ``num_u``, through a product with its inverse: a division
-    takes longer than all else before the first pixel is read.
+    The place in u is the remainder by ``num_u``.
     """
     from_x = row < num_x
-    place = tl.maximum(row - num_x, 0)
-    view = tl.umulhi((place * 2).to(tl.uint32), inverse_u.to(tl.uint32)).to(tl.int32)
-    place -= view * num_u
-    place = tl.where(place >= num_u, place - num_u, place)
+    _, place = divided(tl.maximum(row - num_x, 0), num_u, inverse_u)
     return from_x, tl.where(from_x, row, place)
 
 
-def inverse(num_u: int) -> int:
-    """What `image_of` multiplies by: 2^31 / ``num_u``, or a little less, as an int32."""
-    return (2**31 - 1) // max(num_u, 1)
+@triton.jit
+def divided(number, by, inverse_by):
+    """Quotient and remainder of a number below 2^31, through a product with the `inverse`.
+
+    A division takes longer than all else before the first pixel is read.
+    """
+    quotient = tl.umulhi((number * 2).to(tl.uint32), inverse_by.to(tl.uint32)).to(tl.int32)
+    remainder = number - quotient * by
+    one_more = remainder >= by
+    return tl.where(one_more, quotient + 1, quotient), tl.where(one_more, remainder - by, remainder)
+
+
+def inverse(by: int) -> int:
+    """What `divided` multiplies by: 2^31 / ``by``, or a little less, as an int32."""
+    return (2**31 - 1) // max(by, 1)
+
+
+def by_pixels(sources: tuple[Tensor, ...], channels_last_in: bool) -> bool | None:
+    """Whether memory holds images pixel by pixel, not plane by plane; None if it has gaps."""
+    if channels_last_in:
+        sources = tuple(source.permute(0, 3, 1, 2) for source in sources)
+    if all(source.is_contiguous() for source in sources):
+        return False
+    if all(source.is_contiguous(memory_format=torch.channels_last) for source in sources):
+        return True
+    return None
 
 
 class PackedDraws(NamedTuple):
@@ -67,6 +86,28 @@ def packed_draws(params: AugmentParams) -> PackedDraws:
         return PackedDraws(top, pitch // 4, to_zoom // 4)
     words = torch.cat([field.reshape(-1).view(torch.int32) for field in params])
     return PackedDraws(words, len(top), 3 * len(top))
+
+
+@triton.jit
+def drawn(draws_ptr, pitch, row):
+    """The top and the left edge of a row's window, and whether it is flipped."""
+    return (
+        tl.load(draws_ptr + row),
+        tl.load(draws_ptr + pitch + row),
+        tl.load(draws_ptr + 2 * pitch + row) > 0,
+    )
+
+
+@triton.jit
+def padded(position, shift, SIZE: tl.constexpr, PADDING: tl.constexpr, MODE: tl.constexpr):
+    """Where a pixel of the window is read in the image, and whether it lies there."""
+    position += shift - PADDING
+    inside = (position >= 0) & (position < SIZE)
+    if MODE == "reflect":
+        position = (SIZE - 1) - tl.abs((SIZE - 1) - tl.abs(position))
+    else:
+        position = tl.minimum(tl.maximum(position, 0), SIZE - 1)
+    return position, inside
 
 
 class Normalisation(NamedTuple):
