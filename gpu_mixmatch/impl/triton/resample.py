@@ -32,7 +32,6 @@ from gpu_mixmatch.impl.triton.rows import (
 from gpu_mixmatch.types import LEAST_SIGMA, AugmentParams, Geometry, MixUpParams, Scaling
 
 _LEAST_SIGMA = tl.constexpr(LEAST_SIGMA)
-_MOST_AT_ONCE = 64  # sources of one product; a wide blur takes several
 # Weights and what is between the products stay clear of float16's smallest numbers: a weight of 1
 # is 2^15, hence a pixel is byte · 2^(15 - 24) in between and byte · 2^(15 - 24 + 15) at the end.
 _OF_ONE = tl.constexpr(2.0**15)
@@ -47,168 +46,118 @@ _ANYWHERE = ["x_ptr", "u_ptr", "scale", "bias"]
 # Weights
 
 
+class _Axis(NamedTuple):
+    """What moves the pixels of one axis of a view, in a kernel: whole numbers as float32.
+
+    Attributes:
+        size: Pixels of the axis.
+        slope: By how much a pixel further on reads further, in units of 1 / (2 · size).
+        start: Where the first pixel reads, in these units.
+        most: Where the last source is read, in these units.
+        unit: 1 / (2 · size).
+        shift: Where the window, or what zoom leaves of it, begins in the image.
+    """
+
+    size: Any
+    slope: Any
+    start: Any
+    most: Any
+    unit: Any
+    shift: Any
+
+
 @triton.jit
-def _padded(position, shift, SIZE: tl.constexpr, PADDING: tl.constexpr, MODE: tl.constexpr):
-    """Where a pixel of the window lies in the image, and whether it does."""
-    position += shift - PADDING
-    inside = (position >= 0) & (position < SIZE)
+def _axis(size, shift, flip, before, after, ZOOM: tl.constexpr):
+    direction = tl.where(flip > 0, -1, 1)
+    start = tl.where(flip > 0, size - 1, 0)
+    slope, most = direction.to(tl.float32), 0.0
+    if ZOOM:
+        before = tl.minimum(before, size - 1)  # at least one pixel is left
+        kept = size - before - tl.minimum(after, size - 1 - before)
+        # (position + 1/2) · kept / size - 1/2
+        slope = (2 * direction * kept).to(tl.float32)
+        start = (2 * start + 1) * kept - size
+        most = ((kept - 1) * 2 * size).to(tl.float32)
+        shift += before
+    width = size.to(tl.float32)
+    unit = 1.0 / (2.0 * width)
+    return _Axis(width, slope, start.to(tl.float32), most, unit, shift.to(tl.float32))
+
+
+@triton.jit
+def _padded(position, weight, size, MODE: tl.constexpr):
+    """Where a pixel of the padded image lies in the image, and its weight, 0 for black."""
     if MODE == "reflect":
-        position = (SIZE - 1) - tl.abs((SIZE - 1) - tl.abs(position))
-        inside = position >= 0
+        position = (size - 1.0) - tl.abs((size - 1.0) - tl.abs(position))
     elif MODE == "edge":
-        inside = position == position
-    return tl.minimum(tl.maximum(position, 0), SIZE - 1), inside
+        position = tl.minimum(tl.maximum(position, 0.0), size - 1.0)
+    else:
+        weight = tl.where((position >= 0.0) & (position < size), weight, 0.0)
+    return position, weight
 
 
 @triton.jit
-def _read(
-    position,
-    shift,
-    flip,
-    before,
-    after,
-    SIZE: tl.constexpr,
-    PADDING: tl.constexpr,
-    MODE: tl.constexpr,
-    ZOOM: tl.constexpr,
-):
-    """The two sources of a pixel before blur, and their weights."""
-    position = tl.minimum(position, SIZE - 1)
-    position = tl.where(flip > 0, SIZE - 1 - position, position)
-    distance = tl.zeros(position.shape, tl.float32)
+def _read(position, axis, MODE: tl.constexpr, ZOOM: tl.constexpr):
+    """The two sources of pixels before blur, and their weights."""
+    read = position.to(tl.float32) * axis.slope + axis.start
+    distance = tl.zeros_like(read)
     if ZOOM:
-        before = tl.minimum(before, SIZE - 1)  # at least one pixel is left
-        kept = SIZE - before - tl.minimum(after, SIZE - 1 - before)
-        # (position + 1/2) · kept / SIZE - 1/2, in units of 1 / (2 · SIZE)
-        units = (2 * position + 1) * kept - SIZE
-        units = tl.minimum(tl.maximum(units, 0), (kept - 1) * (2 * SIZE))
-        position = units // (2 * SIZE)
-        distance = (units - position * (2 * SIZE)).to(tl.float32) / (2 * SIZE)
-        position += before
-    first, inside = _padded(position, shift, SIZE, PADDING, MODE)
-    of_first = tl.where(inside, 1.0 - distance, 0.0)
-    second, of_second = first, tl.zeros_like(of_first)
-    if ZOOM:
-        second, inside = _padded(tl.minimum(position + 1, SIZE - 1), shift, SIZE, PADDING, MODE)
-        of_second = tl.where(inside, distance, 0.0)
+        units = tl.minimum(tl.maximum(read, 0.0), axis.most)
+        # half a unit keeps whole pixels on the right side of rounding
+        read = tl.floor((units + 0.5) * axis.unit)
+        distance = (units - read * (2.0 * axis.size)) * axis.unit
+    first, of_first = _padded(read + axis.shift, 1.0 - distance, axis.size, MODE)
+    second, of_second = _padded(read + (axis.shift + 1.0), distance, axis.size, MODE)
     return first, of_first, second, of_second
 
 
 @triton.jit
-def _two_taps(read, source, ZOOM: tl.constexpr):
-    """A matrix of the weights of sources ``[1, S]`` in pixels ``[P]`` before blur."""
-    first, of_first, second, of_second = read
-    weight = tl.where(source == first[:, None], of_first[:, None], 0.0)
-    if ZOOM:
-        weight += tl.where(source == second[:, None], of_second[:, None], 0.0)
-    return weight
-
-
-@triton.jit
 def _tap(distance, falloff, RADIUS: tl.constexpr):
-    weight = tl.exp2(falloff * (distance * distance).to(tl.float32))
+    """A weight of the Gaussian, unnormalised."""
+    weight = tl.exp2(falloff * (distance * distance))
     return tl.where(tl.abs(distance) <= RADIUS, weight, 0.0)
 
 
 @triton.jit
-def _taps(start, position, falloff, SIZE: tl.constexpr, TILE: tl.constexpr, RADIUS: tl.constexpr):
+def _taps(start, position, falloff, size, TILE: tl.constexpr, RADIUS: tl.constexpr, NEAR):
     """Weights of pixels ``[P]`` in a tile of blurred ones: a Gaussian and its reflections."""
-    place = tl.minimum(start + tl.arange(0, TILE), SIZE - 1)[:, None]
-    position = position[None, :]
+    end = size - 1.0
+    place = tl.minimum((start + tl.arange(0, TILE)).to(tl.float32), end)[:, None]
+    position = position.to(tl.float32)[None, :]
     weight = _tap(position - place, falloff, RADIUS)
-    if SIZE > 1:
-        # places further out repeat with this period, forwards and backwards in turn
-        PERIOD: tl.constexpr = 2 * (SIZE - 1)
-        PERIODS: tl.constexpr = (RADIUS + PERIOD - 1) // PERIOD if RADIUS >= SIZE - 1 else 0
-        if (start < RADIUS) | (start + TILE + RADIUS > SIZE):
-            between = (position > 0) & (position < SIZE - 1)  # the ends are their own images
+    if (start < RADIUS) | (start + (TILE + RADIUS) > size):
+        between = (position > 0.0) & (position < end)  # the ends are their own reflections
+        if NEAR:
+            reflected = _tap(position + place, falloff, RADIUS)
+            reflected += _tap((end - position) + (end - place), falloff, RADIUS)
+            weight += tl.where(between, reflected, 0.0)
+        else:
+            # pixels further out repeat with this period, forwards and backwards in turn
+            period = tl.maximum(2.0 * end, 1.0)
+            periods = tl.ceil(RADIUS / period).to(tl.int32)
             weight = tl.zeros_like(weight)
-            for turn in range(-PERIODS, PERIODS + 2):
-                forwards = turn * PERIOD + position
-                backwards = turn * PERIOD - position
-                weight += _tap(forwards - place, falloff, RADIUS)
-                weight += tl.where(between, _tap(backwards - place, falloff, RADIUS), 0.0)
-        weight = tl.where(position < SIZE, weight, 0.0)
-    else:
-        weight = tl.where(position == 0, tl.full(weight.shape, 1.0, tl.float32), 0.0)
+            for turn in tl.range(-periods, periods + 2, num_stages=1):
+                offset = turn * period
+                reflected = _tap(offset - position - place, falloff, RADIUS)
+                weight += _tap(offset + position - place, falloff, RADIUS)
+                weight += tl.where(between, reflected, 0.0)
+        weight = tl.where(position <= end, weight, 0.0)
     return weight
 
 
 @triton.jit
-def _band(
-    table_ptr,
-    first_ptr,
-    tile,
-    shift,
-    flip,
-    before,
-    after,
-    falloff,
-    SIZE: tl.constexpr,
-    SOURCES: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    POSITIONS_AT_ONCE: tl.constexpr,
-    TILE: tl.constexpr,
-    PADDING: tl.constexpr,
-    MODE: tl.constexpr,
-    ZOOM: tl.constexpr,
-    RADIUS: tl.constexpr,
-    PARTS: tl.constexpr,
-    WORDS: tl.constexpr,
-):
-    """Weights of a tile of one axis, and the first of its sources."""
-    start = tile * TILE
-    place = start + tl.arange(0, TILE)
-    # the pixels before blur that a tile is made of; reflection folds them back into these
-    lowest = tl.maximum(start - RADIUS, 0)
-    highest = tl.minimum(start + TILE - 1 + RADIUS, SIZE - 1)
-    first = SIZE
-    if SIZE <= SOURCES:
-        first = 0
-    else:
-        for behind in tl.range(0, POSITIONS, POSITIONS_AT_ONCE, num_stages=1):
-            position = lowest + behind + tl.arange(0, POSITIONS_AT_ONCE)
-            read = _read(
-                tl.minimum(position, highest),
-                shift, flip, before, after, SIZE, PADDING, MODE, ZOOM,
-            )  # fmt: skip
-            first = tl.minimum(first, tl.min(tl.minimum(read[0], read[2]), axis=0))
-        if WORDS:
-            first = first // 4 * 4
-        first = tl.minimum(first, SIZE - SOURCES)
-    tl.store(first_ptr + tile, first)
+def _in_halves(value):
+    """Two float16 that sum to a float32, to 22 digits."""
+    high = value.to(tl.float16)
+    return high, (value - high.to(tl.float32)).to(tl.float16)
 
-    column = tl.arange(0, AT_ONCE)
-    source = column
-    if WORDS:  # the order in which masks take bytes out of words
-        source = column // 16 * 16 + column // 2 % 4 * 4 + column % 2 * 2 + column // 8 % 2
-    for behind in tl.range(0, SOURCES, AT_ONCE, num_stages=1):
-        sources = (first + behind + source)[None, :]
-        if RADIUS == 0:
-            read = _read(place, shift, flip, before, after, SIZE, PADDING, MODE, ZOOM)
-            weight = _two_taps(read, sources, ZOOM)
-        else:
-            weight = tl.zeros([TILE, AT_ONCE], tl.float32)
-            total = tl.zeros([TILE], tl.float32)
-            for further in tl.range(0, POSITIONS, POSITIONS_AT_ONCE, num_stages=1):
-                position = lowest + further + tl.arange(0, POSITIONS_AT_ONCE)
-                taps = _taps(start, position, falloff, SIZE, TILE, RADIUS)
-                read = _read(position, shift, flip, before, after, SIZE, PADDING, MODE, ZOOM)
-                total += tl.sum(taps, axis=1)
-                weight = tl.dot(
-                    taps, _two_taps(read, sources, ZOOM), weight, input_precision="tf32x3"
-                )
-            weight /= total[:, None]
-        element = table_ptr.dtype.element_ty
-        at = place[:, None] * (PARTS * SOURCES) + (behind + column)[None, :]
-        if element == tl.float16:
-            weight *= _OF_ONE
-        high = weight.to(element)
-        tl.store(table_ptr + at, high)
-        if PARTS == 2:
-            low = (weight - high.to(tl.float32)).to(element)
-            tl.store(table_ptr + at + SOURCES, low)
+
+@triton.jit
+def _gathered(weights, source, sources, total):
+    """Add the weights ``[T, P]`` of pixels to those of their sources, a product by ones."""
+    ones = tl.where(sources[:, None] == source[None, :], 1.0, 0.0).to(tl.float16).trans()
+    high, low = _in_halves(weights)
+    return tl.dot(high, ones, tl.dot(low, ones, total))
 
 
 @triton.jit(do_not_specialize=_DRAWS, do_not_specialize_on_alignment=["draws_ptr"])
@@ -225,48 +174,91 @@ def weights_kernel(
     ZOOM: tl.constexpr,
     RADIUS: tl.constexpr,
     TILE: tl.constexpr,
-    LINES: tl.constexpr,
-    LINES_AT_ONCE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    COLUMNS_AT_ONCE: tl.constexpr,
-    POSITIONS_DOWN: tl.constexpr,
-    POSITIONS_ACROSS: tl.constexpr,
+    SOURCES: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    POSITIONS: tl.constexpr,
     POSITIONS_AT_ONCE: tl.constexpr,
     PARTS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """One tile of lines or of columns of a view."""
+    """The weights of one tile of lines or of columns of a view, and the first of its sources."""
     DOWN: tl.constexpr = (HEIGHT + TILE - 1) // TILE
     ACROSS: tl.constexpr = (WIDTH + TILE - 1) // TILE
+    # nearly all blurs reach less far than an image: then no pixel is reflected twice
+    NEAR: tl.constexpr = RADIUS < HEIGHT - 1 and RADIUS < WIDTH - 1
+    REACH: tl.constexpr = triton.next_power_of_2(2 * RADIUS + 1)
     row = tl.program_id(0) // (DOWN + ACROSS)
     tile = tl.program_id(0) % (DOWN + ACROSS)
-    table_ptr += row.to(tl.int64) * (PARTS * TILE * (DOWN * LINES + ACROSS * COLUMNS))
-    first_ptr += row.to(tl.int64) * (DOWN + ACROSS)
+    first_ptr += row.to(tl.int64) * (DOWN + ACROSS) + tile
+    table_ptr += (row.to(tl.int64) * (DOWN + ACROSS) + tile) * (PARTS * TILE * SOURCES)
     cuts_ptr = draws_ptr + to_zoom + row.to(tl.int64) * 4
     draws_ptr += row
-    falloff = 0.0
+    is_down = tile < DOWN
+    size = tl.where(is_down, HEIGHT, WIDTH)
+    start = (tile - tl.where(is_down, 0, DOWN)) * TILE
+    shift = tl.load(draws_ptr + tl.where(is_down, 0, pitch)) - PADDING
+    flip = tl.where(is_down, 0, tl.load(draws_ptr + 2 * pitch))
+    before, after = 0, 0
+    if ZOOM:
+        cuts_ptr += tl.where(is_down, 0, 2)
+        before, after = tl.load(cuts_ptr), tl.load(cuts_ptr + 1)
+    axis = _axis(size, shift, flip, before, after, ZOOM)
+    falloff, share = 0.0, _OF_ONE
     if RADIUS > 0:
         sigma = tl.load(draws_ptr + 7 * pitch).to(tl.float32, bitcast=True)
         sigma = tl.maximum(sigma, _LEAST_SIGMA)
         falloff = -0.7213475204444817 / (sigma * sigma)  # of exp2: -1/2 · log2(e)
-    before, after = 0, 0
-    if tile < DOWN:
-        if ZOOM:
-            before, after = tl.load(cuts_ptr), tl.load(cuts_ptr + 1)
-        _band(
-            table_ptr, first_ptr, tile, tl.load(draws_ptr), 0, before, after, falloff,
-            HEIGHT, LINES, LINES_AT_ONCE, POSITIONS_DOWN, POSITIONS_AT_ONCE,
-            TILE, PADDING, MODE, ZOOM, RADIUS, PARTS, False,
-        )  # fmt: skip
-    else:
-        if ZOOM:
-            before, after = tl.load(cuts_ptr + 2), tl.load(cuts_ptr + 3)
-        _band(
-            table_ptr + PARTS * TILE * DOWN * LINES, first_ptr + DOWN, tile - DOWN,
-            tl.load(draws_ptr + pitch), tl.load(draws_ptr + 2 * pitch), before, after, falloff,
-            WIDTH, COLUMNS, COLUMNS_AT_ONCE, POSITIONS_ACROSS, POSITIONS_AT_ONCE,
-            TILE, PADDING, MODE, ZOOM, RADIUS, PARTS, WORDS,
-        )  # fmt: skip
+        distance = (tl.arange(0, REACH) - RADIUS).to(tl.float32)
+        share = _OF_ONE / tl.sum(_tap(distance, falloff, RADIUS), axis=0)
+
+    # the pixels before blur that a tile is made of; reflection folds them back into these
+    lowest = tl.maximum(start - RADIUS, 0)
+    highest = tl.minimum(start + (TILE - 1 + RADIUS), size - 1)
+    least = size.to(tl.float32)
+    for behind in tl.range(0, POSITIONS, POSITIONS_AT_ONCE, num_stages=1):
+        position = tl.minimum(lowest + behind + tl.arange(0, POSITIONS_AT_ONCE), highest)
+        read = _read(position, axis, MODE, ZOOM)
+        nearest = tl.minimum(read[0], read[2]) if ZOOM else read[0]
+        least = tl.minimum(least, tl.min(nearest, axis=0))
+    first = least.to(tl.int32)
+    if WORDS:
+        first = first // 4 * 4
+    first = tl.maximum(tl.minimum(first, size - SOURCES), 0)
+    tl.store(first_ptr, first)
+
+    column = tl.arange(0, AT_ONCE)
+    source = column
+    if WORDS:  # the order in which masks take bytes out of words
+        source = column // 16 * 16 + column // 2 % 4 * 4 + column % 2 * 2 + column // 8 % 2
+        source = tl.where(is_down, column, source)
+    in_tile = tl.arange(0, TILE)
+    for behind in tl.range(0, SOURCES, AT_ONCE, num_stages=1):
+        sources = (first + behind + source).to(tl.float32)
+        weight = tl.zeros([TILE, AT_ONCE], tl.float32)
+        if RADIUS == 0:
+            read = _read(start + in_tile, axis, MODE, ZOOM)
+            of_first, of_second = (read[1] * share)[:, None], (read[3] * share)[:, None]
+            weight = tl.where(sources[None, :] == read[0][:, None], of_first, 0.0)
+            if ZOOM:
+                weight += tl.where(sources[None, :] == read[2][:, None], of_second, 0.0)
+        else:
+            for further in tl.range(0, POSITIONS, POSITIONS_AT_ONCE, num_stages=1):
+                position = lowest + further + tl.arange(0, POSITIONS_AT_ONCE)
+                taps = _taps(start, position, falloff, axis.size, TILE, RADIUS, NEAR)
+                read = _read(position, axis, MODE, ZOOM)
+                shares = (read[1] * share)[None, :]
+                weight = _gathered(taps * shares, read[0], sources, weight)
+                if ZOOM:
+                    shares = (read[3] * share)[None, :]
+                    weight = _gathered(taps * shares, read[2], sources, weight)
+        at = in_tile[:, None] * (PARTS * SOURCES) + (behind + column)[None, :]
+        if table_ptr.dtype.element_ty == tl.float16:
+            high, low = _in_halves(weight)
+            tl.store(table_ptr + at, high)
+            if PARTS == 2:
+                tl.store(table_ptr + at + SOURCES, low)
+        else:
+            tl.store(table_ptr + at, weight / _OF_ONE)
 
 
 # Products
@@ -312,20 +304,18 @@ def _sources(
     column,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
-    LINES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LINES_AT_ONCE: tl.constexpr,
-    COLUMNS_AT_ONCE: tl.constexpr,
+    SOURCES: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     WORDS: tl.constexpr,
 ):
     """Pixels from a line and a column on, as the product wants them."""
-    line += tl.arange(0, LINES_AT_ONCE)
-    if LINES > HEIGHT:
+    line += tl.arange(0, AT_ONCE)
+    if SOURCES > HEIGHT:
         line = tl.minimum(line, HEIGHT - 1)  # whose weight is 0
     start = channel * image.stride_channel
     if WORDS:
-        word = column // 4 + tl.arange(0, COLUMNS_AT_ONCE // 4)
-        if COLUMNS > WIDTH:
+        word = column // 4 + tl.arange(0, AT_ONCE // 4)
+        if SOURCES > WIDTH:
             word = tl.minimum(word, WIDTH // 4 - 1)
         # all lines begin equally far behind the beginning of a word
         address = image.ptr.to(tl.int64) + start
@@ -338,8 +328,8 @@ def _sources(
             words = low.to(tl.int32, bitcast=True) | (tl.load(words_ptr + 1) << (32 - behind))
         pixels = _of_words(words)
     else:
-        column += tl.arange(0, COLUMNS_AT_ONCE)
-        if COLUMNS > WIDTH:
+        column += tl.arange(0, AT_ONCE)
+        if SOURCES > WIDTH:
             column = tl.minimum(column, WIDTH - 1)
         at = (line * image.stride_line)[:, None] + (column * image.stride_pixel)[None, :]
         pixels = tl.load(image.ptr + start + at)
@@ -366,29 +356,27 @@ def _tile(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
-    LINES: tl.constexpr,
-    LINES_AT_ONCE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    COLUMNS_AT_ONCE: tl.constexpr,
+    SOURCES: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     PARTS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
     """A tile of one channel, ``[TILE, TILE]`` float32, in units of a byte or of the images."""
     element = lines_ptr.dtype.element_ty
-    down = tl.arange(0, LINES_AT_ONCE)[None, :]
-    across = tl.arange(0, COLUMNS_AT_ONCE)[:, None]
+    down = tl.arange(0, AT_ONCE)[None, :]
+    across = tl.arange(0, AT_ONCE)[:, None]
     value = tl.zeros([TILE, TILE], tl.float32)
-    for below in tl.range(0, LINES, LINES_AT_ONCE, num_stages=1):
-        blurred = tl.zeros([LINES_AT_ONCE, TILE], tl.float32)
-        for beside in tl.range(0, COLUMNS, COLUMNS_AT_ONCE, num_stages=1):
+    for below in tl.range(0, SOURCES, AT_ONCE, num_stages=1):
+        blurred = tl.zeros([AT_ONCE, TILE], tl.float32)
+        for beside in tl.range(0, SOURCES, AT_ONCE, num_stages=1):
             pixels = _sources(
                 image, channel, line + below, column + beside,
-                HEIGHT, WIDTH, LINES, COLUMNS, LINES_AT_ONCE, COLUMNS_AT_ONCE, WORDS,
+                HEIGHT, WIDTH, SOURCES, AT_ONCE, WORDS,
             )  # fmt: skip
             weights_ptr = columns_ptr + beside + across
             blurred = _product(pixels, tl.load(weights_ptr), blurred)
             if PARTS == 2:
-                rest = tl.load(weights_ptr + COLUMNS)
+                rest = tl.load(weights_ptr + SOURCES)
                 blurred = _product(pixels, rest, blurred)
         weights_ptr = lines_ptr + below + down
         weights = tl.load(weights_ptr)
@@ -396,7 +384,7 @@ def _tile(
         if PARTS == 2:
             rest = (blurred - high.to(tl.float32)).to(element)
             value = _product(weights, rest, value)
-            value = _product(tl.load(weights_ptr + LINES), high, value)
+            value = _product(tl.load(weights_ptr + SOURCES), high, value)
         value = _product(weights, high, value)
     if element == tl.float16:
         value *= _OF_BYTE
@@ -455,10 +443,8 @@ def resample_kernel(
     CHANNELS_LAST: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     TILE: tl.constexpr,
-    LINES: tl.constexpr,
-    LINES_AT_ONCE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    COLUMNS_AT_ONCE: tl.constexpr,
+    SOURCES: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     PARTS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
@@ -483,7 +469,7 @@ def resample_kernel(
             tl.where(from_x, stride_x_pixel, stride_u_pixel).to(tl.int64),
         )
     out_ptr += row.to(tl.int64) * VALUES
-    table_ptr += row.to(tl.int64) * (PARTS * TILE * (DOWN * LINES + ACROSS * COLUMNS))
+    table_ptr += row.to(tl.int64) * ((DOWN + ACROSS) * (TILE * PARTS * SOURCES))
     first_ptr += row.to(tl.int64) * (DOWN + ACROSS)
     line = tl.load(first_ptr + tile_down)
     column = tl.load(first_ptr + DOWN + tile_across)
@@ -492,8 +478,8 @@ def resample_kernel(
     in_tile = tl.arange(0, TILE)
     down = (tile_down * TILE + in_tile)[:, None]
     across = (tile_across * TILE + (_in_eights(in_tile) if THREES else in_tile))[None, :]
-    lines_ptr = table_ptr + down * (PARTS * LINES)
-    columns_ptr = table_ptr + PARTS * TILE * DOWN * LINES + across * (PARTS * COLUMNS)
+    lines_ptr = table_ptr + down * (PARTS * SOURCES)
+    columns_ptr = table_ptr + (DOWN * TILE + across) * (PARTS * SOURCES)
     element = out_ptr.dtype.element_ty
     if THREES:
         red = tl.zeros([TILE, TILE], element)
@@ -501,7 +487,7 @@ def resample_kernel(
         for channel in tl.range(0, 3, num_stages=1):
             value = _tile(
                 image, channel, lines_ptr, columns_ptr, line, column,
-                HEIGHT, WIDTH, TILE, LINES, LINES_AT_ONCE, COLUMNS, COLUMNS_AT_ONCE, PARTS, WORDS,
+                HEIGHT, WIDTH, TILE, SOURCES, AT_ONCE, PARTS, WORDS,
             )  # fmt: skip
             value = normalised(value, channel, scale, bias, PER_CHANNEL, CHANNELS)
             red, green, blue = green, blue, value.to(element)
@@ -521,7 +507,7 @@ def resample_kernel(
         for channel in tl.range(0, CHANNELS, num_stages=1):
             value = _tile(
                 image, channel, lines_ptr, columns_ptr, line, column,
-                HEIGHT, WIDTH, TILE, LINES, LINES_AT_ONCE, COLUMNS, COLUMNS_AT_ONCE, PARTS, WORDS,
+                HEIGHT, WIDTH, TILE, SOURCES, AT_ONCE, PARTS, WORDS,
             )  # fmt: skip
             value = normalised(value, channel, scale, bias, PER_CHANNEL, CHANNELS)
             if CHANNELS_LAST:
@@ -535,42 +521,29 @@ def resample_kernel(
 
 
 class _Shape(NamedTuple):
-    """Sizes of a tile: outputs, sources of the products, and pixels between zoom and blur."""
+    """Sizes of a tile: outputs, sources, and pixels between zoom and blur; in all, and at once."""
 
     tile: int
-    lines: int
-    lines_at_once: int
-    columns: int
-    columns_at_once: int
-    positions_down: int
-    positions_across: int
+    sources: int
+    sources_at_once: int
+    positions: int
     positions_at_once: int
 
 
 @lru_cache(maxsize=64)
 def _shape(height: int, width: int, zoom: bool, radius: int, words: bool) -> _Shape:
-    tile = 32 if max(height, width) > 16 else 16
+    size = max(height, width)
+    tile = 32 if size > 16 else 16
     reach = tile + 2 * radius
-    # between two pixels, and from the beginning of a word
-    lines, lines_at_once = _in_products(min(reach + zoom, height))
-    columns, columns_at_once = _in_products(min(reach + zoom + 3 * words, width))
-    down, across = (_in_products(min(reach, size)) for size in (height, width))
-    at_once = max(down[1], across[1])
-    return _Shape(
-        tile,
-        lines,
-        lines_at_once,
-        columns,
-        columns_at_once,
-        blocks(down[0], at_once) * at_once,
-        blocks(across[0], at_once) * at_once,
-        at_once,
-    )
+    # zoom reads between two pixels, and words may begin up to three before the first. What is not
+    # read in words takes more registers: fewer pixels at once
+    sources = _in_products(min(reach + zoom + 3 * words, size), 64 if words else 32)
+    return _Shape(tile, *sources, *_in_products(min(reach, size), 64))
 
 
-def _in_products(count: int) -> tuple[int, int]:
+def _in_products(count: int, most: int) -> tuple[int, int]:
     """At least ``count`` terms of a sum, and how many of them one product takes."""
-    if count <= _MOST_AT_ONCE:
+    if count <= most:
         size = max(16, triton.next_power_of_2(count))
         return size, size
     return blocks(count, 32) * 32, 32
@@ -607,29 +580,27 @@ def resample(
     parts = {"PARTS": 2 if split else 1, "WORDS": words}
 
     scratch = workspace or Workspace()
-    tile, lines, columns = shape.tile, shape.lines, shape.columns
+    tile = shape.tile
     tiles_down, tiles_across = blocks(height, tile), blocks(width, tile)
-    weights = parts["PARTS"] * tile * (tiles_down * lines + tiles_across * columns)
+    tiles = tiles_down + tiles_across
     table = scratch.empty(
         "weights",
-        (num_rows, weights),
+        (num_rows, tiles, tile, parts["PARTS"], shape.sources),
         torch.float16 if of_bytes else torch.float32,
         out.device,
     )
-    starts = scratch.empty("starts", (num_rows, tiles_down + tiles_across), torch.int32, out.device)
+    starts = scratch.empty("starts", (num_rows, tiles), torch.int32, out.device)
     sizes = {
         "HEIGHT": height,
         "WIDTH": width,
         "TILE": tile,
-        "LINES": lines,
-        "LINES_AT_ONCE": shape.lines_at_once,
-        "COLUMNS": columns,
-        "COLUMNS_AT_ONCE": shape.columns_at_once,
+        "SOURCES": shape.sources,
+        "AT_ONCE": shape.sources_at_once,
         **parts,
     }
     launch(
         weights_kernel,
-        num_rows * (tiles_down + tiles_across),
+        num_rows * tiles,
         out.device,
         table,
         starts,
@@ -638,11 +609,10 @@ def resample(
         MODE=geometry.padding_mode,
         ZOOM=geometry.zoom,
         RADIUS=geometry.blur_radius,
-        POSITIONS_DOWN=shape.positions_down,
-        POSITIONS_ACROSS=shape.positions_across,
+        POSITIONS=shape.positions,
         POSITIONS_AT_ONCE=shape.positions_at_once,
         **sizes,
-        num_warps=4,
+        num_warps=2,
     )
     strides = (None,) * 8 if plain else (*views[0].stride(), *views[1].stride())
     scale, bias, per_channel = normalisation(scaling, channels, out.device)
