@@ -252,3 +252,38 @@ def test_the_number_of_images_and_their_address_choose_nothing(monkeypatch):
         found.append((kernel.__name__, options))
     assert found[0][0] == PACKED
     assert found[1:] == found[:1] * 2
+
+
+@pytest.mark.usefixtures("by_words")
+@pairwise(
+    lambda case: case["mode"] != "reflect" or case["padding"] < case["shape"][1],
+    shape=[(3, 5, 16), (1, 9, 28), (4, 6, 8)],
+    mode=["reflect", "zeros", "edge"],
+    padding=[0, 4, 9],
+    layout=["NCHW", "NHWC"],
+    begin=[0, 1, 3],
+    dtype=FLOATS,
+    channels_last=[False, True],
+)
+def test_words_zoom_as_eager_does(shape, mode, padding, layout, begin, dtype, channels_last):
+    sources = (random_images(1, *shape), random_images(2, *shape, seed=2))
+    if layout == "NHWC":
+        sources = tuple(images.permute(0, 2, 3, 1).contiguous() for images in sources)
+    sources = tuple(beginning(images, begin) for images in sources)
+    options = {
+        "scale": 1 / 127.5,
+        "bias": torch.linspace(-1.0, 0.5, shape[0], device=DEVICE),
+        "padding": padding,
+        "padding_mode": mode,
+        "zoom": True,
+        "channels_last_in": layout == "NHWC",
+        "dtype": dtype,
+        "channels_last": channels_last,
+    }
+    params = augment_params(5, *shape[1:], padding, zoom=True, blur_radius=0)
+    params.zoom[1:3] = 0  # as it is
+    arguments = (sources, params, (5, *shape))
+    result = views(["packed_kernel"], *arguments, **options)
+    close(result, augmented(eager, *arguments, **{**options, "dtype": torch.float32}), dtype)
+    shifted = views(["packed_kernel"], *arguments, **{**options, "zoom": False})
+    assert torch.equal(result[1:3], shifted[1:3])  # to the bit
