@@ -89,7 +89,7 @@ def parts(out: Path) -> list[Part]:
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all"]
     workload = [python, "-m", "benchmarks.gpu", "--workload"]
     no_cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # memory of its own for each tensor
-    heaviest = ["--kernel-name", "regex:augment_kernel|mixup_kernel"]
+    heaviest = ["--kernel-name", "regex:augment_kernel|packed_kernel|mixup_kernel"]
     # the first batch compiles and warms up
     heaviest += ["--launch-skip", "2", "--launch-count", "2"]
     return [

@@ -295,7 +295,7 @@ def test_mixup_reads_and_writes_16_bytes_at_a_time(report):
         assert set(row["store_bits"]) == {"32", "128"}  # 32: targets, whatever their number
 
 
-@pytest.mark.parametrize("name", ["augment_kernel", "resample_kernel"])
+@pytest.mark.parametrize("name", ["augment_kernel", "packed_kernel", "resample_kernel"])
 def test_views_are_written_16_bytes_at_a_time(report, name):
     for row in found(report, name):
         assert set(row["store_bits"]) == {"128"}, row
@@ -330,6 +330,15 @@ def test_shifted_bytes_are_read_by_neighbouring_threads(report):
             assert (lines, columns) in ((1, 4), (1, 8))
             # the threads of a warp that are side by side cover at least one sector of 32 bytes
             assert layout["threadsPerWarp"][1] * columns >= 32
+
+
+def test_large_images_are_shifted_in_words(report):
+    for row in found(report, "packed_kernel"):
+        # 48 values of a thread, for every four of them two words of each row; and a row's draws
+        words = 48 // 4 * 2 * (2 if row["mixes"] else 1)
+        assert set(row["load_bits"]) <= {"32", "64"}  # 64: which row is the partner
+        assert words < row["load_bits"]["32"] <= words + 12, row
+        assert row["shared"] == 0, row  # what a thread reads it writes
 
 
 # Sizes and bytes

@@ -185,6 +185,14 @@ def augment(
     workspace: Workspace | None,
     mixup: MixUpParams | None = None,
 ) -> None:
+    first, last = sources[0], sources[-1]
+    pixels_in = by_pixels(sources, channels_last_in)
+    in_words = pixels_in is not None and packed.fits(first.dtype, out, pixels_in)
+    if in_words and not geometry.blur_radius and not (geometry.zoom and mixup):
+        packed.augment(
+            sources, params, geometry, scaling, by_pixels=bool(pixels_in), out=out, mixup=mixup
+        )
+        return
     if geometry.zoom or geometry.blur_radius:
         resample(
             sources,
@@ -195,13 +203,6 @@ def augment(
             out=out,
             workspace=workspace,
             mixup=mixup,
-        )
-        return
-    first, last = sources[0], sources[-1]
-    pixels_in = by_pixels(sources, channels_last_in)
-    if pixels_in is not None and packed.fits(first.dtype, out, pixels_in):
-        packed.augment(
-            sources, params, geometry, scaling, by_pixels=pixels_in, out=out, mixup=mixup
         )
         return
     num_rows, channels, height, width = out.shape
