@@ -893,13 +893,15 @@ def test_batches_built_on_two_streams_do_not_meet():
 @needs_cuda
 @pytest.mark.parametrize("policy", [{}, {"zoom_px": (0, 2), "blur_sigma": (0.0, 1.0)}])
 def test_last_batches_of_any_size_compile_nothing(policy):
-    from gpu_mixmatch.impl.triton.augment import augment_kernel, blur_kernel
+    from gpu_mixmatch.impl.triton.augment import augment_kernel
     from gpu_mixmatch.impl.triton.draw import draw_kernel
     from gpu_mixmatch.impl.triton.guess_labels import guess_labels_kernel
     from gpu_mixmatch.impl.triton.mixmatch_loss import mixmatch_loss_kernel
     from gpu_mixmatch.impl.triton.mixup import mixup_kernel
+    from gpu_mixmatch.impl.triton.resample import resample_kernel, weights_kernel
 
-    kernels = (draw_kernel, augment_kernel, blur_kernel, guess_labels_kernel, mixup_kernel)
+    kernels = (draw_kernel, augment_kernel, guess_labels_kernel, mixup_kernel)
+    kernels += (weights_kernel, resample_kernel)
     model, mixmatch, criterion = net(), builder("auto", policy=policy), MixMatchLoss()
     device = torch.cuda.current_device()
 

@@ -69,7 +69,8 @@ def test_every_kernel_is_compiled_for_every_architecture(report, elsewhere):
         "draw_kernel",
         "augment_kernel",
         "packed_kernel",
-        "blur_kernel",
+        "weights_kernel",
+        "resample_kernel",
         "guess_labels_kernel",
         "mixup_kernel",
         "mixmatch_loss_kernel",
@@ -294,16 +295,21 @@ def test_mixup_reads_and_writes_16_bytes_at_a_time(report):
         assert set(row["store_bits"]) == {"32", "128"}  # 32: targets, whatever their number
 
 
-@pytest.mark.parametrize("name", ["augment_kernel", "packed_kernel", "blur_kernel"])
+@pytest.mark.parametrize("name", ["augment_kernel", "packed_kernel", "resample_kernel"])
 def test_views_are_written_16_bytes_at_a_time(report, name):
     for row in found(report, name):
         assert set(row["store_bits"]) == {"128"}, row
 
 
-def test_blur_reads_16_bytes_at_a_time(report):
-    for row in found(report, "blur_kernel"):
-        assert row["load_bits"]["128"] > 0
-        assert set(row["load_bits"]) <= {"32", "128"}  # 32: sigma
+def test_resampling_reads_words_of_bytes_and_weights_16_bytes_at_a_time(report):
+    for row in found(report, "resample_kernel"):
+        # 128: of 32 columns and of 32 lines, as float16, twice for float32; by 64 threads
+        sources = 32 if row["regime"].startswith("32 px") else 64
+        itemsize = 2 if "bfloat16" in row["regime"] else 4
+        assert row["load_bits"]["128"] == 2 * 32 * sources * itemsize / 16 / 64
+        # 32: words of 64 threads, twice for images that begin within a word; where sources begin
+        assert row["load_bits"]["32"] == 2 * sources**2 / 4 / 64 + 2
+        assert set(row["load_bits"]) == {"32", "128"}
 
 
 def test_shifted_bytes_are_read_by_neighbouring_threads(report):
@@ -358,13 +364,14 @@ def test_bytes_are_those_of_a_count_by_hand(report):
         row for row in batches(report, "zoom and blur") if row["regime"].startswith("32 px")
     )
     values = 192 * 3 * 32 * 32
-    images = values * 1 + values * 4  # augment: bytes to floats
-    images += 2 * values * 4  # blur
+    images = values * 1 + values * 4  # bytes to floats
     images += 3 * values * 4  # mixup: two rows read, one written
+    # of 32 lines and 32 columns 32 weights in two parts each, and where they begin; written, read
+    images += 2 * 192 * 2 * (32 * 32 * 2 * 2 + 4)
     targets = 64 * 8 + 128 * 10 * 4 + 192 * 10 * 4  # labels, logits
     targets += 3 * 192 * 10 * 4  # mixup
-    # λ and partners are read by mixup once, sigma by blur; top, left, flip, crop, sigma by augment
-    draws = 192 * (44 + 32 + 4 + 12)
+    # λ and partners are read by mixup once; top, left, flip, zoom and sigma by the weights
+    draws = 192 * (44 + 32 + 12)
     assert batch["moved"] - images - targets - draws in range(200)  # the table of the quantile
 
 

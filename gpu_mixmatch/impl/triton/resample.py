@@ -618,7 +618,7 @@ def resample(
     scale, bias, per_channel = normalisation(scaling, channels, out.device)
     target = out
     if mixup:
-        target = scratch.empty("unmixed", (num_rows, out[0].numel()), out.dtype, out.device)
+        target = scratch.empty("unmixed", (num_rows, *out.shape[1:]), out.dtype, out.device)
     launch(
         resample_kernel,
         num_rows * tiles_down * tiles_across,
