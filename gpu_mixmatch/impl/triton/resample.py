@@ -341,6 +341,20 @@ def _sources(
 
 
 @triton.jit
+def _parts(pointers, held, SOURCES: tl.constexpr, AT_ONCE: tl.constexpr, PARTS: tl.constexpr):
+    """Weights and what they lack, which is the same where there is one part, if not held."""
+    if SOURCES == AT_ONCE and held is not None:
+        parts = held
+    else:
+        high = tl.load(pointers)
+        low = high
+        if PARTS == 2:
+            low = tl.load(pointers + SOURCES)
+        parts = high, low
+    return parts
+
+
+@triton.jit
 def _product(left, right, total):
     return tl.dot(left, right, total, input_precision="tf32x3")
 
@@ -349,6 +363,7 @@ def _product(left, right, total):
 def _tile(
     image,
     channel,
+    held,
     lines_ptr,
     columns_ptr,
     line,
@@ -373,19 +388,17 @@ def _tile(
                 image, channel, line + below, column + beside,
                 HEIGHT, WIDTH, SOURCES, AT_ONCE, WORDS,
             )  # fmt: skip
-            weights_ptr = columns_ptr + beside + across
-            blurred = _product(pixels, tl.load(weights_ptr), blurred)
+            weights = _parts(columns_ptr + beside + across, held[1], SOURCES, AT_ONCE, PARTS)
+            blurred = _product(pixels, weights[0], blurred)
             if PARTS == 2:
-                rest = tl.load(weights_ptr + SOURCES)
-                blurred = _product(pixels, rest, blurred)
-        weights_ptr = lines_ptr + below + down
-        weights = tl.load(weights_ptr)
+                blurred = _product(pixels, weights[1], blurred)
+        weights = _parts(lines_ptr + below + down, held[0], SOURCES, AT_ONCE, PARTS)
         high = blurred.to(element)
         if PARTS == 2:
             rest = (blurred - high.to(tl.float32)).to(element)
-            value = _product(weights, rest, value)
-            value = _product(tl.load(weights_ptr + SOURCES), high, value)
-        value = _product(weights, high, value)
+            value = _product(weights[0], rest, value)
+            value = _product(weights[1], high, value)
+        value = _product(weights[0], high, value)
     if element == tl.float16:
         value *= _OF_BYTE
     return value
@@ -481,12 +494,19 @@ def resample_kernel(
     lines_ptr = table_ptr + down * (PARTS * SOURCES)
     columns_ptr = table_ptr + (DOWN * TILE + across) * (PARTS * SOURCES)
     element = out_ptr.dtype.element_ty
+    held = None, None
+    if SOURCES == AT_ONCE:  # for all channels
+        source = tl.arange(0, SOURCES)
+        held = (
+            _parts(lines_ptr + source[None, :], None, SOURCES, AT_ONCE, PARTS),
+            _parts(columns_ptr + source[:, None], None, SOURCES, AT_ONCE, PARTS),
+        )
     if THREES:
         red = tl.zeros([TILE, TILE], element)
         green, blue = red, red
-        for channel in tl.range(0, 3, num_stages=1):
+        for channel in tl.static_range(3):
             value = _tile(
-                image, channel, lines_ptr, columns_ptr, line, column,
+                image, channel, held, lines_ptr, columns_ptr, line, column,
                 HEIGHT, WIDTH, TILE, SOURCES, AT_ONCE, PARTS, WORDS,
             )  # fmt: skip
             value = normalised(value, channel, scale, bias, PER_CHANNEL, CHANNELS)
@@ -504,17 +524,22 @@ def resample_kernel(
         inside = (down < HEIGHT) & (at + 16 < WIDTH * 3)
         tl.store(out_ptr + 16, _joined(g5, b5, r6, g6, b6, r7, g7, b7), mask=inside)
     else:
-        for channel in tl.range(0, CHANNELS, num_stages=1):
-            value = _tile(
-                image, channel, lines_ptr, columns_ptr, line, column,
-                HEIGHT, WIDTH, TILE, SOURCES, AT_ONCE, PARTS, WORDS,
-            )  # fmt: skip
-            value = normalised(value, channel, scale, bias, PER_CHANNEL, CHANNELS)
-            if CHANNELS_LAST:
-                at = (down * WIDTH + across) * CHANNELS + channel
-            else:
-                at = channel * (HEIGHT * WIDTH) + down * WIDTH + across
-            tl.store(out_ptr + at, value.to(element), mask=(down < HEIGHT) & (across < WIDTH))
+        # weights stay in registers for channels that follow each other without a loop
+        TOGETHER: tl.constexpr = CHANNELS if CHANNELS <= 4 else 1
+        for first_channel in tl.range(0, CHANNELS, TOGETHER, num_stages=1):
+            for next_channel in tl.static_range(TOGETHER):
+                channel = first_channel + next_channel
+                value = _tile(
+                    image, channel, held, lines_ptr, columns_ptr, line, column,
+                    HEIGHT, WIDTH, TILE, SOURCES, AT_ONCE, PARTS, WORDS,
+                )  # fmt: skip
+                value = normalised(value, channel, scale, bias, PER_CHANNEL, CHANNELS)
+                if CHANNELS_LAST:
+                    at = (down * WIDTH + across) * CHANNELS + channel
+                else:
+                    at = channel * (HEIGHT * WIDTH) + down * WIDTH + across
+                inside = (down < HEIGHT) & (across < WIDTH)
+                tl.store(out_ptr + at, value.to(element), mask=inside)
 
 
 # Launches
