@@ -142,6 +142,16 @@ def test_goals_stand_beside_what_was_counted(report):
         assert goal["contender"] in report["text"]
 
 
+def test_goals_are_met(report):
+    skip_where_counts_differ(report, json.loads(BUDGETS.read_text()))
+    missed = {
+        goal["contender"]: goal["value"]
+        for goal in goal_rows(report["rows"])
+        if goal["value"] > goal["goal"]
+    }
+    assert not missed
+
+
 # The model
 
 
