@@ -155,12 +155,14 @@ def ours_captured(
     """A ResidentLoader, then the builder as a CUDA graph."""
     if device.type != "cuda":
         raise Skipped("CUDA graphs need a CUDA device")
-    loader = iter(ResidentLoader(*data, batch, steps_per_epoch=ENDLESS, device=device))
+    loader = ResidentLoader(*data, batch, steps_per_epoch=ENDLESS, device=device)
+    batches = iter(loader)
     mixmatch = our_builder(policy, impl, device, reuse=False)
-    captured = capture(mixmatch, guess_for(batch, device), *next(loader)[:3])
+    captured = capture(mixmatch, guess_for(batch, device), *next(batches)[:3])
+    loader.gather_into(captured.inputs)
 
     def call() -> Any:
-        return captured(*next(loader)[:3])
+        return captured(*next(batches)[:3])
 
     return call
 

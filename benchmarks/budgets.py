@@ -60,7 +60,7 @@ GOALS = (
     *(Goal(regime, "shift", "instructions", False, 13) for regime in (_FLOAT, _HALF)),
     *(Goal(regime, "shift", "instructions", True, 24) for regime in (_FLOAT, _HALF)),
     *(Goal(regime, "shift", "registers", None, 96) for regime in (_FLOAT, _HALF)),
-    Goal(_HALF, "zoom", "instructions", None, 40),
+    *(Goal(regime, "zoom", "instructions", None, 40) for regime in (_FLOAT, _HALF)),
     Goal(_FLOAT, "zoom and blur", "instructions", None, 140),
     Goal(_HALF, "zoom and blur", "instructions", None, 45),
     Goal(_FLOAT, "zoom and blur", "us", None, 300),

@@ -2,10 +2,9 @@
 
 First what the model assumes: an empty kernel in a graph, the bandwidth of copies from the DRAM and
 within the L2. Then each kernel of each regime and policy, in a graph and between events, beside its
-prediction; the same from images that lie one byte off, which the packed kernels do not take; rows
-and warps of a program; and how far resampled views lie from plain ones. All is written to
-``facts--MACHINE.json``, and ``gpu.md`` says what was missed by more than 1.5 times and which
-assumption that tests.
+prediction; the same from images that begin one byte off; rows and warps of a program; and how far
+resampled views lie from plain ones. All is written to ``facts--MACHINE.json``, and ``gpu.md`` says
+what was missed by more than 1.5 times and which assumption that tests.
 
 A kernel runs over and over on the same data, so that what fits is in the L2: as the model has it.
 """
@@ -336,8 +335,8 @@ def page(content: dict[str, Any]) -> str:
         _kernels_table(kernels),
         "## Missed by more than 1.5 times",
         _missed(kernels),
-        "## Packed words and bytes",
-        "Images that begin one byte off are read byte by byte.",
+        "## Images that begin one byte off",
+        "Large ones are read in aligned words wherever they begin, small ones byte by byte.",
         _plain_table([row for row in rows if row["case"].startswith("one byte off")]),
         "## Rows and warps of a program",
         _plain_table([row for row in rows if row["case"].startswith("rows and warps")]),

@@ -32,7 +32,7 @@ SECONDS = 540.0  # for everything
 FACTS_SECONDS = 90.0  # no part of the facts begins later
 SUITE_SECONDS = {"ops": 60, "batch": 40, "augment": 50, "scaling": 25, "loader": 30}
 HAZARD_TESTS = ("test_buffers", "test_capture")  # what a device alone shows, and corrupts
-KERNEL_TESTS = ("test_triton", "test_ops", "test_capture", "test_launches")
+KERNEL_TESTS = ("test_triton", "test_packed", "test_ops", "test_capture", "test_launches")
 COUNTERS = (
     "gpu__time_duration.sum",
     "dram__bytes_read.sum",
@@ -89,7 +89,7 @@ def parts(out: Path) -> list[Part]:
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all"]
     workload = [python, "-m", "benchmarks.gpu", "--workload"]
     no_cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # memory of its own for each tensor
-    heaviest = ["--kernel-name", "regex:augment_kernel|mixup_kernel"]
+    heaviest = ["--kernel-name", "regex:augment_kernel|packed_kernel|mixup_kernel"]
     # the first batch compiles and warms up
     heaviest += ["--launch-skip", "2", "--launch-count", "2"]
     return [

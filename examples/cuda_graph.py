@@ -27,6 +27,7 @@ captured = None
 for x, y, u, _, ids_u in loader:
     if captured is None:  # a batch of the shapes and dtypes to come
         captured = capture(mixmatch, model, x, y, u)
+        loader.gather_into(captured.inputs)  # from the next batch on there is nothing to copy
     batch = captured(x, y, u, ids_u=ids_u)  # equals mixmatch(x, y, u, model, ids_u=ids_u)
     loss = criterion(model(batch.inputs), batch).loss  # the next call overwrites the batch
     loss.backward()

@@ -127,6 +127,7 @@ class CapturedMixMatch:
             The mixed batch. Its tensors are overwritten by the next replay.
 
         Raises:
+            TypeError: If an argument is of the wrong kind, or some of x, y and u are left out.
             ValueError: If labels or ids are none; see `MixMatch.forward`.
             RuntimeError: If builder or model are no longer where they were captured.
         """

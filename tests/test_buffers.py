@@ -14,14 +14,24 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.launch_counter import DEVICE as FAKE
-from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, _streams, capture, functional
+from gpu_mixmatch import (
+    MixMatch,
+    MixMatchLoss,
+    ResidentLoader,
+    WeakAugment,
+    _streams,
+    capture,
+    functional,
+)
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch.impl.constants import constant
 from gpu_mixmatch.types import Geometry, MixUpParams, Scaling
 from tests.batches import assert_same_mixed
 from tests.factories import ConvNet, LinearNet, random_data, random_images
+from tests.no_sync import look_at_nothing
 from tests.params import still_params
 from tests.recorded_graphs import record_graphs
 from tests.skips import skip_without
@@ -207,6 +217,122 @@ def test_a_failed_call_of_a_captured_builder_changes_nothing(captured, monkeypat
             build(*data(seed=3))
     assert int(mixmatch.step) == 0
     torch.testing.assert_close(build(*data()).inputs, twin.inputs)
+
+
+def test_a_replay_that_failed_after_its_draw_is_done_again(captured, monkeypatch):
+    mixmatch = builder()
+    build, twin = captured(mixmatch, net()), builder()
+    replay = build._graph.replay
+
+    def broken():
+        replay()
+        raise RuntimeError("lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build._graph, "replay", broken)
+        with pytest.raises(RuntimeError, match="lost"):
+            build(*data())
+    for _ in range(2):
+        assert_same_mixed(build(*data()), twin(*data(), net()))
+
+
+class Outside(TorchDispatchMode):
+    """Takes down what a call does beside the graph: copies and launches, not views."""
+
+    def __init__(self, mixmatch):
+        super().__init__()
+        self.host = mixmatch.step.data_ptr()
+        self.done = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        read = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if not function.is_view and any(tensor.data_ptr() != self.host for tensor in read):
+            self.done.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_beside_the_graph_there_are_only_copies_of_what_is_not_there(captured, monkeypatch):
+    look_at_nothing(monkeypatch)
+    mixmatch = builder()
+    build = captured(mixmatch, net())
+    monkeypatch.setattr(build._graph, "replay", lambda: None)
+    x, y, u = data(seed=3)
+    ids = {"ids_x": torch.arange(4) + 5, "ids_u": torch.arange(6) * 3}
+    held = build.inputs._asdict()
+    held_ids = {name: held[name] for name in ids}
+
+    def outside(*args, **ids):
+        with Outside(mixmatch) as work:
+            build(*args, **ids)
+        return work.done
+
+    assert outside(x, y, u) == ["copy_"] * 3
+    assert outside(x, y, u, **ids) == ["copy_"] * 5
+    assert outside(x, y, build.inputs.u, **ids) == ["copy_"] * 4
+    assert outside(*build.inputs[:3], **held_ids) == []
+    assert outside() == []
+    assert torch.equal(build.inputs.ids_u, ids["ids_u"])
+    assert outside(*build.inputs[:3]) == ["copy_"] * 2  # the positions again
+    assert outside(*build.inputs[:3]) == []
+    build.inputs.ids_u.copy_(ids["ids_u"])
+    assert outside() == []
+    assert outside(*build.inputs[:3]) == ["copy_"]
+    assert torch.equal(build.inputs.ids_u, torch.arange(6))
+    mixmatch.step.fill_(7)
+    assert outside() == ["fill_"] * 2  # seed and step
+    assert outside() == []
+    with pytest.raises(TypeError, match="x, y and u must be given, all of them or none"):
+        build(x)
+
+
+def test_a_batch_that_is_written_into_the_inputs_is_the_one_that_is_built(captured):
+    build, twin, model = captured(builder(), net()), builder(), net()
+    for step in range(3):
+        x, y, u = data(seed=step)
+        ids = {"ids_x": torch.arange(4) + 5, "ids_u": torch.arange(6) * 3}
+        for held, new in zip(build.inputs, (x, y, u, *ids.values()), strict=True):
+            held.copy_(new)
+        assert_same_mixed(build(), twin(x, y, u, model, **ids))
+    assert_same_mixed(build(*build.inputs[:3]), twin(x, y, u, model))
+    with torch.inference_mode():  # writes are counted there, too
+        build.inputs.ids_x.add_(1)
+    twin.step, build.mixmatch.step = torch.tensor(1), torch.tensor(1)
+    assert_same_mixed(build(x, y, u), twin(x, y, u, model))
+
+
+def test_batches_that_a_loader_gathers_into_the_inputs_equal_the_eager_calls(captured):
+    x, y, _ = data(b=32)
+    loader, others = (ResidentLoader(x, y, 4, ratio=2) for _ in range(2))
+    build, twin, model = None, builder(), net()
+    for mine, theirs in zip(loader, others, strict=True):
+        if build is None:
+            build = captured(builder(), model, mine[:3])
+            loader.gather_into(build.inputs)
+        batch = build(*mine[:3], ids_u=mine.ids_u)
+        assert_same_mixed(batch, twin(*theirs[:3], model, ids_u=theirs.ids_u))
+    assert mine.x is build.inputs.x
+
+
+def test_two_captures_of_a_builder_share_its_step_and_follow_what_is_set(captured):
+    mixmatch, twin, model = builder(), builder(), net()
+    builds = [captured(mixmatch, model), captured(mixmatch, model, data(2, 3))]
+
+    def same(build, sizes):
+        x, y, u = data(*sizes, seed=int(twin.step))
+        assert_same_mixed(build(x, y, u), twin(x, y, u, model))
+
+    for number in (0, 1, 1, 0, 0):
+        same(builds[number], ((4, 6), (2, 3))[number])
+    same(builds[0], (1, 2))  # of neither's shape
+    same(builds[0], (4, 6))
+    for changed in (mixmatch, twin):
+        changed.load_state_dict({"seed": torch.tensor(8), "step": torch.tensor(2**32 - 5)})
+    same(builds[0], (4, 6))
+    same(builds[1], (2, 3))
+    mixmatch.seed = twin.seed = 5
+    mixmatch.step += 1
+    twin.step += 1
+    same(builds[0], (4, 6))
 
 
 def test_a_captured_builder_cannot_be_copied_and_says_so(captured):
@@ -767,13 +893,15 @@ def test_batches_built_on_two_streams_do_not_meet():
 @needs_cuda
 @pytest.mark.parametrize("policy", [{}, {"zoom_px": (0, 2), "blur_sigma": (0.0, 1.0)}])
 def test_last_batches_of_any_size_compile_nothing(policy):
-    from gpu_mixmatch.impl.triton.augment import augment_kernel, blur_kernel
+    from gpu_mixmatch.impl.triton.augment import augment_kernel
     from gpu_mixmatch.impl.triton.draw import draw_kernel
     from gpu_mixmatch.impl.triton.guess_labels import guess_labels_kernel
     from gpu_mixmatch.impl.triton.mixmatch_loss import mixmatch_loss_kernel
     from gpu_mixmatch.impl.triton.mixup import mixup_kernel
+    from gpu_mixmatch.impl.triton.resample import resample_kernel, weights_kernel
 
-    kernels = (draw_kernel, augment_kernel, blur_kernel, guess_labels_kernel, mixup_kernel)
+    kernels = (draw_kernel, augment_kernel, guess_labels_kernel, mixup_kernel)
+    kernels += (weights_kernel, resample_kernel)
     model, mixmatch, criterion = net(), builder("auto", policy=policy), MixMatchLoss()
     device = torch.cuda.current_device()
 

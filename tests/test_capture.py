@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gpu_mixmatch import MixMatch, WeakAugment, capture
+from gpu_mixmatch import MixMatch, ResidentLoader, WeakAugment, capture
 from gpu_mixmatch.capture import check_capturable, fits
 from tests.batches import assert_same_mixed
 from tests.factories import ConvNet, random_data
@@ -110,6 +110,27 @@ def test_every_replay_equals_the_eager_call_of_its_step(blur_sigma, reuse_buffer
     eager.load_state_dict({"seed": torch.tensor(8), "step": torch.tensor(1)})
     x, y, u = data()
     assert torch.equal(build(x, y, u).params.index, eager(x, y, u, model).params.index)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_batches_that_a_loader_gathers_into_the_inputs_equal_the_eager_calls():
+    x, y, _ = data(b=32)
+    options = {"batch_size": 4, "ratio": 2, "device": "cuda"}
+    loader, twin_loader = (ResidentLoader(x, y, **options) for _ in range(2))
+    mixmatch, twin = (
+        MixMatch(WeakAugment(padding=2), NUM_CLASSES, seed=3).to("cuda") for _ in range(2)
+    )
+    model, build = net("cuda"), None
+    for mine, theirs in zip(loader, twin_loader, strict=True):
+        if build is None:
+            build = capture(mixmatch, model, *mine[:3])
+            loader.gather_into(build.inputs)
+        batch = build(*mine[:3], ids_u=mine.ids_u)
+        expected = twin(*theirs[:3], model, ids_u=theirs.ids_u)
+        torch.testing.assert_close(batch.inputs, expected.inputs)
+        assert torch.equal(batch.params.index, expected.params.index)
+    assert mine.x is build.inputs.x
 
 
 @pytest.mark.gpu

@@ -68,7 +68,9 @@ def test_every_kernel_is_compiled_for_every_architecture(report, elsewhere):
     names = {
         "draw_kernel",
         "augment_kernel",
-        "blur_kernel",
+        "packed_kernel",
+        "weights_kernel",
+        "resample_kernel",
         "guess_labels_kernel",
         "mixup_kernel",
         "mixmatch_loss_kernel",
@@ -81,7 +83,7 @@ def test_no_kernel_spills_or_touches_local_memory(report, elsewhere):
     for row in kernels_of(report["rows"] + elsewhere["rows"]):
         assert (row["stack"], row["local"]) == (0, 0), row
         assert row.get("local_accesses", 0) == 0, row
-        assert 0 < row["registers"] < 255, row
+        assert 0 < row["registers"] <= 255, row
 
 
 # Budgets
@@ -140,6 +142,16 @@ def test_goals_stand_beside_what_was_counted(report):
         assert goal["contender"] in report["text"]
 
 
+def test_goals_are_met(report):
+    skip_where_counts_differ(report, json.loads(BUDGETS.read_text()))
+    missed = {
+        goal["contender"]: goal["value"]
+        for goal in goal_rows(report["rows"])
+        if goal["value"] > goal["goal"]
+    }
+    assert not missed
+
+
 # The model
 
 
@@ -154,9 +166,9 @@ def test_counts_are_those_of_a_count_by_hand(report):
     lanes = -(values // -2048) * 2048 / values  # a row's last program has less to do
     targets = 8 * 128 / values  # those of 1000 classes, in eight turns of a row's first program
     of_draws = 2 * 128 / 2048  # λ and the partner, of every thread
-    assert row["loads"] == pytest.approx(lanes * (2 / 4 + of_draws) + 2 * targets, rel=2e-3)
-    assert row["stores"] == pytest.approx(lanes / 4 + targets, rel=2e-3)
-    assert row["pipes"]["fma"] == pytest.approx(lanes * 2 + 2 * targets, rel=2e-3)
+    assert row["loads"] == pytest.approx(lanes * (2 / 4 + of_draws) + 2 * targets, rel=5e-3)
+    assert row["stores"] == pytest.approx(lanes / 4 + targets, rel=5e-3)
+    assert row["pipes"]["fma"] == pytest.approx(lanes * 2 + 2 * targets, rel=5e-3)
 
 
 def test_a_prediction_is_the_slowest_resource_and_the_overhead(report):
@@ -293,16 +305,21 @@ def test_mixup_reads_and_writes_16_bytes_at_a_time(report):
         assert set(row["store_bits"]) == {"32", "128"}  # 32: targets, whatever their number
 
 
-@pytest.mark.parametrize("name", ["augment_kernel", "blur_kernel"])
+@pytest.mark.parametrize("name", ["augment_kernel", "packed_kernel", "resample_kernel"])
 def test_views_are_written_16_bytes_at_a_time(report, name):
     for row in found(report, name):
         assert set(row["store_bits"]) == {"128"}, row
 
 
-def test_blur_reads_16_bytes_at_a_time(report):
-    for row in found(report, "blur_kernel"):
-        assert row["load_bits"]["128"] > 0
-        assert set(row["load_bits"]) <= {"32", "128"}  # 32: sigma
+def test_resampling_reads_words_of_bytes_and_weights_16_bytes_at_a_time(report):
+    for row in found(report, "resample_kernel"):
+        # 128: of 32 columns and of 32 lines, as float16, twice for float32; by 64 threads
+        sources = 32 if row["regime"].startswith("32 px") else 64
+        itemsize = 2 if "bfloat16" in row["regime"] else 4
+        assert row["load_bits"]["128"] == 2 * 32 * sources * itemsize / 16 / 64
+        # 32: words of 64 threads, twice for images that begin within a word; where sources begin
+        assert row["load_bits"]["32"] == 2 * sources**2 / 4 / 64 + 2
+        assert set(row["load_bits"]) == {"32", "128"}
 
 
 def test_shifted_bytes_are_read_by_neighbouring_threads(report):
@@ -323,6 +340,16 @@ def test_shifted_bytes_are_read_by_neighbouring_threads(report):
             assert (lines, columns) in ((1, 4), (1, 8))
             # the threads of a warp that are side by side cover at least one sector of 32 bytes
             assert layout["threadsPerWarp"][1] * columns >= 32
+
+
+def test_large_images_are_shifted_and_zoomed_in_words(report):
+    for row in found(report, "packed_kernel"):
+        zooms = row["effects"] == "zoom"
+        # for every four values two words of each row, or of each of two lines; and a row's draws
+        words = (24 if zooms else 48) // 4 * 2 * (2 if row["mixes"] or zooms else 1)
+        assert set(row["load_bits"]) <= {"32", "64"}  # 64: which row is the partner
+        assert words < row["load_bits"]["32"] <= words + 12, row
+        assert zooms or row["shared"] == 0, row  # what a thread reads it writes
 
 
 # Sizes and bytes
@@ -348,13 +375,14 @@ def test_bytes_are_those_of_a_count_by_hand(report):
         row for row in batches(report, "zoom and blur") if row["regime"].startswith("32 px")
     )
     values = 192 * 3 * 32 * 32
-    images = values * 1 + values * 4  # augment: bytes to floats
-    images += 2 * values * 4  # blur
+    images = values * 1 + values * 4  # bytes to floats
     images += 3 * values * 4  # mixup: two rows read, one written
+    # of 32 lines and 32 columns 32 weights in two parts each, and where they begin; written, read
+    images += 2 * 192 * 2 * (32 * 32 * 2 * 2 + 4)
     targets = 64 * 8 + 128 * 10 * 4 + 192 * 10 * 4  # labels, logits
     targets += 3 * 192 * 10 * 4  # mixup
-    # λ and partners are read by mixup once, sigma by blur; top, left, flip, crop, sigma by augment
-    draws = 192 * (44 + 32 + 4 + 12)
+    # λ and partners are read by mixup once; top, left, flip, zoom and sigma by the weights
+    draws = 192 * (44 + 32 + 12)
     assert batch["moved"] - images - targets - draws in range(200)  # the table of the quantile
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks.launch_counter import DEVICE, LaunchCounter
-from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, sampling
+from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, capture, sampling
 
 NUM_CLASSES = 10
 # docs/cuda.md states these
@@ -98,11 +98,11 @@ def test_eager_stays_within_its_launches_and_sends_one_copy(policy, no_autocast)
     ("policy", "kernels"),
     [
         ("plain", ["draw", "augment", "guess_labels", "augment"]),
-        ("zoom", ["draw", "augment", "guess_labels", "mixup"]),
-        ("blur", ["draw", "augment", "blur", "guess_labels", "mixup"]),
+        ("zoom", ["draw", "weights", "resample", "guess_labels", "mixup"]),
+        ("blur", ["draw", "weights", "resample", "guess_labels", "mixup"]),
     ],
 )
-def test_a_batch_takes_four_launches_and_five_with_blur(policy, kernels, monkeypatch):
+def test_a_batch_takes_four_launches_and_five_with_zoom_or_blur(policy, kernels, monkeypatch):
     launch = importlib.import_module("gpu_mixmatch.impl.triton.launch")
     launched = []
     monkeypatch.setattr(launch, "run", lambda kernel, *_, **__: launched.append(kernel.__name__))
@@ -145,7 +145,7 @@ def cuda_work(function):
 
 @pytest.mark.gpu
 @needs_cuda
-@pytest.mark.parametrize(("policy", "kernels"), [("plain", 4), ("zoom", 4), ("blur", 5)])
+@pytest.mark.parametrize(("policy", "kernels"), [("plain", 4), ("zoom", 5), ("blur", 5)])
 def test_the_profiler_counts_the_same_launches(policy, kernels):
     mixmatch = MixMatch(WeakAugment(**POLICIES[policy]), NUM_CLASSES).to("cuda")
     batch = data("cuda")
@@ -164,6 +164,23 @@ def test_the_profiler_counts_one_launch_of_the_loss_and_one_back():
     loss = criterion(logits, batch).loss
     work = cuda_work(lambda: torch.autograd.grad(loss, logits, grad, retain_graph=True))
     assert work == Counter(kernel=1)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_a_captured_call_starts_nothing_beside_its_graph_and_waits_for_nothing():
+    build = capture(MixMatch(WeakAugment(), NUM_CLASSES).to("cuda"), Model(), *data("cuda"))
+    alone = cuda_work(build._graph.replay)
+    assert alone == Counter(kernel=4)
+    assert cuda_work(build) == alone
+    assert cuda_work(lambda: build(*build.inputs[:3])) == alone
+    on_host = data("cpu")
+    assert cuda_work(lambda: build(*on_host)) == alone + Counter(memory=3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        build()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

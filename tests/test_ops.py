@@ -13,11 +13,13 @@ from gpu_mixmatch import (
     MixMatchLoss,
     RandAugment,
     WeakAugment,
+    _unchecked,
     functional,
     sampling,
 )
+from gpu_mixmatch._keys import CountedKey
 from gpu_mixmatch.impl import library as ops
-from gpu_mixmatch.types import AugmentPolicy
+from gpu_mixmatch.types import AugmentPolicy, DrawPlan
 from tests.factories import ConvNet, random_data, random_images
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -60,6 +62,21 @@ def test_draw_batch_passes_opcheck(impl, policy, with_ids):
     out = torch.zeros(8 * words, dtype=torch.int32, device=DEVICE)
     switches = (2, numbers, [], 0.75, "sample", "all", out, impl)
     opcheck(ops.draw_batch, (0, step, *ids, 2, 3, *switches))
+
+
+def test_a_key_that_counts_on_does_so_in_a_compiled_program():
+    key, plan = CountedKey(DEVICE), DrawPlan(2, None)
+    key.words(1)
+    key.send(4, 6)
+
+    def draw():
+        options = {"device": DEVICE, "key": key, "impl": "triton"}
+        return _unchecked.draw_batch(0, torch.tensor(0), 4, 5, plan, **options)[1].index
+
+    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
+    for step in (6, 7):
+        expected = sampling.draw_batch(4, step, 4, 5, plan)[1].index
+        assert torch.equal(compiled().cpu(), expected)
 
 
 def test_a_policy_survives_becoming_numbers():

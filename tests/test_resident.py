@@ -137,6 +137,38 @@ def test_a_step_is_one_gather_of_each_tensor(indices):
     assert operations.names == ["index_select"] * 3 * steps
 
 
+def test_batches_are_gathered_into_tensors_that_are_there():
+    expected = take(resident_of(ratio=2, steps_per_epoch=5), 5)
+    loader = resident_of(ratio=2, steps_per_epoch=5)
+    first = next(batches := iter(loader))
+    held = SemiSupervisedBatch(*(torch.empty_like(tensor) for tensor in first))
+    loader.gather_into(held)
+    for wanted in expected[1:3]:
+        with Operations() as operations:
+            batch = next(batches)
+        assert operations.names == ["index_select"] * 3
+        assert all(tensor is there for tensor, there in zip(batch[:3], held[:3], strict=True))
+        assert_same_loaded([batch], [wanted])
+    loader.gather_into(None)
+    kept = [next(batches), next(batches)]
+    assert_same_loaded([first, *kept], [expected[0], *expected[3:]])
+
+
+def test_tensors_that_are_not_like_a_batch_are_not_gathered_into():
+    loader = resident_of()
+    x, y, u, ids_x, ids_u = next(iter(loader))
+    wrong = {
+        r"inputs\.x must be \[4, 3, 5, 4\] uint8 on cpu .* \[3, 3, 5, 4\]": (x[:3], y, u),
+        r"inputs\.y must be \[4\] int64 on cpu .* int32 on cpu": (x, y.int(), u),
+        r"inputs\.u must be .* on cpu like a batch's, got .* on meta": (x, y, u.to("meta")),
+    }
+    for message, tensors in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            loader.gather_into(SemiSupervisedBatch(*tensors, ids_x, ids_u))
+    with pytest.raises(TypeError, match="inputs must be a SemiSupervisedBatch or None, got"):
+        loader.gather_into((x, y, u))
+
+
 def test_batches_go_into_mixmatch():
     for batch in resident_of():
         assert_mixmatch_takes(batch, num_classes=10)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, functional, sampling
+from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, _unchecked, functional, sampling
+from gpu_mixmatch._keys import CountedKey
 from gpu_mixmatch.impl import eager, library
 from gpu_mixmatch.types import (
     AugmentParams,
@@ -199,6 +200,27 @@ def test_a_key_on_the_device_draws_what_the_host_s_key_draws(seed, step):
     assert_draws_equal(by_key, sampling.draw_batch(seed, step, 3, 5, DrawPlan(**switches)))
 
 
+def test_a_key_of_the_user_s_is_read_and_a_counted_one_goes_on():
+    switches = {"policy": POLICIES["all"], "mix": "separate"}
+    key = torch.tensor([4, 6], device=DEVICE)
+    for _ in range(2):
+        draw(0, 0, 35, 3, key=key, **switches)
+    assert key.tolist() == [4, 6]
+    counted = CountedKey(DEVICE)
+    plan = DrawPlan(**switches)
+    ids = (35, 3, plan)
+    arguments = {"device": DEVICE, "key": counted, "impl": "triton"}
+    for seed, step in ((0, 0), (4, 6), (4, 7), (2**63 - 1, 2**32 - 1)):
+        counted.send(seed, step)
+        with counted.one_draw():
+            drawn = _unchecked.draw_batch(0, torch.tensor(0), *ids, **arguments)
+        assert_draws_equal(drawn, sampling.draw_batch(seed, step, *ids))
+        words = counted.words(3 + 2 * 2)  # partners of 32, 3 and 6 rows, twice 41 rows
+        assert words.tolist() == [seed, *[step + 1] * 7]
+    with pytest.raises(ValueError, match="draws of one size, of 7 programs, got one of 3"):
+        _unchecked.draw_batch(0, torch.tensor(0), 1, 0, plan, **arguments)
+
+
 @pytest.mark.parametrize("mix", ["all", "separate"])
 def test_rows_beyond_what_a_block_draws_at_once_meet_the_same_partners(monkeypatch, mix):
     # a grid of partners with more columns than a block has lanes is drawn round by round
@@ -257,10 +279,7 @@ def not_too_slow(case):
     tile = 1024  # a row takes one at least
     work = num_rows * max(math.prod(case["shape"]), tile) * (4 if case["zoom"] else 1)
     work *= (2 if case["mixed"] else 1) * (1 + 4 * case["blur_radius"])
-    fits_mixup = not (case["mixed"] and case["blur_radius"])  # the builder never asks for both
-    return (
-        work <= 140_000 and fits_mixup and (case["mode"] != "reflect" or case["padding"] < height)
-    )
+    return work <= 140_000 and (case["mode"] != "reflect" or case["padding"] < height)
 
 
 def rows_of(rows):
@@ -711,19 +730,20 @@ def launches(monkeypatch):
     return names
 
 
+RESAMPLED = ["draw_kernel", "weights_kernel", "resample_kernel", "guess_labels_kernel"]
+RESAMPLED += ["mixup_kernel"]
+
+
 @pytest.mark.parametrize(
     ("policy", "wanted"),
     [
         ("plain", ["draw_kernel", "augment_kernel", "guess_labels_kernel", "augment_kernel"]),
-        ("zoom", ["draw_kernel", "augment_kernel", "guess_labels_kernel", "mixup_kernel"]),
-        (
-            "blur",
-            ["draw_kernel", "augment_kernel", "blur_kernel", "guess_labels_kernel", "mixup_kernel"],
-        ),
+        ("zoom", RESAMPLED),
+        ("blur", RESAMPLED),
     ],
 )
 @pytest.mark.parametrize("mix", ["all", "none"])
-def test_a_batch_takes_four_launches_and_one_more_with_blur(launches, policy, wanted, mix):
+def test_a_batch_takes_four_launches_and_one_more_with_zoom_or_blur(launches, policy, wanted, mix):
     _, fused = builders(policy, mix=mix)
     fused(*builder_data(), Net().to(DEVICE))
     assert launches == wanted

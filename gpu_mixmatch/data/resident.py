@@ -10,7 +10,9 @@ from torch import Tensor
 from gpu_mixmatch._validation import (
     as_device,
     came,
+    check_kind,
     check_tensor,
+    dtype_name,
     is_integer,
 )
 from gpu_mixmatch.data.collate import batched
@@ -100,11 +102,35 @@ class ResidentLoader(KeyedLoader):
         self.images: Tensor = images if device is None else images.to(as_device("device", device))
         self.labels = labels.to(self.images.device)
         self.unlabelled = self.images if others is None else others.to(self.images.device)
+        self._into: SemiSupervisedBatch | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the images are."""
         return self.images.device
+
+    def gather_into(self, inputs: SemiSupervisedBatch | None) -> None:
+        """Write x, y and u of the batches to come into tensors that are there already.
+
+        It is meant for ``captured.inputs``: a captured builder copies none of them. Each batch then
+        overwrites the one before, in the stream that is current when it is asked for, which must be
+        that of the builder's calls. Ids are given on the CPU as ever.
+
+        Args:
+            inputs: Where to write, tensors like a batch's on this loader's device; None gives every
+                batch tensors of its own again.
+
+        Raises:
+            TypeError: If ``inputs`` is of the wrong kind.
+            ValueError: If x, y or u is not like those of a batch.
+        """
+        if inputs is not None:
+            check_kind("inputs", inputs, SemiSupervisedBatch, "a SemiSupervisedBatch or None")
+            size = self.order.batch_size
+            self._check_like("inputs.x", inputs.x, self.images, size)
+            self._check_like("inputs.y", inputs.y, self.labels, size)
+            self._check_like("inputs.u", inputs.u, self.unlabelled, self.order.ratio * size)
+        self._into = inputs
 
     def __repr__(self) -> str:
         order = self.order
@@ -113,6 +139,15 @@ class ResidentLoader(KeyedLoader):
             f"batch_size={order.batch_size}, ratio={order.ratio}, "
             f"steps_per_epoch={order.steps_per_epoch}, seed={order.seed}, device='{self.device}')"
         )
+
+    def _check_like(self, name: str, tensor: Tensor, source: Tensor, length: int) -> None:
+        check_tensor(name, tensor)
+        wanted = (length, *source.shape[1:]), source.dtype, source.device
+        if (tuple(tensor.shape), tensor.dtype, tensor.device) != wanted:
+            raise ValueError(
+                f"{name} must be {list(wanted[0])} {dtype_name(source.dtype)} on {source.device} "
+                f"like a batch's, got {came(tensor)} on {tensor.device}"
+            )
 
     def _batches(self, steps: range) -> Iterator[SemiSupervisedBatch]:
         size = self.order.ratio * self.order.batch_size
@@ -126,10 +161,11 @@ class ResidentLoader(KeyedLoader):
             )
             rows_u = _to_device(ids_u, self.device)
             for number in range(num_steps):
+                x, y, u = self._into[:3] if self._into else (None, None, None)
                 yield SemiSupervisedBatch(
-                    self.images.index_select(0, rows_x[number]),
-                    self.labels.index_select(0, rows_x[number]),
-                    self.unlabelled.index_select(0, rows_u[number]),
+                    torch.index_select(self.images, 0, rows_x[number], out=x),
+                    torch.index_select(self.labels, 0, rows_x[number], out=y),
+                    torch.index_select(self.unlabelled, 0, rows_u[number], out=u),
                     ids_x[number],
                     ids_u[number],
                 )

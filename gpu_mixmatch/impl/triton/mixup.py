@@ -46,7 +46,7 @@ def mixup_kernel(
     partner = tl.load(index_ptr + row)
     offs = block * BLOCK + tl.arange(0, BLOCK)
     _blend(out_ptr, inputs_ptr, row, partner, lam, num_values, offs)
-    if block == 0:
+    if targets_ptr is not None and block == 0:
         for start in range(0, num_classes, CLASSES):
             cls = start + tl.arange(0, CLASSES)
             _blend(mixed_targets_ptr, targets_ptr, row, partner, lam, num_classes, cls)
@@ -54,6 +54,21 @@ def mixup_kernel(
 
 def mixup(
     inputs: Tensor, targets: Tensor, params: MixUpParams, out: Tensor, mixed_targets: Tensor
+) -> None:
+    _mix(inputs, targets, params, out, mixed_targets)
+
+
+def blend(rows: Tensor, params: MixUpParams, out: Tensor) -> None:
+    """Write λ'·row + (1 - λ')·row[index] of rows that lie in memory as ``out`` does."""
+    _mix(rows, None, params, out, None)
+
+
+def _mix(
+    inputs: Tensor,
+    targets: Tensor | None,
+    params: MixUpParams,
+    out: Tensor,
+    mixed_targets: Tensor | None,
 ) -> None:
     num_rows, *shape = inputs.shape
     num_values = prod(shape)
@@ -68,7 +83,7 @@ def mixup(
         params.lam,
         params.index,
         num_values,
-        targets.shape[1],
+        0 if targets is None else targets.shape[1],
         BLOCK=_BLOCK,
         CLASSES=_CLASSES,
         num_warps=4,

@@ -41,6 +41,17 @@ def inverse(by: int) -> int:
     return (2**31 - 1) // max(by, 1)
 
 
+def by_pixels(sources: tuple[Tensor, ...], channels_last_in: bool) -> bool | None:
+    """Whether memory holds images pixel by pixel, not plane by plane; None if it has gaps."""
+    if channels_last_in:
+        sources = tuple(source.permute(0, 3, 1, 2) for source in sources)
+    if all(source.is_contiguous() for source in sources):
+        return False
+    if all(source.is_contiguous(memory_format=torch.channels_last) for source in sources):
+        return True
+    return None
+
+
 class PackedDraws(NamedTuple):
     """Where a kernel finds the draws of an augmentation.
 
@@ -75,6 +86,28 @@ def packed_draws(params: Draws) -> PackedDraws:
         return PackedDraws(top, pitch // 4, to_zoom // 4)
     words = torch.cat([field.reshape(-1).view(torch.int32) for field in params[:5]])
     return PackedDraws(words, len(top), 3 * len(top))
+
+
+@triton.jit
+def drawn(draws_ptr, pitch, row):
+    """The top and the left edge of a row's window, and whether it is flipped."""
+    return (
+        tl.load(draws_ptr + row),
+        tl.load(draws_ptr + pitch + row),
+        tl.load(draws_ptr + 2 * pitch + row) > 0,
+    )
+
+
+@triton.jit
+def padded(position, shift, SIZE: tl.constexpr, PADDING: tl.constexpr, MODE: tl.constexpr):
+    """Where a pixel of the window is read in the image, and whether it lies there."""
+    position += shift - PADDING
+    inside = (position >= 0) & (position < SIZE)
+    if MODE == "reflect":
+        position = (SIZE - 1) - tl.abs((SIZE - 1) - tl.abs(position))
+    else:
+        position = tl.minimum(tl.maximum(position, 0), SIZE - 1)
+    return position, inside
 
 
 class Normalisation(NamedTuple):
