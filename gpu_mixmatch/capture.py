@@ -210,7 +210,7 @@ def check_capturable(mixmatch: MixMatch) -> None:
             "capture needs the kernels, whose draws are made on the device: "
             f"got impl={mixmatch.impl!r}, which runs eager here"
         )
-    running = impl_of(mixmatch.impl, mixmatch.plan.policy)
+    running = impl_of(mixmatch.impl, mixmatch.plan.policy, mixmatch.device)
     if running != mixmatch.impl:
         raise RuntimeError(
             "capture needs an engine whose draws are made on the device: got one whose draws "

@@ -94,7 +94,7 @@ def draw_batch(
         check_key_tensor(key)
     check_kind("plan", plan, DrawPlan, "a DrawPlan")
     policy = plan.policy
-    impl = impl_of(impl, policy)
+    impl = impl_of(impl, policy, device)
     tracing = torch.compiler.is_compiling()
     if not tracing and device.type == "cpu" and resolve_impl(impl, device) != "triton":
         if key is not None:
@@ -401,7 +401,7 @@ def augment(
         check_out(out, **read, **scaling._asdict(), **(mixup._asdict() if mixup else {}))
         views = out
     with _without_autocast(views.device):
-        backend(impl_of(impl, geometry), views.device).augment(
+        backend(impl_of(impl, geometry, views.device), views.device).augment(
             sources,
             params,
             geometry,

@@ -179,11 +179,11 @@ class Implementation(Protocol):
         """
 
 
-def impl_of(impl: Impl, part: AugmentPolicy | Geometry | None) -> Impl:
+def impl_of(impl: Impl, part: AugmentPolicy | Geometry | None, device: torch.device) -> Impl:
     """Return what draws a policy, or applies what its views have in common, in place of ``impl``.
 
-    Cuts and chains are drawn by numpy, which draws for Numba, too, and applied in plain torch
-    alone: "auto" takes that for them on every device.
+    Cuts and chains are drawn by numpy, and applied by Numba's loops or in plain torch: "auto"
+    takes the latter for them wherever it would take kernels.
 
     Raises:
         RuntimeError: If ``impl`` is one that cannot run them.
@@ -191,14 +191,12 @@ def impl_of(impl: Impl, part: AugmentPolicy | Geometry | None) -> Impl:
     check_choice("impl", impl, Impl)
     if part is None or (part.cut is None and part.chain is None):
         return impl
-    if impl == "numba" and isinstance(part, AugmentPolicy):
-        return impl
-    if impl not in ("auto", "eager"):
+    if impl == "triton":
         what = "operations drawn per view" if part.chain else "random crops to a size"
         raise RuntimeError(
             f'impl="{impl}" cannot run {what} yet: use impl="eager", or impl="auto", which takes it'
         )
-    return "eager"
+    return "eager" if impl == "auto" and device.type != "cpu" else impl
 
 
 def resolve_impl(impl: Impl, device: torch.device) -> ImplName:
