@@ -17,12 +17,13 @@ from gpu_mixmatch._validation import (
 )
 from gpu_mixmatch.impl.constants import constant
 from gpu_mixmatch.impl.eager.cut import regions_of
-from gpu_mixmatch.impl.numba.chain import ChainTask, chain_task, write_chains
+from gpu_mixmatch.impl.numba.chain import ChainTask, chain_task, most_drawn, write_chains
 from gpu_mixmatch.impl.numba.loops import (
     Shape,
     filter_views,
     lie_within,
     mix_views,
+    rows_lie_within,
     widen,
     write_views,
 )
@@ -82,7 +83,9 @@ def augment(
     params = type(params)(*(draw.detach().contiguous() for draw in params))
     _check_draws(params, 2 * geometry.padding)
     if isinstance(params, ChainParams):
-        check_chain_draws(params, geometry.cut, geometry.chain)
+        most = most_drawn(geometry.cut, geometry.chain)
+        if not rows_lie_within(params.chain.numpy(), most):
+            check_chain_draws(params, geometry.cut, geometry.chain)  # which raises
 
     in_order = out.permute(0, 2, 3, 1) if channels_last else out
     direct = out.dtype == torch.float32 and channels_last == (values > 1)

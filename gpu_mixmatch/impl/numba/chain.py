@@ -1,5 +1,6 @@
 """Views with a chain of operations: each is built from bytes in the cache and written once."""
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -7,10 +8,10 @@ import torch
 from torch import Tensor
 
 from gpu_mixmatch._buffers import Workspace
-from gpu_mixmatch._chain import columns
+from gpu_mixmatch._chain import columns, entries
 from gpu_mixmatch.impl.constants import constant
 from gpu_mixmatch.impl.eager.cut import regions_of
-from gpu_mixmatch.impl.numba.operations import Program, run_views
+from gpu_mixmatch.impl.numba.operations import BRIGHTNESS, INVERT, MASK, Program, run_views
 from gpu_mixmatch.impl.numba.rows import (
     blur_scratch,
     blur_tables,
@@ -20,8 +21,8 @@ from gpu_mixmatch.impl.numba.rows import (
     stacked,
 )
 from gpu_mixmatch.impl.numba.threads import in_threads, threads_for
-from gpu_mixmatch.impl.tables import chain_tables, whole_hues
-from gpu_mixmatch.types import Chain, Draws, Geometry, Scaling
+from gpu_mixmatch.impl.tables import Kind, chain_tables, whole_hues
+from gpu_mixmatch.types import Chain, Cut, Draws, Geometry, Scaling
 
 # What a chain of a value costs, in values that are only moved.
 _COST = 4
@@ -94,6 +95,16 @@ def chain_task(
     )
 
 
+@lru_cache(maxsize=64)
+def most_drawn(cut: Cut | None, chain: Chain | None) -> Any:
+    """The greatest number of each column of `ChainParams.chain` that loops may be given."""
+    of_cut, of_slots, of_cutout = columns(cut, chain)
+    most = np.full(of_cutout.stop, 2**31 - 1, np.int32)
+    most[of_cut][2:] = most[of_cutout][:2] = 2**24 - 1
+    most[of_slots] = len(entries(chain)) - 1 if chain else 0
+    return most
+
+
 def write_chains(task: ChainTask, target: Tensor, workspace: Workspace) -> None:
     """Write every view of every image; a thread has a share of the images of every source."""
     program, out = task.program, target.numpy()
@@ -144,7 +155,23 @@ def _factors(scaling: Scaling, chain: Chain, channels: int) -> tuple[Any, Any, A
 
 @constant
 def _tables(chain: Chain, height: int, width: int) -> tuple[Tensor, ...]:
-    """Records, their factors, tables of bytes, and what Pillow's floats take off whole hues."""
-    records, byte_tables = chain_tables(chain, height, width, torch.device("cpu"))
-    ends = torch.arange(256) - torch.from_numpy(whole_hues())
-    return records, records[:, 2].clone().view(torch.float32), byte_tables, ends.int()
+    """Records, their factors, and the whole hues that Pillow's floats take one off.
+
+    The last are 256 bits, the first of them the lowest of the first number.
+    """
+    records, byte_tables = (
+        table.clone() for table in chain_tables(chain, height, width, torch.device("cpu"))
+    )
+    for record, (name, magnitude) in zip(records.numpy(), entries(chain), strict=True):
+        if record[0] != Kind.BYTES:
+            continue
+        table = byte_tables[record[2]].numpy()
+        if name == "brightness":
+            record[[0, 2]] = BRIGHTNESS, np.float32(magnitude).view(np.int32)
+        elif name == "posterize":
+            record[[0, 2]] = MASK, table[255]
+        else:
+            record[[0, 2]] = INVERT, (table == np.arange(256)).sum()
+    loses = np.packbits(whole_hues() != np.arange(256), bitorder="little").view("<u8")
+    ends = torch.from_numpy(loses.astype(np.uint64))
+    return records, records[:, 2].clone().view(torch.float32), ends

@@ -349,6 +349,15 @@ def lie_within(values, most):
 
 
 @compiled
+def rows_lie_within(rows, most):
+    for row in range(rows.shape[0]):
+        for column in range(rows.shape[1]):
+            if rows[row, column] < 0 or rows[row, column] > most[column]:
+                return False
+    return True
+
+
+@compiled
 def lines_at_once(height, width):
     return min(height, max(1, _VALUES_AT_ONCE // width))
 

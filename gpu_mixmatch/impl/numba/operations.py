@@ -14,9 +14,9 @@ from numpy import uint64 as place
 from gpu_mixmatch.impl.numba.loops import blur_plane, compiled
 from gpu_mixmatch.impl.tables import Kind
 
-_NOTHING, _WARP, _BYTES, _COLOR, _CONTRAST, _SHARPNESS, _AUTOCONTRAST, _EQUALIZE, _HUE = map(
-    int, Kind
-)
+_NOTHING, _WARP, _, _COLOR, _CONTRAST, _SHARPNESS, _AUTOCONTRAST, _EQUALIZE, _HUE = map(int, Kind)
+# What tables of bytes do, in numbers: a loop over bytes that are looked up is not vectorised.
+BRIGHTNESS, MASK, INVERT = range(len(Kind), len(Kind) + 3)
 _LUMA_AT_ONCE = 2**12  # pixels: the sum of as many fits into an int32
 _WEIGHTS = 2**11  # the unit of a weight between two pixels, as `eager.cut` has it
 _ZERO, _ONE, _MOST = np.float32(0), np.float32(1), np.float32(255)
@@ -69,7 +69,7 @@ def run_views(
     window as it is mirrored, none where all of it is kept.
     """
     top, left, flip, _, _, drawn = draws
-    lines, columns, near_lines, near_columns, records, strengths, byte_tables, ends = tables
+    lines, columns, near_lines, near_columns, records, strengths, ends = tables
     scale, bias, paint = factors
     planes, floats = scratch
     channels, pitch = program.channels, program.pitch
@@ -84,7 +84,7 @@ def run_views(
     index, sums = np.empty(width, np.int32), np.empty(width, np.int16)
     table, counts = np.empty(256, np.uint8), np.empty((4, 256), np.int32)
     of_lines, of_columns = np.empty((3, height), np.int32), np.empty((3, width), np.int32)
-    between = np.empty(program.width, np.int32)
+    between, edges = np.empty(program.width, np.int32), np.empty((2, program.width), np.uint64)
     above, before, tall, long = 0, 0, height, width
     for image in range(first, last):
         for view in range(num_views):
@@ -96,7 +96,7 @@ def run_views(
             crop(
                 whole if resized else here, program.height * program.width if resized else pitch,
                 source, image * image_size, strides, lines, columns, top[mine] + above,
-                left[mine] + before, flip[mine], tall, long, program,
+                left[mine] + before, flip[mine], tall, long, edges, program,
             )  # fmt: skip
             if resized:
                 _weigh_reads(of_lines, tall)
@@ -117,8 +117,12 @@ def run_views(
                     moved = channels + marked
                     warp(there, here, record, index, height, width, pitch, moved)
                     here, there = there, here
-                elif kind == _BYTES:
-                    through_table(here, 0, byte_tables[record[2]], count, pitch, channels)
+                elif kind == BRIGHTNESS:
+                    shade(here, np.int32(0), strength, count, pitch, channels)
+                elif kind == MASK:
+                    mask(here, np.uint8(record[2]), count, pitch, channels)
+                elif kind == INVERT:
+                    invert(here, record[2], count, pitch, channels)
                 elif kind == _COLOR:
                     if channels == 3:
                         color(here, strength, count, pitch)
@@ -169,8 +173,9 @@ def run_views(
 
 @compiled
 def crop(
-    to, pitch, source, at, strides, lines, columns, above, before, mirrored, tall, long, program
-):
+    to, pitch, source, at, strides, lines, columns, above, before, mirrored, tall, long, edges,
+    program,
+):  # fmt: skip
     """Copy a window of a padded image of any layout, mirrored or not, to planes.
 
     ``lines`` and ``columns`` are those that the padded image repeats, -1 for zeros.
@@ -179,6 +184,13 @@ def crop(
     last = max(min(program.padding + program.width - before, long), first)
     inside = before + first - program.padding
     step, inner = place(strides[2]), place(last - first)
+    outer = 0  # columns of the padding: where they go, and what they repeat
+    for pixel in range(long):
+        if not first <= pixel < last:
+            edges[0, outer] = long - 1 - pixel if mirrored else pixel
+            edges[1, outer] = max(columns[before + pixel], 0) * strides[2]
+            outer += 1
+    is_black = program.padding > 0 and columns[0] < 0
     for line in range(tall):
         read = lines[above + line]
         for plane in range(program.channels):
@@ -202,11 +214,12 @@ def crop(
                 start = mine + place(first)
                 for pixel in range(inner):
                     to[start + pixel] = source[begin + pixel * step]
-            for side in range(2):
-                for pixel in range(0 if side == 0 else last, first if side == 0 else long):
-                    column = columns[before + pixel]
-                    value = source[theirs + place(column) * step] if column >= 0 else np.uint8(0)
-                    to[mine + place(long - 1 - pixel if mirrored else pixel)] = value
+            if is_black:
+                for edge in range(place(outer)):
+                    to[mine + edges[0, edge]] = 0
+            else:
+                for edge in range(place(outer)):
+                    to[mine + edges[0, edge]] = source[theirs + edges[1, edge]]
 
 
 @compiled
@@ -282,11 +295,10 @@ def warp(to, source, record, index, height, width, pitch, planes):
 
 
 @compiled
-def through_table(data, start, table, count, pitch, planes):
-    for plane in range(planes):
-        at = place(start + plane * pitch)
-        for pixel in range(place(count)):
-            data[at + pixel] = table[data[at + pixel]]
+def through_table(data, at, table, count):
+    """Look every byte of a plane up."""
+    for pixel in range(place(count)):
+        data[at + pixel] = table[data[at + pixel]]
 
 
 @compiled
@@ -328,11 +340,36 @@ def contrast(data, factor, count, pitch, channels):
             for pixel in range(place(start), stop):
                 part += np.int32(data[pixel])
         total += part
-    mean = np.int32((2 * total + count) // (2 * count))
+    mean = (2 * total + count) // (2 * count)
+    shade(data, np.int32(mean), factor, count, pitch, channels)
+
+
+@compiled
+def shade(data, first, factor, count, pitch, channels):
+    """Blend with one byte."""
     for plane in range(channels):
         at = place(plane * pitch)
         for pixel in range(place(count)):
-            data[at + pixel] = blended(mean, np.int32(data[at + pixel]), factor)
+            data[at + pixel] = blended(first, np.int32(data[at + pixel]), factor)
+
+
+@compiled
+def mask(data, kept, count, pitch, channels):
+    """Keep some bits."""
+    for plane in range(channels):
+        at = place(plane * pitch)
+        for pixel in range(place(count)):
+            data[at + pixel] &= kept
+
+
+@compiled
+def invert(data, first, count, pitch, channels):
+    """Invert the bytes from one on; 256 inverts none."""
+    for plane in range(channels):
+        at = place(plane * pitch)
+        for pixel in range(place(count)):
+            value = data[at + pixel]
+            data[at + pixel] = value if value < first else np.uint8(255) - value
 
 
 @compiled
@@ -376,7 +413,7 @@ def autocontrast(data, table, count, pitch, channels):
         for value in range(256):
             stretched = np.float64(value) * scale + offset
             table[value] = np.uint8(np.int32(min(max(stretched, 0.0), 255.0)))
-        through_table(data, plane * pitch, table, count, pitch, 1)
+        through_table(data, at, table, count)
 
 
 @compiled
@@ -405,7 +442,7 @@ def equalize(data, table, counts, count, pitch, channels):
         for value in range(256):
             table[value] = min(before // step, 255)
             before += counts[0, value]
-        through_table(data, plane * pitch, table, count, pitch, 1)
+        through_table(data, at, table, count)
 
 
 @compiled
@@ -413,8 +450,10 @@ def turn_hues(data, turn, ends, count, pitch):
     """Turn the hues of Pillow's HSV images, by `eager.chain.hue`'s numbers as float32.
 
     These are whole and below 2^24. A quotient of such, rounded down, is that of whole numbers.
-    ``ends`` is what whole hues lose to Pillow's own floats.
+    ``ends`` are bits of the whole hues that lose one to Pillow's own floats: bytes, each read at a
+    place of its own, would keep the loop from being vectorised.
     """
+    first, second, third, fourth = ends[0], ends[1], ends[2], ends[3]
     to_green, to_blue = place(pitch), place(2 * pitch)
     two, four, six, whole_circle = np.float32(2), np.float32(4), np.float32(6), np.float32(65025)
     for pixel in range(place(count)):
@@ -429,8 +468,9 @@ def turn_hues(data, turn, ends, count, pitch):
         sixths = sixths + circle if sixths < _ZERO else sixths
         hue = np.int32(_MOST * sixths / circle)
         is_whole = np.float32(hue) * circle == _MOST * sixths
-        hue = np.int32(hue - ends[place(np.uint32(hue))]) if is_whole else hue
-        hue = np.int32(hue + turn) & np.int32(255)
+        low, high = (second, fourth) if hue & 64 else (first, third)
+        lost = ((high if hue & 128 else low) >> np.uint64(hue & 63)) & np.uint64(1)
+        hue = np.int32(hue + turn - (np.int32(lost) if is_whole else np.int32(0))) & np.int32(255)
         around = six * np.float32(hue)
         # how much of each channel's light the saturation takes, in 1/255
         share = min(max(np.float32(510) - abs(around - np.float32(765)), _ZERO), _MOST)
