@@ -54,7 +54,7 @@ def part(content: Content, file: Path, folder: Path = ROOT) -> str:
     if suite in DRAWINGS and suite not in schema.TRAINED:
         picture = Path(os.path.relpath(file.with_suffix(".png"), folder)).as_posix()
         parts.append(f"![{HEADLINES[suite](content)}]({picture})\n")
-    if suite in ("augment", "batch", "loader"):
+    if suite in ("augment", "strong", "batch", "loader"):
         parts += _notes(content["rows"])
     bold = " The fastest of a column is bold." if suite in schema.SUITES[1:] else ""
     return "\n".join([*parts, _source(content, content["rows"], bold)])
