@@ -69,7 +69,6 @@ SHARES: tuple[tuple[str, str, float], ...] = (
     ("outside is the mean", RAND_AUGMENT, 1 / 1.35),
     ("channels_last", RAND_AUGMENT, 1 / 1.8),
     (RAND_AUGMENT, "WeakAugment", 1 / 1.4),
-    (RAND_AUGMENT, "copy_", 1 / 7),
 )
 
 

@@ -204,8 +204,12 @@ def crop(
             if mirrored:
                 start = mine + place(long - last)
                 end = begin + (inner - place(1)) * step
-                for pixel in range(inner):
-                    to[start + pixel] = source[end - pixel * step]
+                if step == 1:
+                    for pixel in range(inner):
+                        to[start + pixel] = source[end - pixel]
+                else:
+                    for pixel in range(inner):
+                        to[start + pixel] = source[end - pixel * step]
             elif step == 1:
                 start = mine + place(first)
                 for pixel in range(inner):
@@ -304,7 +308,8 @@ def through_table(data, at, table, count):
 @compiled
 def blended(first, second, factor):
     """Go from one byte to another, or beyond."""
-    value = np.float32(first) + factor * np.float32(second - first)
+    start = np.float32(first)
+    value = start + factor * (np.float32(second) - start)
     return np.uint8(np.int32(min(max(value, _ZERO), _MOST)))
 
 
@@ -321,9 +326,9 @@ def color(data, factor, count, pitch):
     for pixel in range(place(count)):
         red, green, blue = data[pixel], data[to_green + pixel], data[to_blue + pixel]
         gray = np.int32(luma(red, green, blue))
-        data[pixel] = blended(gray, np.int32(red), factor)
-        data[to_green + pixel] = blended(gray, np.int32(green), factor)
-        data[to_blue + pixel] = blended(gray, np.int32(blue), factor)
+        data[pixel] = blended(gray, red, factor)
+        data[to_green + pixel] = blended(gray, green, factor)
+        data[to_blue + pixel] = blended(gray, blue, factor)
 
 
 @compiled
@@ -350,7 +355,7 @@ def shade(data, first, factor, count, pitch, channels):
     for plane in range(channels):
         at = place(plane * pitch)
         for pixel in range(place(count)):
-            data[at + pixel] = blended(first, np.int32(data[at + pixel]), factor)
+            data[at + pixel] = blended(first, data[at + pixel], factor)
 
 
 @compiled
