@@ -204,28 +204,38 @@ def filter_views(
     line_reads, column_reads = np.empty((2, height), np.int64), np.empty((2, width), np.int64)
     line_parts, column_parts = np.empty(height, np.float32), np.empty(width, np.float32)
     above, before, tall, long = 0, 0, height, width
+    # without padding a window is the image, and mirroring it is reading its columns backwards
+    is_image = shape.padding == 0
+    read_from, step = (source, shape.width) if is_image else (wide, pitch)
     for image in range(first, last):
         at = image * image_lines * shape.width
-        widen(wide, 0, source, at, image_lines, shape, pitch)
+        if not is_image:
+            widen(wide, 0, source, at, image_lines, shape, pitch)
         for view in range(num_views):
             mine = row + view * num_images + image
             if len(regions):
                 above, before, tall, long = regions[mine]
-            column = column_of(mine, left, flip, shape, pitch)
+            column = at if is_image else column_of(mine, left, flip, shape, pitch)
             resized = tall != height or long != width
             _resize_reads(line_reads, line_parts, above, tall)
             _resize_reads(column_reads, column_parts, before, long)
+            is_backwards = is_image and flip[mine] > 0
+            begin = shape.width - before - long if is_backwards else before
+            if is_backwards:
+                for column_read in range(width):
+                    column_reads[0, column_read] = shape.width - 1 - column_reads[0, column_read]
+                    column_reads[1, column_read] = shape.width - 1 - column_reads[1, column_read]
             for line in range(height):  # from lines of the window to lines of the image
                 line_reads[0, line] = lines[top[mine] + line_reads[0, line]]
                 line_reads[1, line] = lines[top[mine] + line_reads[1, line]]
             for plane in range(shape.planes):
-                start = plane * shape.height * pitch + column
+                start = plane * shape.height * step + column
                 to = ((mine * shape.planes) + plane) * height * width
                 written = out[to : to + height * width]
                 _read_plane(
-                    scratch, (taps.shape[1] - 1) * width, wide, start, image_lines * pitch,
-                    line_reads, line_parts, column_reads, column_parts, pitch, before, long,
-                    resized,
+                    scratch, (taps.shape[1] - 1) * width, read_from, start, image_lines * pitch,
+                    line_reads, line_parts, column_reads, column_parts, step, begin, long, resized,
+                    is_backwards,
                 )  # fmt: skip
                 blur_plane(
                     written, scratch, taps[mine], near_lines, near_columns, height, width,
@@ -251,7 +261,7 @@ def _resize_reads(reads, parts, start, kept):
 @compiled
 def _read_plane(
     scratch, at, wide, start, zeros, line_reads, line_parts, column_reads, column_parts, pitch,
-    before, kept, resized,
+    before, kept, resized, is_backwards,
 ):  # fmt: skip
     """Write a plane of a view as floats at ``at`` of ``scratch``, from ``kept`` columns."""
     height, width = len(line_parts), np.uint64(len(column_parts))
@@ -261,6 +271,10 @@ def _read_plane(
         to = np.uint64(at) + np.uint64(line) * width
         read = line_reads[0, line]
         upper = np.uint64(zeros if read < 0 else start + read * pitch)
+        if is_backwards and not resized:
+            for value in range(width):
+                scratch[to + value] = wide[upper + end - np.uint64(1) - value]
+            continue
         if not resized:
             for value in range(width):
                 scratch[to + value] = wide[upper + begin + value]

@@ -35,9 +35,9 @@ def stacked(regions: Regions | None) -> Any:
 
 
 def half_kernels(sigma: Tensor, radius: int) -> Tensor:
-    """Taps at distance 0, 1, .. of each row's blur, ``[R, 1 + radius]``; none without a reach."""
+    """Taps at distance 0, 1, .. of each row's blur, ``[R, 1 + radius]``."""
     if radius == 0:
-        return sigma.new_empty(0, 1)
+        return sigma.new_ones(len(sigma), 1)
     return gaussian(sigma, radius)[:, radius:].contiguous()
 
 
