@@ -94,6 +94,12 @@ def augment_headline(content: Content) -> str:
     return f"Views, {effects.replace(', ', ' + ')}: {_leads_by_size(rows)}"
 
 
+def strong_headline(content: Content) -> str:
+    """How far ours is ahead with RandAugment."""
+    effects, rows = next(iter(by(timed_rows(content), "effects").items()))
+    return f"Views with {effects}: {_leads_by_size(rows)}"
+
+
 def batch_headline(content: Content) -> str:
     """How far ours is ahead."""
     return f"Whole batches: {_leads_by_size(timed_rows(content))}"
@@ -149,6 +155,13 @@ def draw_views(content: Content, path: Path) -> None:
                 axis.set_title(f"{effects}, {title}" if effects else title)
                 axis.set_xlabel("thousand views/s")
         _legend(figure, content, "; ×: times as fast as the best other")
+
+
+def draw_strong_views(content: Content, path: Path) -> None:
+    """As `draw_views`, without the variants of ours."""
+    rows = content["rows"]
+    compared = {row["effects"] for row in rows if row["contender"].startswith("ours")}
+    draw_views(content | {"rows": [row for row in rows if row.get("effects") in compared]}, path)
 
 
 def draw_loaders(content: Content, path: Path) -> None:
@@ -259,6 +272,7 @@ def _legend(figure: Any, content: Content, remark: str = "") -> None:
 
 HEADLINES: dict[str, Callable[[Content], str]] = {
     "augment": augment_headline,
+    "strong": strong_headline,
     "batch": batch_headline,
     "loader": loader_headline,
     "scaling": scaling_headline,
@@ -267,6 +281,7 @@ HEADLINES: dict[str, Callable[[Content], str]] = {
 }
 DRAWINGS: dict[str, Callable[[Content, Path], None]] = {
     "augment": draw_views,
+    "strong": draw_strong_views,
     "batch": draw_views,
     "loader": draw_loaders,
     "scaling": draw_sweeps,

@@ -72,8 +72,8 @@ def part(content: Content, file: Path, folder: Path = ROOT) -> str:
     if suite in DRAWINGS and suite not in schema.TRAINED:
         picture = Path(os.path.relpath(file.with_suffix(".png"), folder)).as_posix()
         parts.append(f"![{HEADLINES[suite](content)}]({picture})\n")
-    if suite in ("augment", "batch", "loader"):
-        parts += _notes(content["rows"])
+    if suite in ("augment", "strong", "batch", "loader"):
+        parts += _notes([row for row in content["rows"] if "goal" not in row])
     bold = " The fastest of a column is bold." if suite in schema.SUITES[1:] else ""
     return "\n".join([*parts, _source(content, content["rows"], bold)])
 

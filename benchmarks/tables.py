@@ -116,6 +116,14 @@ def augment_tables(content: Content) -> Tables:
     ]
 
 
+def strong_tables(content: Content) -> Tables:
+    """A table for each choice of effects, then the goals."""
+    rows = [row for row in content["rows"] if "goal" not in row]
+    goals = [row for row in content["rows"] if "goal" in row]
+    parts = augment_tables(content | {"rows": rows})
+    return parts + ([("Goals, on one thread", goals_table(goals))] if goals else [])
+
+
 def batch_tables(content: Content) -> Tables:
     """Rates, page faults, launches, and the share of a training step."""
     rows = content["rows"]
@@ -389,6 +397,7 @@ def _guesses_table(rows: list[Row]) -> str:
 
 TABLES: dict[str, Callable[[Content], Tables]] = {
     "augment": augment_tables,
+    "strong": strong_tables,
     "batch": batch_tables,
     "loader": loader_tables,
     "scaling": scaling_tables,

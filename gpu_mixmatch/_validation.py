@@ -489,12 +489,16 @@ MAGNITUDES: dict[OpName, tuple[float, float]] = {
     **dict.fromkeys(("translate_x_rel", "translate_y_rel"), (-1, 1)),
 }
 _MOST_SHUFFLED = 4
+# What `as_chain` has returned, which comes back with every batch of an engine, by identity: as long
+# as it is here no other has its number.
+_checked_chains: dict[int, Chain] = {}
+_MOST_CHECKED = 64
 
 
 def as_chain(chain: Any) -> Chain | None:
     """Return a `Chain` of which every field is checked, or None."""
-    if chain is None:
-        return None
+    if chain is None or _checked_chains.get(id(chain)) is chain:
+        return chain
     check_kind("chain", chain, Chain, "a Chain or None")
     ops, num_slots, prob, shuffled, gray, outside, cutout, color = chain
     check_kind("ops", ops, tuple, "a tuple of Op")
@@ -517,7 +521,7 @@ def as_chain(chain: Any) -> Chain | None:
     if not ops:
         raise ValueError("ops must hold at least one, if only identity, got none")
     check_choice("outside", outside, Outside)
-    return Chain(
+    checked = Chain(
         ops,
         num_slots,
         as_number("prob", prob, least=0, most=1),
@@ -527,6 +531,10 @@ def as_chain(chain: Any) -> Chain | None:
         as_cutout(cutout),
         None if color is None else as_color(color),
     )
+    if len(_checked_chains) >= _MOST_CHECKED:
+        _checked_chains.clear()
+    _checked_chains[id(checked)] = checked
+    return checked
 
 
 def as_cutout(cutout: Any) -> int | tuple[float, float]:

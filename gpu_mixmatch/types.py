@@ -91,6 +91,10 @@ class Chain(NamedTuple):
     cutout: int | tuple[float, float] = 0
     cutout_color: tuple[int, ...] | None = None
 
+    def __hash__(self) -> int:
+        """Look at a few fields, for the same reason as `Op` does."""
+        return hash((len(self.ops), *self.ops[:1], *self.ops[-1:], *self[1:4]))
+
 
 class Cut(NamedTuple):
     """A part of each image that becomes the view: a random crop, resized where it has an area.

@@ -30,6 +30,8 @@ from benchmarks import (
     report,
     scaling,
     schema,
+    strong,
+    strong_peers,
     tables,
 )
 from benchmarks.common import Contender, Settings, Skipped
@@ -48,6 +50,7 @@ QUICK = common.quick_settings(CPU)
 SUITES = {
     "ops": ops.run,
     "augment": augment.run,
+    "strong": strong.run,
     "batch": batch.run,
     "loader": loader.run,
     "scaling": scaling.run,
@@ -414,6 +417,43 @@ def test_the_augment_suite_has_all_contenders(ran):
     assert all("median_ms" in row and row["note"] for row in kornia)
 
 
+def test_the_strong_suite_has_all_contenders_and_its_goals(ran):
+    rows = ran("strong")["rows"]
+    assert {row["contender"] for row in rows} >= {peer.name for peer in strong.STRONG_PEERS}
+    for effects in strong_peers.ALL:
+        timed = {r["contender"] for r in rows if r.get("effects") == effects and "median_ms" in r}
+        assert timed >= {"ours, eager, reused buffers", "Kornia, one call"}
+    goals = {row["contender"]: row["goal"] for row in rows if "goal" in row}
+    assert goals.pop("RandAugment, 32 px: times as fast as Kornia, one call") == 15
+    assert any("channels_last" in name for name in goals)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda views: views + 1e-3, "not close"),
+        (lambda views: views.flip(3), "not close"),
+        (lambda views: views[:9], "must be float32"),
+    ],
+)
+def test_wrong_strong_views_are_found(change, message):
+    (pillow, *_) = strong.STRONG_PEERS
+    images = augment.make_images(strong.CHECKED_AT, 4, CPU)
+    strong.check_strong_peer(pillow, images, strong.RAND_AUGMENT)
+    wrong = pillow._replace(make=lambda *args: lambda: change(pillow.make(*args)()))
+    with pytest.raises((AssertionError, ValueError), match=message):
+        strong.check_strong_peer(wrong, images, strong.RAND_AUGMENT)
+
+
+def test_others_that_do_not_augment_are_found():
+    peer = strong.STRONG_PEERS[3]._replace(
+        make=lambda images, *_: lambda: torch.cat([images.x, images.u, images.u]) / 127.5 - 1
+    )
+    images = augment.make_images(strong.CHECKED_AT, 4, CPU)
+    with pytest.raises(ValueError, match="two views of an image must differ"):
+        strong.check_strong_peer(peer, images, strong.RAND_AUGMENT)
+
+
 def test_counted_launches_are_those_of_the_tests(ran):
     counted = [row for row in ran("batch")["rows"] if row["case"].startswith("launches")]
     ours = [row for row in counted if row["contender"] == "ours, eager, DataLoader"]
@@ -695,7 +735,7 @@ def test_plots_have_no_ground_and_something_on_it(ran, tmp_path):
     content = content_of("demo", [trained_row()]) | {"config": {"model": "cnn"}, "seeds": [0]}
     schema.dump(content, tmp_path / "digits-demo--here.json")
     drawn = drawings.draw_all(tmp_path)
-    expected = ["augment", "batch", "digits-demo", "loader", "scaling"]
+    expected = ["augment", "batch", "digits-demo", "loader", "scaling", "strong"]
     assert [path.name for path in drawn] == [f"{name}--here.png" for name in expected]
     for path in drawn:
         pixels = np.array(Image.open(path).convert("RGBA")).reshape(-1, 4)

@@ -378,9 +378,10 @@ class _ViewsOfBytes(NamedTuple):
 
 
 def shown_impl(impl: Impl, geometry: Geometry) -> str:
-    """Show the implementation of an engine, and what runs in its place."""
-    running = impl_of(impl, geometry)
-    if running == impl:
-        return f"impl={impl!r}"
-    on_cuda = impl_of(impl, geometry, torch.device("cuda"))
-    return f"impl={impl!r} -> {running}" + (", on CUDA triton" if on_cuda == impl else "")
+    """Show the implementation of an engine, and what runs in its place on a GPU.
+
+    Raises:
+        RuntimeError: If it cannot run what the views have in common.
+    """
+    running = impl_of(impl, geometry, torch.device("cuda"))
+    return f"impl={impl!r}" if running == impl else f"impl={impl!r} -> {running} on cuda"

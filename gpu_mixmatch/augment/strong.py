@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, get_args
 
+import torch
+
 from gpu_mixmatch._validation import (
     MAGNITUDES,
     as_chain,
@@ -49,7 +51,7 @@ class _StrongAugment(KeyedAugment):
         assert checked is not None
         self.weak = weak
         self.chain = checked
-        impl_of(self.impl, self.geometry)  # raises now if it cannot run
+        impl_of(self.impl, self.geometry, torch.device("cpu"))  # raises now if it cannot run
 
     @property
     def policy(self) -> AugmentPolicy:

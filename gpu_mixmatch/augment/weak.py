@@ -49,7 +49,8 @@ class WeakAugment(KeyedAugment):
         dtype: Of the views: float32, float16 or bfloat16.
         channels_last: Memory format of the views.
         layout: Of the images, "NCHW" or "NHWC"; None tells it by their shape.
-        impl: Implementation of `functional.augment`; with ``size`` or ``area`` plain torch alone.
+        impl: Implementation of `functional.augment`; with ``size`` or ``area`` it has
+            no kernels yet: on a GPU "auto" takes plain torch.
 
     Raises:
         TypeError: If a field is of the wrong kind.
@@ -86,7 +87,7 @@ class WeakAugment(KeyedAugment):
         self.padding, self.zoom_px, self.flip, self.blur_sigma = policy[:4]
         self.size, self.area, self.aspect = policy.cut or Cut(None, None, as_aspect(aspect))
         self.padding_mode = padding_mode
-        impl_of(impl, self.geometry)  # raises now if it cannot run
+        impl_of(impl, self.geometry, torch.device("cpu"))  # raises now if it cannot run
 
     @property
     def policy(self) -> AugmentPolicy:

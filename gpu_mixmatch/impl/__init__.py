@@ -185,8 +185,8 @@ def impl_of(
 ) -> Impl:
     """Return what draws a policy, or applies what its views have in common, in place of ``impl``.
 
-    Triton's kernels draw and apply all but a few cuts and chains: "auto" takes them on CUDA. Else
-    cuts and chains are drawn by numpy, which draws for Numba, too, and applied in plain torch.
+    Triton's kernels draw all and apply all but a few cuts and chains: for those "auto" takes plain
+    torch on CUDA. For Numba numpy draws.
 
     Args:
         impl: What is asked for.
@@ -199,19 +199,16 @@ def impl_of(
     check_choice("impl", impl, Impl)
     if part is None or (part.cut is None and part.chain is None):
         return impl
-    if impl == "numba" and isinstance(part, AugmentPolicy):
-        return impl
-    if impl == "numba":
-        what = "operations drawn per view" if part.chain else "random crops to a size"
-        raise RuntimeError(_cannot_run(impl, what))
     on_cuda = device is not None and device.type == "cuda"
-    if impl == "triton" or (impl == "auto" and on_cuda):
-        missing = None if isinstance(part, AugmentPolicy) else _missing_in_kernels(part)
-        if missing is None:
-            return impl
-        if impl == "triton":
-            raise RuntimeError(_cannot_run(impl, missing))
-    return "eager"
+    if (impl == "triton" or (impl == "auto" and on_cuda)) and isinstance(part, Geometry):
+        missing = _missing_in_kernels(part)
+        if missing and impl == "triton":
+            raise RuntimeError(
+                f'impl="triton" cannot run {missing} yet: use impl="eager", or impl="auto", which '
+                "takes it"
+            )
+        return "eager" if missing else impl
+    return impl
 
 
 def _missing_in_kernels(geometry: Geometry) -> str | None:
@@ -221,10 +218,6 @@ def _missing_in_kernels(geometry: Geometry) -> str | None:
     if geometry.blur_radius:
         return "a blur after operations drawn per view"
     return None
-
-
-def _cannot_run(impl: Impl, what: str) -> str:
-    return f'impl="{impl}" cannot run {what} yet: use impl="eager", or impl="auto", which takes it'
 
 
 def resolve_impl(impl: Impl, device: torch.device) -> ImplName:

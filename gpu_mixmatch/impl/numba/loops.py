@@ -18,7 +18,7 @@ _LEAST_TAP = 1e-8
 _VALUES_AT_ONCE = 2**11
 
 
-def _compiled(function: Callable[..., Any], fastmath: Any = False) -> Any:
+def compiled(function: Callable[..., Any], fastmath: Any = False) -> Any:
     options = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
     try:
         return njit(cache=True, **options)(function)
@@ -32,6 +32,8 @@ class Shape(NamedTuple):
     planes: int
     height: int
     width: int
+    view_height: int
+    view_width: int
     values: int
     padding: int
     repeat: int  # pixels that image and mirror image share: reflection does not repeat the edge
@@ -44,7 +46,7 @@ class Shape(NamedTuple):
         return (2 * (self.width + self.padding) - self.repeat + between) * self.values
 
 
-@_compiled
+@compiled
 def widen(wide, to, source, at, num_lines, shape, pitch):
     """Write lines of ``source`` as [padding, mirror image, (2 paddings), image, padding]."""
     values = np.uint64(shape.values)
@@ -89,7 +91,7 @@ def widen(wide, to, source, at, num_lines, shape, pitch):
                 wide[image + length + value] = 0
 
 
-@_compiled
+@compiled
 def column_of(row, left, flip, shape, pitch):
     """Where in a widened line the window of a view begins."""
     if flip[row]:
@@ -97,7 +99,7 @@ def column_of(row, left, flip, shape, pitch):
     return pitch - (2 * shape.padding + shape.width - left[row]) * shape.values
 
 
-@_compiled
+@compiled
 def write_views(
     out, row, num_views, source, wide, draws, factors, tables, shape, pitch, first, last
 ):
@@ -109,7 +111,7 @@ def write_views(
     top, left, flip, _, _ = draws
     lines = tables[0]
     scale, bias = factors
-    length = np.uint64(shape.width * shape.values)
+    length = np.uint64(shape.view_width * shape.values)
     image_lines = shape.planes * shape.height
     num_images = len(source) // max(image_lines * shape.width * shape.values, 1)
     zeros = np.uint64(image_lines * pitch)
@@ -121,8 +123,10 @@ def write_views(
             column = column_of(mine, left, flip, shape, pitch)
             for plane in range(shape.planes):
                 factor, addend = scale[plane, 0], bias[plane, 0]
-                for line in range(shape.height):
-                    to = np.uint64((mine * shape.planes + plane) * shape.height + line) * length
+                for line in range(shape.view_height):
+                    to = (
+                        np.uint64((mine * shape.planes + plane) * shape.view_height + line) * length
+                    )
                     read = lines[top[mine] + line]
                     start = zeros
                     if read >= 0:
@@ -136,7 +140,7 @@ def write_views(
                             out[to + value] = pixel * scale[plane, value] + bias[plane, value]
 
 
-@_compiled
+@compiled
 def mix_views(
     out, num_x, num_u, wide, draws, lam, index, factors, tables, shape, pitch, first, last
 ):
@@ -147,7 +151,7 @@ def mix_views(
     top, left, flip, _, _ = draws
     lines = tables[0]
     scale, bias = factors
-    length = np.uint64(shape.width * shape.values)
+    length = np.uint64(shape.view_width * shape.values)
     image_lines = shape.planes * shape.height
     zeros = np.uint64((num_x + num_u) * image_lines * pitch)
     for mine in range(first, last):
@@ -160,8 +164,8 @@ def mix_views(
             factor, addend = scale[plane, 0], bias[plane, 0]
             my_factor = weight * factor
             their_factor = factor - my_factor
-            for line in range(shape.height):
-                to = np.uint64((mine * shape.planes + plane) * shape.height + line) * length
+            for line in range(shape.view_height):
+                to = np.uint64((mine * shape.planes + plane) * shape.view_height + line) * length
                 read = lines[top[mine] + line]
                 my_start = their_start = zeros
                 if read >= 0:
@@ -182,95 +186,113 @@ def mix_views(
                         out[to + value] = mixed * scale[plane, value] + bias[plane, value]
 
 
-@_compiled
+@compiled
 def filter_views(
-    out, row, num_views, source, wide, draws, taps, factors, tables, shape, pitch, scratch, first,
-    last,
+    out, row, num_views, source, wide, draws, regions, taps, factors, tables, shape, pitch, scratch,
+    first, last,
 ):  # fmt: skip
-    """Do what `write_views` does, with zoom and blur in between; for planes only."""
-    top, left, flip, zoom, _ = draws
+    """Do what `write_views` does, with resizing and blur in between; for planes only.
+
+    ``regions`` are what is cut out of each window and resized, none where all of it is kept.
+    """
+    top, left, flip, _, _ = draws
     lines, near_lines, near_columns = tables
     scale, bias = factors
-    height, width = shape.height, shape.width
-    image_lines = shape.planes * height
-    num_images = len(source) // max(image_lines * width, 1)
+    height, width = shape.view_height, shape.view_width
+    image_lines = shape.planes * shape.height
+    num_images = len(source) // max(image_lines * shape.width, 1)
     line_reads, column_reads = np.empty((2, height), np.int64), np.empty((2, width), np.int64)
     line_parts, column_parts = np.empty(height, np.float32), np.empty(width, np.float32)
+    above, before, tall, long = 0, 0, height, width
+    # without padding a window is the image, and mirroring it is reading its columns backwards
+    is_image = shape.padding == 0
+    read_from, step = (source, shape.width) if is_image else (wide, pitch)
     for image in range(first, last):
-        widen(wide, 0, source, image * image_lines * width, image_lines, shape, pitch)
+        at = image * image_lines * shape.width
+        if not is_image:
+            widen(wide, 0, source, at, image_lines, shape, pitch)
         for view in range(num_views):
             mine = row + view * num_images + image
-            column = column_of(mine, left, flip, shape, pitch)
-            _zoom_reads(line_reads, line_parts, zoom[mine, 0], zoom[mine, 1], False)
-            _zoom_reads(column_reads, column_parts, zoom[mine, 2], zoom[mine, 3], flip[mine])
-            zooms = zoom[mine].any()
+            if len(regions):
+                above, before, tall, long = regions[mine]
+            column = at if is_image else column_of(mine, left, flip, shape, pitch)
+            resized = tall != height or long != width
+            _resize_reads(line_reads, line_parts, above, tall)
+            _resize_reads(column_reads, column_parts, before, long)
+            is_backwards = is_image and flip[mine] > 0
+            begin = shape.width - before - long if is_backwards else before
+            if is_backwards:
+                for column_read in range(width):
+                    column_reads[0, column_read] = shape.width - 1 - column_reads[0, column_read]
+                    column_reads[1, column_read] = shape.width - 1 - column_reads[1, column_read]
             for line in range(height):  # from lines of the window to lines of the image
                 line_reads[0, line] = lines[top[mine] + line_reads[0, line]]
                 line_reads[1, line] = lines[top[mine] + line_reads[1, line]]
             for plane in range(shape.planes):
-                start = plane * height * pitch + column
+                start = plane * shape.height * step + column
                 to = ((mine * shape.planes) + plane) * height * width
                 written = out[to : to + height * width]
                 _read_plane(
-                    scratch, (taps.shape[1] - 1) * width, wide, start, image_lines * pitch,
-                    line_reads, line_parts, column_reads, column_parts, pitch, zooms,
+                    scratch, (taps.shape[1] - 1) * width, read_from, start, image_lines * pitch,
+                    line_reads, line_parts, column_reads, column_parts, step, begin, long, resized,
+                    is_backwards,
                 )  # fmt: skip
-                _blur_plane(
+                blur_plane(
                     written, scratch, taps[mine], near_lines, near_columns, height, width,
                     scale[plane, 0], bias[plane, 0],
                 )  # fmt: skip
 
 
-@_compiled
-def _zoom_reads(reads, parts, before, after, mirrored):
+@compiled
+def _resize_reads(reads, parts, start, kept):
     """The two pixels that each output pixel lies between, ``[2, n]``, and how far from the first.
 
-    As `eager._zoom_matrix`, of an axis that has been mirrored already.
+    As `eager.filters` has it, of ``kept`` pixels behind ``start``.
     """
     size = len(parts)
-    before = min(before, size - 1)
-    after = min(after, size - 1 - before)
-    kept = size - before - after
-    if mirrored:
-        before = after
     for pixel in range(size):
         read = np.float32((2 * pixel + 1) * kept - size) / np.float32(2 * size)
-        read = min(max(read, np.float32(0)), np.float32(kept - 1)) + np.float32(before)
+        read = min(max(read, np.float32(0)), np.float32(kept - 1)) + np.float32(start)
         parts[pixel] = read - np.float32(int(read))
         reads[0, pixel] = int(read)
         reads[1, pixel] = int(read) + (parts[pixel] > 0)
 
 
-@_compiled
+@compiled
 def _read_plane(
     scratch, at, wide, start, zeros, line_reads, line_parts, column_reads, column_parts, pitch,
-    zooms,
+    before, kept, resized, is_backwards,
 ):  # fmt: skip
-    """Write the window of a plane as floats, zoomed, at ``at`` of ``scratch``."""
+    """Write a plane of a view as floats at ``at`` of ``scratch``, from ``kept`` columns."""
     height, width = len(line_parts), np.uint64(len(column_parts))
+    begin, end = np.uint64(before), np.uint64(before + kept)
     between = np.uint64(at) + np.uint64(height) * width  # a line behind the plane
     for line in range(height):
         to = np.uint64(at) + np.uint64(line) * width
         read = line_reads[0, line]
         upper = np.uint64(zeros if read < 0 else start + read * pitch)
-        if not zooms:
+        if is_backwards and not resized:
             for value in range(width):
-                scratch[to + value] = wide[upper + value]
+                scratch[to + value] = wide[upper + end - np.uint64(1) - value]
+            continue
+        if not resized:
+            for value in range(width):
+                scratch[to + value] = wide[upper + begin + value]
             continue
         read = line_reads[1, line]
         lower = np.uint64(zeros if read < 0 else start + read * pitch)
         part = line_parts[line]
-        for value in range(width):
+        for value in range(begin, end):
             above = np.float32(wide[upper + value])
             scratch[between + value] = above + part * (np.float32(wide[lower + value]) - above)
         for value in range(width):
-            before = scratch[between + np.uint64(column_reads[0, value])]
-            after = scratch[between + np.uint64(column_reads[1, value])]
-            scratch[to + value] = before + column_parts[value] * (after - before)
+            first = scratch[between + np.uint64(column_reads[0, value])]
+            second = scratch[between + np.uint64(column_reads[1, value])]
+            scratch[to + value] = first + column_parts[value] * (second - first)
 
 
-@_compiled
-def _blur_plane(out, scratch, taps, near_lines, near_columns, height, width, factor, addend):
+@compiled
+def blur_plane(out, scratch, taps, near_lines, near_columns, height, width, factor, addend):
     """Blur a plane down and across, scale it and write it to ``out``, ``[H·W]``.
 
     Some lines at a time, which stay in the cache, each pass over all of them as one long line.
@@ -318,7 +340,7 @@ def _blur_plane(out, scratch, taps, near_lines, near_columns, height, width, fac
                 out[write + column] = sums_across[read + column] * factor + addend
 
 
-@partial(_compiled, fastmath={"contract"})
+@partial(compiled, fastmath={"contract"})
 def _add_taps(sums, values, begin, stride, length, taps, reach):
     """Write the sums of values around ``begin``, ``begin`` + 1, .., weighed by their distance."""
     middle = values[begin : begin + length]
@@ -332,7 +354,7 @@ def _add_taps(sums, values, begin, stride, length, taps, reach):
             sums[value] += tap * (before[value] + after[value])
 
 
-@_compiled
+@compiled
 def lie_within(values, most):
     for value in values:  # noqa: SIM110  # all() is no loop of Numba's
         if not (value >= 0 and value <= most):  # nor is NaN within
@@ -340,12 +362,21 @@ def lie_within(values, most):
     return True
 
 
-@_compiled
+@compiled
+def rows_lie_within(rows, most):
+    for row in range(rows.shape[0]):
+        for column in range(rows.shape[1]):
+            if rows[row, column] < 0 or rows[row, column] > most[column]:
+                return False
+    return True
+
+
+@compiled
 def lines_at_once(height, width):
     return min(height, max(1, _VALUES_AT_ONCE // width))
 
 
-@_compiled
+@compiled
 def mix_rows(out, rows, lam, index, first, last):
     """Write blends ``first`` .. ``last`` - 1 of ``[N, values]`` with their partners."""
     size = np.uint64(rows.shape[1])
