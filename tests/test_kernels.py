@@ -83,7 +83,7 @@ def test_no_kernel_spills_or_touches_local_memory(report, elsewhere):
     for row in kernels_of(report["rows"] + elsewhere["rows"]):
         assert (row["stack"], row["local"]) == (0, 0), row
         assert row.get("local_accesses", 0) == 0, row
-        assert 0 < row["registers"] < 255, row
+        assert 0 < row["registers"] <= 255, row
 
 
 # Budgets
@@ -156,9 +156,9 @@ def test_counts_are_those_of_a_count_by_hand(report):
     lanes = -(values // -2048) * 2048 / values  # a row's last program has less to do
     targets = 8 * 128 / values  # those of 1000 classes, in eight turns of a row's first program
     of_draws = 2 * 128 / 2048  # λ and the partner, of every thread
-    assert row["loads"] == pytest.approx(lanes * (2 / 4 + of_draws) + 2 * targets, rel=2e-3)
-    assert row["stores"] == pytest.approx(lanes / 4 + targets, rel=2e-3)
-    assert row["pipes"]["fma"] == pytest.approx(lanes * 2 + 2 * targets, rel=2e-3)
+    assert row["loads"] == pytest.approx(lanes * (2 / 4 + of_draws) + 2 * targets, rel=5e-3)
+    assert row["stores"] == pytest.approx(lanes / 4 + targets, rel=5e-3)
+    assert row["pipes"]["fma"] == pytest.approx(lanes * 2 + 2 * targets, rel=5e-3)
 
 
 def test_a_prediction_is_the_slowest_resource_and_the_overhead(report):
@@ -332,13 +332,14 @@ def test_shifted_bytes_are_read_by_neighbouring_threads(report):
             assert layout["threadsPerWarp"][1] * columns >= 32
 
 
-def test_large_images_are_shifted_in_words(report):
+def test_large_images_are_shifted_and_zoomed_in_words(report):
     for row in found(report, "packed_kernel"):
-        # 48 values of a thread, for every four of them two words of each row; and a row's draws
-        words = 48 // 4 * 2 * (2 if row["mixes"] else 1)
+        zooms = row["effects"] == "zoom"
+        # for every four values two words of each row, or of each of two lines; and a row's draws
+        words = (24 if zooms else 48) // 4 * 2 * (2 if row["mixes"] or zooms else 1)
         assert set(row["load_bits"]) <= {"32", "64"}  # 64: which row is the partner
         assert words < row["load_bits"]["32"] <= words + 12, row
-        assert row["shared"] == 0, row  # what a thread reads it writes
+        assert zooms or row["shared"] == 0, row  # what a thread reads it writes
 
 
 # Sizes and bytes

@@ -39,7 +39,7 @@ def some_kernel(
 @pytest.mark.skipif(OWN_PROCESS, reason="this is that process")
 def test_all_passes_where_kernels_are_compiled():
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", __file__],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
