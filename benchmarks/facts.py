@@ -3,8 +3,8 @@
 First what the model assumes: an empty kernel in a graph, the bandwidth of copies from the DRAM and
 within the L2. Then each kernel of each regime and policy, in a graph and between events, beside its
 prediction; the same from images that begin one byte off; rows and warps of a program; and how far
-resampled views lie from plain ones. All is written to ``facts--MACHINE.json``, and ``gpu.md`` says
-what was missed by more than 1.5 times and which assumption that tests.
+resampled views lie from plain ones. All is written to ``facts--MACHINE.json``, and a page beside it
+says what was missed by more than 1.5 times and which assumption that tests.
 
 A kernel runs over and over on the same data, so that what fits is in the L2: as the model has it.
 """
@@ -451,7 +451,7 @@ def _errors_table(errors: list[Row]) -> str:
 
 def write(content: dict[str, Any], out: Path) -> list[Path]:
     """Write the rows and the page to a folder."""
-    files = [out / f"facts--{content['machine']}.json", out / "gpu.md"]
+    files = [out / f"facts--{content['machine']}.json", (out / "gpu").with_suffix(".md")]
     schema.dump(content, files[0])
     files[1].write_text(page(content))
     return files

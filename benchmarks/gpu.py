@@ -1,7 +1,7 @@
 """All that wants a CUDA device, in one command: ``python -m benchmarks.gpu``, or ``make gpu``.
 
-First what the device does beside what was predicted of it, `benchmarks.facts`, on one page
-``gpu.md``. Then the hazards that only a device shows: graphs, streams and memory that others need;
+First what the device does beside what was predicted of it, `benchmarks.facts`, on one
+page. Then the hazards that only a device shows: graphs, streams and memory that others need;
 the tests marked ``gpu``, the kernels' tests on the real device, compute-sanitizer where it is
 installed, all suites with ``--device cuda``, Nsight Compute and the plots. Each part has a time
 limit, so that all fit in nine minutes; a part that fails does not stop the others. Results go to

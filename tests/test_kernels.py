@@ -317,8 +317,8 @@ def test_resampling_reads_words_of_bytes_and_weights_16_bytes_at_a_time(report):
         sources = 32 if row["regime"].startswith("32 px") else 64
         itemsize = 2 if "bfloat16" in row["regime"] else 4
         assert row["load_bits"]["128"] == 2 * 32 * sources * itemsize / 16 / 64
-        # 32: words of 64 threads, twice for images that begin within a word; where sources begin
-        assert row["load_bits"]["32"] == 2 * sources**2 / 4 / 64 + 2
+        # 32: words of three channels, twice for images that begin within one; where sources begin
+        assert row["load_bits"]["32"] == 3 * 2 * sources**2 / 4 / 64 + 2
         assert set(row["load_bits"]) == {"32", "128"}
 
 
