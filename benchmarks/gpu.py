@@ -30,16 +30,17 @@ from gpu_mixmatch._machine import header, machine
 
 SECONDS = 540.0  # for everything
 FACTS_SECONDS = 90.0  # no part of the facts begins later
-SUITE_SECONDS = {
-    "ops": 55,
-    "batch": 35,
-    "augment": 45,
-    "strong": 30,
-    "scaling": 20,
-    "loader": 25,
-}
+SUITE_SECONDS = {"ops": 60, "batch": 40, "augment": 50, "scaling": 25, "loader": 30}
 HAZARD_TESTS = ("test_buffers", "test_capture")  # what a device alone shows, and corrupts
-KERNEL_TESTS = ("test_triton", "test_packed", "test_ops", "test_capture", "test_launches")
+KERNEL_TESTS = (
+    "test_triton",
+    "test_packed",
+    "test_resample",
+    "test_triton_chain",
+    "test_ops",
+    "test_capture",
+    "test_launches",
+)
 COUNTERS = (
     "gpu__time_duration.sum",
     "dram__bytes_read.sum",

@@ -396,7 +396,7 @@ def ran():
     return run
 
 
-@pytest.mark.parametrize("suite", schema.SUITES)
+@pytest.mark.parametrize("suite", SUITES)
 def test_every_suite_writes_rows_that_fit_and_tables_that_show_them(suite, ran):
     content = ran(suite)
     schema.check(content)
@@ -730,7 +730,7 @@ def test_text_of_plots_reads_on_light_and_dark_pages(ground):
 
 
 def test_plots_have_no_ground_and_something_on_it(ran, tmp_path):
-    for suite in schema.SUITES:
+    for suite in SUITES:
         schema.dump(ran(suite), tmp_path / f"{suite}--here.json")
     content = content_of("demo", [trained_row()]) | {"config": {"model": "cnn"}, "seeds": [0]}
     schema.dump(content, tmp_path / "digits-demo--here.json")
@@ -800,7 +800,7 @@ def test_all_parts_fit_in_nine_minutes(tmp_path):
     assert names[:2] == ["facts", "hazards"]
     assert chosen[0].seconds > facts.SECONDS
     assert any(argument.endswith("test_buffers.py") for argument in chosen[1].command)
-    assert [f"suite {suite}" in names for suite in schema.SUITES] == [True] * len(SUITES)
+    assert [f"suite {suite}" in names for suite in schema.SUITES] == [True] * len(schema.SUITES)
     for part in chosen:
         if part.name.startswith("suite"):
             assert [*part.command[-4:]] == ["--device", "cuda", "--out", str(tmp_path)]
