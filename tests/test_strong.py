@@ -10,6 +10,7 @@ from torch.nn.functional import interpolate, pad
 
 from gpu_mixmatch import ColorJitter, MixMatch, RandAugment, WeakAugment, sampling
 from gpu_mixmatch._chain import columns, entries, slots_of
+from gpu_mixmatch.impl import impl_of
 from gpu_mixmatch.impl.eager import chain as chain_module
 from gpu_mixmatch.impl.eager.chain import run_slots
 from gpu_mixmatch.impl.tables import chain_tables
