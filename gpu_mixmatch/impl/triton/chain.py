@@ -24,7 +24,13 @@ from gpu_mixmatch._chain import columns, slots_of
 from gpu_mixmatch.impl.tables import Kind, chain_tables, kind_of, kinds_of, root_of_area
 from gpu_mixmatch.impl.triton.launch import blocks, launch
 from gpu_mixmatch.impl.triton.mixup import mixup as mix_rows
-from gpu_mixmatch.impl.triton.rows import image_of, inverse, normalisation, packed_draws
+from gpu_mixmatch.impl.triton.rows import (
+    image_of,
+    inverse,
+    normalisation,
+    packed_draws,
+    padded,
+)
 from gpu_mixmatch.types import Chain, ChainParams, Draws, Geometry, MixUpParams, Scaling
 
 _WARP = tl.constexpr(int(Kind.WARP))
@@ -160,18 +166,6 @@ def _tile(
 
 
 @triton.jit
-def _padded(position, shift, SIZE: tl.constexpr, PADDING: tl.constexpr, MODE: tl.constexpr):
-    """Where a pixel of the window lies in the image, and whether it does."""
-    position += shift - PADDING
-    inside = (position >= 0) & (position < SIZE)
-    if MODE == "reflect":
-        position = (SIZE - 1) - tl.abs((SIZE - 1) - tl.abs(position))
-    elif MODE == "edge":
-        position = tl.minimum(tl.maximum(position, 0), SIZE - 1)
-    return position, inside
-
-
-@triton.jit
 def _window(
     line, column, mask, view,
     IN_HEIGHT: tl.constexpr, IN_WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
@@ -180,8 +174,8 @@ def _window(
 ):  # fmt: skip
     """Pixels of the shifted, maybe mirrored image."""
     column = tl.where(view.flip > 0, (IN_WIDTH - 1) - column, column)
-    line, line_inside = _padded(line, view.top, IN_HEIGHT, PADDING, MODE)
-    column, column_inside = _padded(column, view.left, IN_WIDTH, PADDING, MODE)
+    line, line_inside = padded(line, view.top, IN_HEIGHT, PADDING, MODE)
+    column, column_inside = padded(column, view.left, IN_WIDTH, PADDING, MODE)
     if MODE == "zeros":
         mask = mask & line_inside & column_inside
     ptr = view.image_ptr + line * STRIDE_LINE + column * STRIDE_PIXEL
