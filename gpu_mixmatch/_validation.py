@@ -604,18 +604,21 @@ def as_plan(plan: Any) -> DrawPlan:
         ValueError: If a field is out of its range.
     """
     check_kind("plan", plan, DrawPlan, "a DrawPlan")
-    num_augmentations, policy, alpha, lam, mix = plan
+    num_augmentations, policy, alpha, lam, mix, weak_x, weak_views = plan
     if policy is not None:
         check_kind("policy", policy, AugmentPolicy, "an AugmentPolicy or None")
         policy = as_policy(*policy)
     check_choice("lam", lam, LamMode)
     check_choice("mix", mix, MixMode)
+    num_augmentations = as_integer("num_augmentations", num_augmentations, least=1, most=MOST_VIEW)
     return DrawPlan(
-        as_integer("num_augmentations", num_augmentations, least=1, most=MOST_VIEW),
+        num_augmentations,
         policy,
         as_number("alpha", alpha, least=0.05, most=1000),
         lam,
         mix,
+        as_flag("weak_x", weak_x),
+        as_integer("weak_views", weak_views, most=num_augmentations),
     )
 
 

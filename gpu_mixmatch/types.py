@@ -1,5 +1,6 @@
 """The named tuples that travel between the parts of the package, and the words that they use."""
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -30,6 +31,8 @@ OpName = Literal[
     "translate_y_rel",
 ]
 Outside = Literal["mean", "black"]
+WeightRule = Literal["fixed", "soft", "free", "flex"]
+UnlabelledLoss = Literal["ce", "kl", "mse"]
 
 # Soft labels and targets may miss a sum of one by this much: float16 rows of 1000 classes do.
 SUM_TOLERANCE = 1e-2
@@ -224,6 +227,8 @@ class DrawPlan(NamedTuple):
         mix: Which rows meet: "all" (the paper), X with X and U with U ("separate"), only one of the
             two parts within itself ("labelled", "unlabelled"), or "none". Rows that are not mixed
             have λ' = 1 and themselves as partner.
+        weak_x: Whether x has no operations of the policy's chain: empty slots and no cutout.
+        weak_views: How many views of u, the last ones, have none.
     """
 
     num_augmentations: int = 2
@@ -231,6 +236,8 @@ class DrawPlan(NamedTuple):
     alpha: float = 0.75
     lam: LamMode = "sample"
     mix: MixMode = "all"
+    weak_x: bool = False
+    weak_views: int = 0
 
 
 class MixUpParams(NamedTuple):
@@ -320,6 +327,105 @@ class MixMatchBatch(NamedTuple):
         return _listed((wrong & (wrong[hosts] | hidden)).nonzero().flatten().tolist())
 
 
+class Weighting(NamedTuple):
+    """How guesses become targets and weights; see `Implementation.consistency_targets`.
+
+    The guess p is the softmax of the logits; q is p, or p aligned: p·ratio, normalised. The first
+    of equal classes is the largest.
+
+    Attributes:
+        temperature: T of the sharpening; 0 gives one-hot targets.
+        rule: The weight of a row: "fixed", 1 where max q is at least ``threshold``; "soft",
+            exp(-min(max q - μ, 0)² / (2σ² / spread²)) (SoftMatch); "free", 1 where max q is at
+            least mean confidence · p̃(c) / max p̃ for c = argmax q (FreeMatch); "flex", where it is
+            at least threshold · β / (2 - β) for β = count(c) / max count (FlexMatch).
+        threshold: In [0, 1].
+        state: For "soft" and "free" the averages of `update_averages`, whose first are μ and σ²,
+            then p̃; for "flex" the counts of `update_labels`, those of no class among them.
+        spread: Standard deviations, of "soft".
+        ratio: Factors of an alignment, ``[L]`` float32; None aligns nothing.
+        aligned_targets: Whether targets are those of q; else those of p, and q only weighs them.
+    """
+
+    temperature: float = 0.0
+    rule: WeightRule = "fixed"
+    threshold: float = 0.0
+    state: Tensor | None = None
+    spread: float = 2.0
+    ratio: Tensor | None = None
+    aligned_targets: bool = True
+
+
+class Guess(NamedTuple):
+    """What rows of a batch are trained towards.
+
+    Attributes:
+        targets: ``[B + S·M, L]`` float32.
+        weights: ``[B + S·M]`` float32; those of x are 1.
+        fairness: What the strong views of all classes should be predicted as, on average, ``[L]``
+            float32 (FreeMatch); None where that is no part of the loss.
+    """
+
+    targets: Tensor
+    weights: Tensor
+    fairness: Tensor | None = None
+
+
+class ConsistencyBatch(NamedTuple):
+    """A training batch: x, then S strong views of u, view-major.
+
+    Where the model has guessed already, there is a target and a weight for each row. Else the weak
+    views of u follow as the last rows, and `complete` labels the rows by the logits of these, which
+    the losses do by themselves.
+
+    Attributes:
+        inputs: Images, ``[B + S·M (+ M), C, H, W]``.
+        targets: ``[B + S·M, L]`` float32; before the guess those of x, ``[B, L]``.
+        weights: Of the rows in the loss, ``[B + S·M]`` float32; before the guess ``[B]``.
+        num_labelled: B.
+        step: The step that the batch was drawn for, a 0-d int64 tensor.
+        num_weak: Rows at the end that are weak views, to be guessed on: M, or 0 after the guess.
+        fairness: As in `Guess`.
+        guess: What labels a batch by the logits of its weak views; None where that is done.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    weights: Tensor
+    num_labelled: int
+    step: Tensor
+    num_weak: int = 0
+    fairness: Tensor | None = None
+    guess: Callable[[Tensor], Guess] | None = None
+
+    def complete(self, logits: Tensor) -> "tuple[Tensor, ConsistencyBatch]":
+        """Label a batch by the logits of its weak views, without gradient.
+
+        Args:
+            logits: ``model(batch.inputs)``, a row for each of ``inputs``.
+
+        Returns:
+            The logits of the rows that are trained on, ``[B + S·M, L]``, and these rows as a batch.
+            What has its guess already is returned as it is.
+
+        Raises:
+            ValueError: If there is not a row of logits for each input.
+        """
+        if self.guess is None:
+            return logits, self
+        if logits.dim() != 2 or len(logits) != len(self.inputs):
+            raise ValueError(
+                f"logits must be [{len(self.inputs)}, L], a row for each of batch.inputs, "
+                f"got {list(logits.shape)}"
+            )
+        rows = len(logits) - self.num_weak
+        guess = self.guess(logits[rows:].detach())
+        completed = self._replace(
+            inputs=self.inputs[:rows], num_weak=0, guess=None, **guess._asdict()
+        )
+        return logits[:rows], completed
+
+
 class SemiSupervisedBatch(NamedTuple):
     """What a loader gives for one step, before any augmentation.
 
@@ -352,6 +458,28 @@ class LossOutput(NamedTuple):
     loss_x: Tensor
     loss_u: Tensor
     weight_u: Tensor
+
+
+class ConsistencyLossOutput(NamedTuple):
+    """The loss of a `ConsistencyBatch` and its parts, all 0-d float32 tensors.
+
+    Attributes:
+        loss: loss_x + weight_u · loss_u (+ weight_fair · loss_fair), to call ``backward`` on.
+        loss_x: Cross-entropy on x.
+        loss_u: Weighted loss of the strong views, a mean over all of them, masked or not.
+        weight_u: λ_U after its ramp.
+        loss_fair: FreeMatch's fairness loss, else 0.
+        kept: Share of the strong views whose weight is above 0.
+        mean_weight: Mean weight of the strong views.
+    """
+
+    loss: Tensor
+    loss_x: Tensor
+    loss_u: Tensor
+    weight_u: Tensor
+    loss_fair: Tensor
+    kept: Tensor
+    mean_weight: Tensor
 
 
 def _listed(values: list[int] | list[float], most: int = 8) -> str:

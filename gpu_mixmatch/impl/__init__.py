@@ -21,6 +21,8 @@ from gpu_mixmatch.types import (
     Impl,
     MixUpParams,
     Scaling,
+    UnlabelledLoss,
+    Weighting,
 )
 
 ImplName = Literal["eager", "numba", "triton"]
@@ -176,6 +178,144 @@ class Implementation(Protocol):
         Args:
             grads: Of the three results of `mixmatch_loss`, 0-d; None is zero.
             logits, targets, num_labelled, weight_u: As for `mixmatch_loss`.
+            out: ``[N, L]``, contiguous, dtype of ``logits``.
+        """
+
+    def guess_statistics(self, logits: Tensor, y: Tensor, out: Tensor) -> None:
+        """Write sums of guesses and of labels, in whole numbers: of any order and in any parts.
+
+        Args:
+            logits: Of the weak views, ``[M, L]``, floating point, of any strides.
+            y: ``[B]`` integers or ``[B, L]`` distributions.
+            out: ``[4 + 3·L]`` int64: M, B, then, of the guesses p = softmax(logits) in float32, in
+                2^-32 and cut off after it: the sum of max p and of its square; of every class the
+                sum of p, how often it is argmax p (the first of equals), and the sum of y.
+        """
+
+    def update_averages(
+        self,
+        sums: Tensor,
+        averages: Tensor,
+        momentum: float,
+        target: Tensor | None,
+        out: Tensor | None,
+    ) -> None:
+        """Move averages of guesses by the means of a batch: m·average + (1 - m)·mean, in float64.
+
+        Args:
+            sums: Of `guess_statistics`, of one or of all processes.
+            averages: ``[2 + 3·L]`` float32, updated: mean of max p, its variance (unbiased;
+                0 of one guess), and of every class the mean p, its share of the argmax, its share
+                of the labels.
+            momentum: m, in [0, 1].
+            target: What guesses are aligned to, ``[L]`` float32; None is the share of the labels.
+            out: (1e-6 + target) / (1e-6 + mean p) of after the update, ``[L]`` float32, or None.
+        """
+
+    def update_window(
+        self,
+        sums: Tensor,
+        window: Tensor,
+        position: Tensor,
+        labels: Tensor,
+        momentum: float,
+        out: Tensor,
+    ) -> None:
+        """Write the factors of an alignment, then take a batch in.
+
+        Args:
+            sums: Of `guess_statistics`.
+            window: Mean guesses of the last batches, ``[W, L]`` float32; the row at ``position`` is
+                overwritten.
+            position: 0-d int64 on the device, counted on, modulo W.
+            labels: Average of the labels, ``[L]`` float32, updated as in `update_averages`.
+            momentum: m of ``labels``; 1 leaves them as they are.
+            out: (1e-6 + labels) / (1e-6 + mean of the window) of before, ``[L]`` float32.
+        """
+
+    def update_labels(
+        self, logits: Tensor, ids: Tensor, threshold: float, table: Tensor, counts: Tensor
+    ) -> None:
+        """Note the class of every confident guess by its sample id; the last of an id counts.
+
+        Args:
+            logits: ``[M, L]``, floating point.
+            ids: ``[M]`` int64; those outside of the table are left out.
+            threshold: A guess of which max p is above this is confident.
+            table: ``[U]`` int16 class of each sample, -1 for none yet; updated.
+            counts: ``[L + 1]`` int32, how often each class is in the table, then -1; updated.
+        """
+
+    def consistency_targets(
+        self,
+        y: Tensor,
+        logits: Tensor,
+        weighting: Weighting,
+        label_smoothing: float,
+        out: tuple[Tensor, Tensor],
+    ) -> None:
+        """Write targets and weights of x and of all strong views.
+
+        Args:
+            y: ``[B]`` integers or ``[B, L]`` distributions.
+            logits: Of the weak views, ``[M, L]``, floating point, of any strides.
+            weighting: What becomes of guesses. The first of equals is the largest.
+            label_smoothing: Share of the uniform distribution in the labelled rows.
+            out: ``[B + S·M, L]`` float32 targets, the guesses once per strong view, and
+                ``[B + S·M]`` float32 weights, 1 for x.
+        """
+
+    def consistency_loss(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        parts: tuple[int, int],
+        weight_u: Tensor,
+        share_v: float,
+        loss_u: UnlabelledLoss,
+        tsa: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """Write the loss of labelled rows, x, and of two parts of unlabelled ones, u and v.
+
+        Of x the mean of weights·cross-entropy, over rows that do not know their label yet, see
+        ``tsa``; of u and v the mean over all rows of weights·loss.
+
+        Args:
+            logits: ``[N, L]``, floating point, of any strides.
+            targets: ``[N, L]``, of any strides.
+            weights: ``[N]`` float32.
+            parts: Where x ends, and u: rows x, u and v may be empty.
+            weight_u: λ_U, 0-d float32, on the logits' device or on the CPU.
+            share_v: The weight of v is this times λ_U.
+            loss_u: Of u and v: "ce", "kl" (ce less the targets' entropy) or "mse" (squared error of
+                probabilities, mean over classes).
+            tsa: 0-d float32: rows of x whose probability of their targets, p·target, is above
+                this are left out, and the mean is over the others, 0 for none; None keeps all.
+            out: ``[6]`` float32, or float64 for float64 logits: the loss x + λ_U·(u + share_v·v),
+                its parts x, u, v, the share of u's and v's rows whose weight is above 0, and their
+                mean weight.
+        """
+
+    def consistency_loss_backward(
+        self,
+        grads: Tensor,
+        logits: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        parts: tuple[int, int],
+        weight_u: Tensor,
+        share_v: float,
+        loss_u: UnlabelledLoss,
+        tsa: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """Write the gradient of the logits.
+
+        Args:
+            grads: Of the results of `consistency_loss`, ``[6]``; those of shares of rows count not.
+            logits, targets, weights, parts, weight_u, share_v, loss_u, tsa: As there.
             out: ``[N, L]``, contiguous, dtype of ``logits``.
         """
 

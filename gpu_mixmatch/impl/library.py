@@ -35,6 +35,9 @@ from gpu_mixmatch.types import (
     OpName,
     PaddingMode,
     Scaling,
+    UnlabelledLoss,
+    Weighting,
+    WeightRule,
 )
 
 
@@ -149,6 +152,83 @@ class Traced:
         """See `Implementation.mixmatch_loss_backward`."""
         mixmatch_loss_backward(*grads, logits, targets, num_labelled, weight_u, out, self.impl)
 
+    def guess_statistics(self, logits: Tensor, y: Tensor, out: Tensor) -> None:
+        """See `Implementation.guess_statistics`."""
+        guess_statistics(logits, y, out, self.impl)
+
+    def update_averages(
+        self,
+        sums: Tensor,
+        averages: Tensor,
+        momentum: float,
+        target: Tensor | None,
+        out: Tensor | None,
+    ) -> None:
+        """See `Implementation.update_averages`."""
+        update_averages(sums, averages, momentum, target, out, self.impl)
+
+    def update_window(
+        self,
+        sums: Tensor,
+        window: Tensor,
+        position: Tensor,
+        labels: Tensor,
+        momentum: float,
+        out: Tensor,
+    ) -> None:
+        """See `Implementation.update_window`."""
+        update_window(sums, window, position, labels, momentum, out, self.impl)
+
+    def update_labels(
+        self, logits: Tensor, ids: Tensor, threshold: float, table: Tensor, counts: Tensor
+    ) -> None:
+        """See `Implementation.update_labels`."""
+        update_labels(logits, ids, threshold, table, counts, self.impl)
+
+    def consistency_targets(
+        self,
+        y: Tensor,
+        logits: Tensor,
+        weighting: Weighting,
+        label_smoothing: float,
+        out: tuple[Tensor, Tensor],
+    ) -> None:
+        """See `Implementation.consistency_targets`."""
+        consistency_targets(y, logits, *weighting, label_smoothing, *out, self.impl)
+
+    def consistency_loss(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        parts: tuple[int, int],
+        weight_u: Tensor,
+        share_v: float,
+        loss_u: UnlabelledLoss,
+        tsa: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """See `Implementation.consistency_loss`."""
+        flat = logits, targets, weights, parts, weight_u, share_v, loss_u, tsa
+        consistency_loss(*flat, out, self.impl)
+
+    def consistency_loss_backward(
+        self,
+        grads: Tensor,
+        logits: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        parts: tuple[int, int],
+        weight_u: Tensor,
+        share_v: float,
+        loss_u: UnlabelledLoss,
+        tsa: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """See `Implementation.consistency_loss_backward`."""
+        flat = logits, targets, weights, parts, weight_u, share_v, loss_u, tsa
+        consistency_loss_backward(grads, *flat, out, self.impl)
+
 
 def backend(impl: Impl, device: torch.device) -> Implementation:
     """Return what runs ``impl`` on ``device``, here and now or in the graph that is traced."""
@@ -196,6 +276,46 @@ class FusedLoss(torch.autograd.Function):
         return out, None, None, None, None
 
 
+class FusedConsistencyLoss(torch.autograd.Function):
+    """The loss of weighed rows and its parts from one launch, their gradient from another."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        parts: tuple[int, int],
+        weight_u: Tensor,
+        share_v: float,
+        loss_u: UnlabelledLoss,
+        tsa: Tensor | None,
+        impl: Impl,
+    ) -> Tensor:
+        """Compute what `Implementation.consistency_loss` writes, ``[6]``."""
+        ctx.save_for_backward(logits, targets, weights, weight_u, tsa)
+        ctx.rest = parts, share_v, loss_u, impl
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        out = torch.empty(6, dtype=dtype, device=logits.device)
+        backend(impl, logits.device).consistency_loss(
+            logits, targets, weights, parts, weight_u, share_v, loss_u, tsa, out
+        )
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradient of the logits."""
+        logits, targets, weights, weight_u, tsa = ctx.saved_tensors
+        parts, share_v, loss_u, impl = ctx.rest
+        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        backend(impl, logits.device).consistency_loss_backward(
+            *(grads.contiguous(), logits, targets, weights, parts, weight_u, share_v, loss_u, tsa),
+            out,
+        )
+        return out, *[None] * 8
+
+
 # The schemas
 
 
@@ -225,6 +345,8 @@ def draw_batch(
     alpha: float,
     lam: str,
     mix: str,
+    weak_x: bool,
+    weak_views: int,
     out: Tensor,
     impl: str,
 ) -> None:
@@ -235,6 +357,8 @@ def draw_batch(
         alpha,
         cast(LamMode, lam),
         cast(MixMode, mix),
+        weak_x,
+        weak_views,
     )
     x, u = num_x if ids_x is None else ids_x, num_u if ids_u is None else ids_u
     key = step if step.dim() else (seed, int(step))
@@ -340,6 +464,112 @@ def mixmatch_loss_backward(
     """Gradient of the logits; a gradient that is None is zero."""
     grads = grad_loss, grad_x, grad_u
     _running(impl, out).mixmatch_loss_backward(grads, logits, targets, num_labelled, weight_u, out)
+
+
+@_writing("out")
+def guess_statistics(logits: Tensor, y: Tensor, out: Tensor, impl: str) -> None:
+    """Sums of guesses and labels in whole numbers."""
+    _running(impl, out).guess_statistics(logits, y, out)
+
+
+@_writing("averages", "out")
+def update_averages(
+    sums: Tensor,
+    averages: Tensor,
+    momentum: float,
+    target: Tensor | None,
+    out: Tensor | None,
+    impl: str,
+) -> None:
+    """Averages of guesses, moved by a batch, and the factors of an alignment."""
+    _running(impl, averages).update_averages(sums, averages, momentum, target, out)
+
+
+@_writing("window", "position", "labels", "out")
+def update_window(
+    sums: Tensor,
+    window: Tensor,
+    position: Tensor,
+    labels: Tensor,
+    momentum: float,
+    out: Tensor,
+    impl: str,
+) -> None:
+    """Factors of an alignment; then the window takes a batch in."""
+    _running(impl, out).update_window(sums, window, position, labels, momentum, out)
+
+
+@_writing("table", "counts")
+def update_labels(
+    logits: Tensor, ids: Tensor, threshold: float, table: Tensor, counts: Tensor, impl: str
+) -> None:
+    """Classes of confident guesses, by sample id."""
+    _running(impl, table).update_labels(logits, ids, threshold, table, counts)
+
+
+@_writing("targets", "weights")
+def consistency_targets(
+    y: Tensor,
+    logits: Tensor,
+    temperature: float,
+    rule: str,
+    threshold: float,
+    state: Tensor | None,
+    spread: float,
+    ratio: Tensor | None,
+    aligned_targets: bool,
+    label_smoothing: float,
+    targets: Tensor,
+    weights: Tensor,
+    impl: str,
+) -> None:
+    """Targets and weights of all rows."""
+    weighting = Weighting(
+        *(temperature, cast(WeightRule, rule), threshold, state, spread, ratio, aligned_targets)
+    )
+    out = targets, weights
+    _running(impl, targets).consistency_targets(y, logits, weighting, label_smoothing, out)
+
+
+@_writing("out")
+def consistency_loss(
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    parts: Sequence[int],
+    weight_u: Tensor,
+    share_v: float,
+    loss_u: str,
+    tsa: Tensor | None,
+    out: Tensor,
+    impl: str,
+) -> None:
+    """The loss of weighed rows and its parts."""
+    kind = cast(UnlabelledLoss, loss_u)
+    _running(impl, out).consistency_loss(
+        logits, targets, weights, (parts[0], parts[1]), weight_u, share_v, kind, tsa, out
+    )
+
+
+@_writing("out")
+def consistency_loss_backward(
+    grads: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    parts: Sequence[int],
+    weight_u: Tensor,
+    share_v: float,
+    loss_u: str,
+    tsa: Tensor | None,
+    out: Tensor,
+    impl: str,
+) -> None:
+    """Gradient of the logits."""
+    kind = cast(UnlabelledLoss, loss_u)
+    _running(impl, out).consistency_loss_backward(
+        grads, logits, targets, weights, (parts[0], parts[1]), weight_u, share_v, kind, tsa, out
+    )
 
 
 def flat_policy(policy: AugmentPolicy | None) -> list[float] | None:

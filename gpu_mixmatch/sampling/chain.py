@@ -12,7 +12,7 @@ from math import exp, log
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_mixmatch._chain import entries, runs
+from gpu_mixmatch._chain import columns, entries, runs
 from gpu_mixmatch.sampling.philox import SHIFT32, Purpose, Rows, Words, below
 from gpu_mixmatch.types import Chain, Cut
 
@@ -50,6 +50,15 @@ def chain_columns(
     if not found:
         return np.zeros((*shape, 0), dtype=np.int32)
     return np.stack([column.astype(np.int32) for column in found], axis=-1)
+
+
+def clear_chain(found: Integers, cut: Cut | None, chain: Chain, strong: slice) -> None:
+    """Empty the slots, and the cutout, of all rows but some; ``found`` are ``[S, R, W]``."""
+    at = columns(cut, chain)
+    for rows in (slice(0, strong.start), slice(strong.stop, None)):
+        found[:, rows, at.slots] = 0
+        if chain.cutout:
+            found[:, rows, at.cutout.stop - 1] = 0
 
 
 def _cut_columns(words: Words, cut: Cut) -> list[NDArray[np.generic]]:

@@ -26,7 +26,7 @@ from gpu_mixmatch._validation import (
     check_rows,
 )
 from gpu_mixmatch.sampling.beta import folded_beta
-from gpu_mixmatch.sampling.chain import chain_columns, chain_requests
+from gpu_mixmatch.sampling.chain import chain_columns, chain_requests, clear_chain
 from gpu_mixmatch.sampling.philox import (
     Purpose,
     Rows,
@@ -300,6 +300,9 @@ def _batch_arrays(
     words = draw_words(seed, step, num_steps, requests)
 
     augment = _augment_arrays(words, policy) if policy else None
+    if augment and policy and policy.chain:
+        strong = strong_rows(num_rows, num_labelled, plan)
+        clear_chain(augment[-1], policy.cut, policy.chain, strong)
     weight = np.ones((num_steps, num_rows), dtype=np.float32)
     index = np.tile(np.arange(num_rows), (num_steps, 1))
     if shuffled:
@@ -308,6 +311,13 @@ def _batch_arrays(
             weight[:, start:stop] = lams if lam == "batch" else lams[:, start:stop]
             index[:, start:stop] = start + bijection(next(words), stop - start)
     return augment, (weight, index)
+
+
+def strong_rows(num_rows: int, num_labelled: int, plan: DrawPlan) -> slice:
+    """Return the rows of a batch that have the operations of its policy's chain."""
+    first = num_labelled if plan.weak_x else 0
+    num_u = (num_rows - num_labelled) // plan.num_augmentations
+    return slice(first, max(num_rows - plan.weak_views * num_u, first))
 
 
 _drawn_ahead = lru_cache(maxsize=4)(_batch_arrays)

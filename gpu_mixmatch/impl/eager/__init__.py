@@ -5,8 +5,20 @@ value back from the device or branches on one, so that all of it runs on CUDA wi
 """
 
 from gpu_mixmatch.impl.eager.augment import augment
+from gpu_mixmatch.impl.eager.consistency_loss import (
+    consistency_loss,
+    consistency_loss_backward,
+    consistency_losses,
+)
+from gpu_mixmatch.impl.eager.consistency_targets import consistency_targets
 from gpu_mixmatch.impl.eager.draw import draw_batch, prepare
 from gpu_mixmatch.impl.eager.guess_labels import batch_targets, guess_labels, sharpen
+from gpu_mixmatch.impl.eager.guess_statistics import (
+    guess_statistics,
+    update_averages,
+    update_labels,
+    update_window,
+)
 from gpu_mixmatch.impl.eager.interleave import interleave
 from gpu_mixmatch.impl.eager.mixmatch_loss import (
     linear_rampup,
@@ -19,8 +31,13 @@ from gpu_mixmatch.impl.eager.mixup import mixup
 __all__ = [
     "augment",
     "batch_targets",
+    "consistency_loss",
+    "consistency_loss_backward",
+    "consistency_losses",
+    "consistency_targets",
     "draw_batch",
     "guess_labels",
+    "guess_statistics",
     "interleave",
     "linear_rampup",
     "mixmatch_loss",
@@ -29,4 +46,7 @@ __all__ = [
     "mixup",
     "prepare",
     "sharpen",
+    "update_averages",
+    "update_labels",
+    "update_window",
 ]

@@ -33,15 +33,26 @@ def batch_targets(
     num_views, num_images, num_classes = logits.shape
     targets = torch.empty_like(out) if mixup else out
     known, guessed = targets[: len(y)], targets[len(y) :]
-    if y.dim() == 1:
-        torch.eq(y[:, None], _classes(num_classes, y.device), out=known)
-    else:
-        known.copy_(y)
-    if label_smoothing:
-        known.mul_(1 - label_smoothing).add_(label_smoothing / num_classes)
+    label_targets(y, label_smoothing, known)
     guess_labels(logits, temperature, guessed.view(num_views, num_images, num_classes))
     if mixup:
         blend(targets, mixup, out)
+
+
+def label_targets(y: Tensor, label_smoothing: float, out: Tensor) -> None:
+    """Labels as distributions, ``[B, L]``."""
+    num_classes = out.shape[1]
+    if y.dim() == 1:
+        torch.eq(y[:, None], _classes(num_classes, y.device), out=out)
+    else:
+        out.copy_(y)
+    if label_smoothing:
+        out.mul_(1 - label_smoothing).add_(label_smoothing / num_classes)
+
+
+def one_hot(classes: Tensor, num_classes: int) -> Tensor:
+    """Whether a row is of a class, ``[..., L]`` bool; a class out of range is none."""
+    return classes[..., None] == _classes(num_classes, classes.device)
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -1,5 +1,14 @@
 """The operations as fused Triton kernels, one file each, with the names of `impl.eager`."""
 
+from gpu_mixmatch.impl.eager import (
+    consistency_loss,
+    consistency_loss_backward,
+    consistency_targets,
+    guess_statistics,
+    update_averages,
+    update_labels,
+    update_window,
+)
 from gpu_mixmatch.impl.triton.augment import augment
 from gpu_mixmatch.impl.triton.draw import draw_batch, prepare
 from gpu_mixmatch.impl.triton.guess_labels import batch_targets, guess_labels
@@ -9,10 +18,17 @@ from gpu_mixmatch.impl.triton.mixup import mixup
 __all__ = [
     "augment",
     "batch_targets",
+    "consistency_loss",
+    "consistency_loss_backward",
+    "consistency_targets",
     "draw_batch",
     "guess_labels",
+    "guess_statistics",
     "mixmatch_loss",
     "mixmatch_loss_backward",
     "mixup",
     "prepare",
+    "update_averages",
+    "update_labels",
+    "update_window",
 ]

@@ -172,13 +172,13 @@ def _store_cut(
 
 @triton.jit
 def _store_shuffled(
-    slots_ptr, mask, levels, words, runs_ptr, orders_ptr,
+    slots_ptr, mask, strong, levels, words, runs_ptr, orders_ptr,
     NUM_SLOTS: tl.constexpr, NUM_ORDERS: tl.constexpr, APPLIED_BELOW: tl.constexpr,
     GRAY_BELOW: tl.constexpr, GRAY_ENTRY: tl.constexpr,
 ):  # fmt: skip
     """Every operation in an order of the row's own; then, perhaps, grayscale."""
     orders_ptr += _below(words[0], NUM_ORDERS) * NUM_SLOTS
-    applied = (words[1] >> 8).to(tl.int32) < APPLIED_BELOW
+    applied = strong & ((words[1] >> 8).to(tl.int32) < APPLIED_BELOW)
     for slot in tl.static_range(NUM_SLOTS):
         op = tl.load(orders_ptr + slot)
         word = levels[0]
@@ -186,13 +186,14 @@ def _store_shuffled(
             word = tl.where(op == number, levels[number], word)
         tl.store(slots_ptr + slot, tl.where(applied, _entry(op, word, runs_ptr), 0), mask=mask)
     if GRAY_BELOW > 0:
-        gray = (words[2] >> 8).to(tl.int32) < GRAY_BELOW
+        gray = strong & ((words[2] >> 8).to(tl.int32) < GRAY_BELOW)
         tl.store(slots_ptr + NUM_SLOTS, tl.where(gray, GRAY_ENTRY, 0), mask=mask)
 
 
 @triton.jit
 def _store_part(
-    chain_ptr, part, row, mask, seed, low, high, step, purpose, runs_ptr, orders_ptr, aspects_ptr,
+    chain_ptr, part, row, mask, strong, seed, low, high, step, purpose, runs_ptr, orders_ptr,
+    aspects_ptr,
     COLUMNS: tl.constexpr, PARTS: tl.constexpr, CUTS: tl.constexpr, LEAST_AREA: tl.constexpr,
     NUM_AREAS: tl.constexpr, NUM_OPS: tl.constexpr, NUM_SLOTS: tl.constexpr,
     NUM_ORDERS: tl.constexpr, APPLIED_BELOW: tl.constexpr, GRAY_BELOW: tl.constexpr,
@@ -208,14 +209,15 @@ def _store_part(
         last_ptr = chain_ptr + (COLUMNS - 3)
         tl.store(last_ptr, (words[0] >> 8).to(tl.int32), mask=mask)
         tl.store(last_ptr + 1, (words[1] >> 8).to(tl.int32), mask=mask)
-        tl.store(last_ptr + 2, _below(words[2], NUM_SIDES) + LEAST_SIDE, mask=mask)
+        side = _below(words[2], NUM_SIDES) + LEAST_SIDE
+        tl.store(last_ptr + 2, tl.where(strong, side, 0), mask=mask)
     slots_ptr = chain_ptr + 4 * CUTS
     if NUM_ORDERS > 0:
         if part == CUTS:
             levels = tl.philox(seed, low, high, step, purpose + _LEVELS)
             words = tl.philox(seed, low, high, step, purpose + _ORDER)
             _store_shuffled(
-                slots_ptr, mask, levels, words, runs_ptr, orders_ptr,
+                slots_ptr, mask, strong, levels, words, runs_ptr, orders_ptr,
                 NUM_SLOTS, NUM_ORDERS, APPLIED_BELOW, GRAY_BELOW, GRAY_ENTRY,
             )  # fmt: skip
     elif NUM_SLOTS > 0:
@@ -224,7 +226,7 @@ def _store_part(
             purpose += slot.to(tl.uint32) + _SLOT
             words = tl.philox(seed, low, high, step, purpose)
             entry = _entry(_below(words[0], NUM_OPS), words[2], runs_ptr)
-            applied = (words[1] >> 8).to(tl.int32) < APPLIED_BELOW
+            applied = strong & ((words[1] >> 8).to(tl.int32) < APPLIED_BELOW)
             tl.store(slots_ptr + slot, tl.where(applied, entry, 0), mask=mask)
 
 
@@ -237,7 +239,7 @@ _NUMBERS = [
         for name in ("grid_rows", "grid_columns", "inverse_columns", "num_rounds")
         for part in (0, 1)
     ),
-    *("num_offsets", "least_zoom", "num_zooms", "flips_below"),
+    *("num_offsets", "least_zoom", "num_zooms", "flips_below", "first_strong", "past_strong"),
 ]
 _ANYWHERE = ["key_ptr", "ids_x_ptr", "ids_u_ptr"]
 
@@ -271,6 +273,8 @@ def draw_kernel(
     least_zoom,
     num_zooms,
     flips_below,
+    first_strong,
+    past_strong,
     least_sigma,
     sigma_range,
     MIXES: tl.constexpr,
@@ -353,9 +357,10 @@ def draw_kernel(
             number = block - 2 * of_rows
             row = number // PARTS * BLOCK + tl.arange(0, BLOCK)
             mask = row < num_rows
+            strong = (row >= first_strong) & (row < past_strong)
             low, high, purpose = _counters(row, mask, ids_x_ptr, ids_u_ptr, num_x, num_u, inverse_u)
             _store_part(
-                out_ptr + 11 * pitch, number % PARTS, row, mask,
+                out_ptr + 11 * pitch, number % PARTS, row, mask, strong,
                 seed, low, high, step, purpose, runs_ptr, orders_ptr, aspects_ptr,
                 COLUMNS, PARTS, CUTS, LEAST_AREA, NUM_AREAS, NUM_OPS, NUM_SLOTS, NUM_ORDERS,
                 APPLIED_BELOW, GRAY_BELOW, GRAY_ENTRY, LEAST_SIDE, NUM_SIDES,
@@ -399,6 +404,7 @@ def draw_batch(
     degree, of_power, beta = _beta(plan.alpha, device)
     padding, (least_zoom, most_zoom), flip, sigmas = (plan.policy or AugmentPolicy())[:4]
     low, high = sigmas or (0.0, 0.0)
+    strong = sampling.strong_rows(num_rows, num_x, plan)
     shuffled = blocks(boundary, _BLOCK) + blocks(num_rows - boundary, _BLOCK)
     chain, tables = _NO_CHAIN, _ChainTables(None, None, None)
     if plan.policy and (plan.policy.cut or plan.policy.chain):
@@ -430,6 +436,8 @@ def draw_batch(
         least_zoom if most_zoom else 0,
         most_zoom - least_zoom + 1,
         round(flip * 2**24),
+        strong.start,
+        strong.stop,
         low,
         high - low,
         MIXES=plan.mix != "none",
