@@ -233,15 +233,21 @@ class Implementation(Protocol):
             out: (1e-6 + labels) / (1e-6 + mean of the window) of before, ``[L]`` float32.
         """
 
-    def update_labels(
-        self, logits: Tensor, ids: Tensor, threshold: float, table: Tensor, counts: Tensor
-    ) -> None:
-        """Note the class of every confident guess by its sample id; the last of an id counts.
+    def confident_classes(self, logits: Tensor, threshold: float, out: Tensor) -> None:
+        """Write the class of each guess that is confident, and -1 for the others.
 
         Args:
             logits: ``[M, L]``, floating point.
-            ids: ``[M]`` int64; those outside of the table are left out.
             threshold: A guess of which max p is above this is confident.
+            out: ``[M]`` int64.
+        """
+
+    def update_labels(self, classes: Tensor, ids: Tensor, table: Tensor, counts: Tensor) -> None:
+        """Note the classes of samples by their ids; the last of an id counts.
+
+        Args:
+            classes: ``[M]`` int64; what is negative is left out.
+            ids: ``[M]`` int64; those outside of the table are left out.
             table: ``[U]`` int16 class of each sample, -1 for none yet; updated.
             counts: ``[L + 1]`` int32, how often each class is in the table, then -1; updated.
         """

@@ -179,11 +179,13 @@ class Traced:
         """See `Implementation.update_window`."""
         update_window(sums, window, position, labels, momentum, out, self.impl)
 
-    def update_labels(
-        self, logits: Tensor, ids: Tensor, threshold: float, table: Tensor, counts: Tensor
-    ) -> None:
+    def confident_classes(self, logits: Tensor, threshold: float, out: Tensor) -> None:
+        """See `Implementation.confident_classes`."""
+        confident_classes(logits, threshold, out, self.impl)
+
+    def update_labels(self, classes: Tensor, ids: Tensor, table: Tensor, counts: Tensor) -> None:
         """See `Implementation.update_labels`."""
-        update_labels(logits, ids, threshold, table, counts, self.impl)
+        update_labels(classes, ids, table, counts, self.impl)
 
     def consistency_targets(
         self,
@@ -499,12 +501,16 @@ def update_window(
     _running(impl, out).update_window(sums, window, position, labels, momentum, out)
 
 
+@_writing("out")
+def confident_classes(logits: Tensor, threshold: float, out: Tensor, impl: str) -> None:
+    """Classes of confident guesses."""
+    _running(impl, out).confident_classes(logits, threshold, out)
+
+
 @_writing("table", "counts")
-def update_labels(
-    logits: Tensor, ids: Tensor, threshold: float, table: Tensor, counts: Tensor, impl: str
-) -> None:
-    """Classes of confident guesses, by sample id."""
-    _running(impl, table).update_labels(logits, ids, threshold, table, counts)
+def update_labels(classes: Tensor, ids: Tensor, table: Tensor, counts: Tensor, impl: str) -> None:
+    """Classes of samples, by their ids."""
+    _running(impl, table).update_labels(classes, ids, table, counts)
 
 
 @_writing("targets", "weights")

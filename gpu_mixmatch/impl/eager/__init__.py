@@ -14,6 +14,7 @@ from gpu_mixmatch.impl.eager.consistency_targets import consistency_targets
 from gpu_mixmatch.impl.eager.draw import draw_batch, prepare
 from gpu_mixmatch.impl.eager.guess_labels import batch_targets, guess_labels, sharpen
 from gpu_mixmatch.impl.eager.guess_statistics import (
+    confident_classes,
     guess_statistics,
     update_averages,
     update_labels,
@@ -31,6 +32,7 @@ from gpu_mixmatch.impl.eager.mixup import mixup
 __all__ = [
     "augment",
     "batch_targets",
+    "confident_classes",
     "consistency_loss",
     "consistency_loss_backward",
     "consistency_losses",

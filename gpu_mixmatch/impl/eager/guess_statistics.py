@@ -52,22 +52,22 @@ def update_window(
     labels.copy_(momentum * labels.double() + (1 - momentum) * known / (UNIT * num_x))
 
 
-def update_labels(
-    logits: Tensor, ids: Tensor, threshold: float, table: Tensor, counts: Tensor
-) -> None:
+def confident_classes(logits: Tensor, threshold: float, out: Tensor) -> None:
     confidence, guessed = F.softmax(wide(logits), dim=-1).max(dim=-1)
-    counted = (confidence > threshold) & (ids >= 0) & (ids < len(table))
-    same = (ids[:, None] == ids) & counted  # [M, M]: the last of an id counts
-    counted &= ~same.triu(diagonal=1).any(dim=1)
-    places = torch.where(counted, ids, 0)
-    num_classes = logits.shape[1]
-    before = table[places].long().remainder(num_classes + 1)  # -1 is the last of the counts
+    out.copy_(torch.where(confidence > threshold, guessed, -1))
+
+
+def update_labels(classes: Tensor, ids: Tensor, table: Tensor, counts: Tensor) -> None:
+    counted = (classes >= 0) & (ids >= 0) & (ids < len(table))
+    later = (ids[:, None] == ids) & counted  # [M, M]: the last of an id counts
+    counted = counted & ~later.triu(diagonal=1).any(dim=1)
+    before = table[torch.where(counted, ids, 0)].long().remainder(len(counts))  # -1: the last
     one = counted.int()
     counts.index_add_(0, before, -one)
-    counts.index_add_(0, guessed, one)
-    # rows that count not write nothing: what they would write goes past the end
+    counts.index_add_(0, classes.clamp(min=0), one)
+    # what does not count is written past the end
     longer = torch.cat((table, table[:1]))
-    longer[torch.where(counted, ids, len(table))] = guessed.to(table.dtype)
+    longer[torch.where(counted, ids, len(table))] = classes.to(table.dtype)
     table.copy_(longer[:-1])
 
 

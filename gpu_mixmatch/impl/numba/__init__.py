@@ -5,6 +5,7 @@ Plain torch makes a pass over memory per operation, compiled loops one in all.
 
 from gpu_mixmatch.impl.eager import (
     batch_targets,
+    confident_classes,
     consistency_loss,
     consistency_loss_backward,
     consistency_targets,
@@ -24,6 +25,7 @@ from gpu_mixmatch.impl.numba.mixup import mixup
 __all__ = [
     "augment",
     "batch_targets",
+    "confident_classes",
     "consistency_loss",
     "consistency_loss_backward",
     "consistency_targets",

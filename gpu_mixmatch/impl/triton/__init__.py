@@ -1,6 +1,7 @@
 """The operations as fused Triton kernels, one file each, with the names of `impl.eager`."""
 
 from gpu_mixmatch.impl.eager import (
+    confident_classes,
     consistency_loss,
     consistency_loss_backward,
     consistency_targets,
@@ -18,6 +19,7 @@ from gpu_mixmatch.impl.triton.mixup import mixup
 __all__ = [
     "augment",
     "batch_targets",
+    "confident_classes",
     "consistency_loss",
     "consistency_loss_backward",
     "consistency_targets",
