@@ -1,65 +1,35 @@
 """MixMatch: Algorithm 1 of the paper as a batch builder."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from gpu_mixmatch import _streams, _unchecked, sampling
-from gpu_mixmatch._buffers import Workspace
+from gpu_mixmatch import _unchecked, sampling
 from gpu_mixmatch._keys import CountedKey
-from gpu_mixmatch._ranks import ids_or_positions
 from gpu_mixmatch._validation import (
-    MOST_SEED,
-    MOST_STEP,
-    as_flag,
-    as_integer,
-    as_labels,
     as_plan,
-    as_seed,
     as_smoothing,
     as_temperature,
-    came,
-    check_callable,
     check_choice,
     check_device,
     check_finite,
     check_images_alike,
     check_key_tensor,
     check_kind,
-    check_labels,
     check_not_empty,
     check_tensor,
-    is_integer,
 )
 from gpu_mixmatch._writes import count_of_writes, share_memory
 from gpu_mixmatch.augment import as_augment
 from gpu_mixmatch.augment.base import Augment, BuiltViews, Views, complete
-from gpu_mixmatch.impl import implementation, resolve_impl
-from gpu_mixmatch.methods.looks import Looks
-from gpu_mixmatch.methods.passes import (
-    GuessBatchNorm,
-    GuessForward,
-    Model,
-    check_model,
-    get_logits,
-    guess_mode,
-)
-from gpu_mixmatch.types import (
-    DrawPlan,
-    Draws,
-    Impl,
-    LamMode,
-    MixMatchBatch,
-    MixMode,
-    MixUpParams,
-)
+from gpu_mixmatch.methods.base import BatchBuilder, as_ids_of_rows
+from gpu_mixmatch.methods.passes import GuessBatchNorm, GuessForward, Model, check_model
+from gpu_mixmatch.types import DrawPlan, Impl, LamMode, MixMatchBatch, MixMode, MixUpParams
 
 
-class MixMatch(nn.Module):
+class MixMatch(BatchBuilder):
     """Build MixMatch batches: augment, guess, sharpen, shuffle, MixUp.
 
     Defaults are the paper's Algorithm 1 with the reference code's λ per row and its guess from
@@ -103,6 +73,11 @@ class MixMatch(nn.Module):
         Algorithm 1; google-research/mixmatch.
     """
 
+    switches = (
+        *("num_classes", "num_augmentations", "temperature", "alpha", "lam", "mix", "guess_bn"),
+        *("guess_forward", "label_smoothing"),
+    )
+
     def __init__(
         self,
         augment: Any,
@@ -122,60 +97,27 @@ class MixMatch(nn.Module):
         seed: int = 0,
         impl: Impl = "auto",
     ) -> None:
-        super().__init__()
-        if as_integer("num_classes", num_classes, least=1, most=2**31 - 1) == 1:
-            raise ValueError(
-                "num_classes must be at least 2, got 1: of one class nothing is learnt, since "
-                "every target is 1. For two classes give the model two logits"
-            )
+        super().__init__(
+            num_classes,
+            guess_bn=guess_bn,
+            teacher=teacher,
+            label_smoothing=label_smoothing,
+            logits_getter=logits_getter,
+            reuse_buffers=reuse_buffers,
+            seed=seed,
+            impl=impl,
+        )
         plan = as_plan(DrawPlan(num_augmentations, None, alpha, lam, mix))
-        check_choice("guess_bn", guess_bn, GuessBatchNorm)
         check_choice("guess_forward", guess_forward, GuessForward)
-        if teacher is not None:
-            check_kind("teacher", teacher, nn.Module, "an nn.Module or None")
-        if logits_getter is not None:
-            check_callable("logits_getter", logits_getter, "a function or None")
-        check_choice("impl", impl, Impl)
         sampling.folded_beta_quantile(plan.alpha)  # takes a moment, once
         self.augment = as_augment(augment)
-        self.num_classes = int(num_classes)
         self.num_augmentations = plan.num_augmentations
         self.temperature = as_temperature(temperature)
         self.alpha = plan.alpha
         self.lam = lam
         self.mix = mix
-        self.guess_bn = guess_bn
         self.guess_forward = guess_forward
-        self.label_smoothing = as_smoothing(label_smoothing)
-        self.logits_getter = logits_getter
-        self.seed = as_seed(seed)
-        self.impl = impl
-        with torch.inference_mode(False):  # batches may be built outside of it
-            self.step = torch.zeros((), dtype=torch.int64, device="cpu")
-        self._teacher = (teacher,)  # a tuple hides the module from registration
-        reuse_buffers = as_flag("reuse_buffers", reuse_buffers)
-        self._guess_hooks: OrderedDict[int, Callable[[Tensor], None]] = OrderedDict()
-        # whether a guess was seen to write into its views; None before the first
-        self._model_writes: bool | None = None
-        self._workspaces = (Workspace(), Workspace()) if reuse_buffers else None
-        self._looks = Looks()
-        self._checked_plan = as_plan(self.plan)
-        # follows .to(device); holds nothing
-        self.register_buffer("_device_anchor", torch.empty(0), persistent=False)
-        implementation(impl, self.device)  # raises now if it cannot run
-        self._prepare()
-
-    @property
-    def device(self) -> torch.device:
-        """Where batches are built."""
-        anchor: Tensor = self._device_anchor  # type: ignore[assignment]
-        return anchor.device
-
-    @property
-    def runs_kernels(self) -> bool:
-        """Whether Triton's kernels run."""
-        implementation(self.impl, self.device)  # which finds out whether it can be imported
-        return resolve_impl(self.impl, self.device) == "triton"
+        self._finish()
 
     @property
     def plan(self) -> DrawPlan:
@@ -183,9 +125,9 @@ class MixMatch(nn.Module):
         return self._plan_of(complete(self.augment))
 
     @property
-    def teacher(self) -> nn.Module | None:
-        """The model that guesses, or None where the model of the call does."""
-        return self._teacher[0]
+    def engines(self) -> dict[str, Any]:
+        """The engine, as "augment"."""
+        return {"augment": self.augment}
 
     def forward(
         self,
@@ -236,7 +178,7 @@ class MixMatch(nn.Module):
         device = self.device
         x, u = self._moved("x", x, device), self._moved("u", u, device)
         y = self._labels(y, x.shape[0], device)
-        ids = _ids(ids_x, ids_u, x.shape[0], u.shape[0])
+        ids = as_ids_of_rows(ids_x, ids_u, x.shape[0], u.shape[0])
 
         # Algorithm 1: whatever is random, then lines 3-6, the views of x and u; the rest is below
         engine = complete(self.augment)
@@ -337,48 +279,10 @@ class MixMatch(nn.Module):
             return BuiltViews(torch.cat(sources), len(x))
 
         y = self._labels(y, len(x), device)
-        ids = _ids(ids_x, ids_u, len(x), len(views[0]))
+        ids = as_ids_of_rows(ids_x, ids_u, len(x), len(views[0]))
         _, mixup = self._draw(self.plan._replace(policy=None), ids, None, device)
         with torch.no_grad():
             return self._guess_and_mix(build(), build, y, model, mixup)
-
-    def register_guess_hook(self, hook: Callable[[Tensor], None]) -> RemovableHandle:
-        """Call ``hook(logits)`` with the logits of all views, ``[K, M, L]``, of every guess.
-
-        They may lie in memory of the model: a hook copies what it keeps, and writes nothing. It is
-        called where no gradients are taken.
-
-        Raises:
-            TypeError: If ``hook`` cannot be called.
-        """
-        check_callable("hook", hook, "a function of the logits")
-        handle = RemovableHandle(self._guess_hooks)
-        self._guess_hooks[handle.id] = hook
-        return handle
-
-    def look_at(self, x: Tensor, u: Tensor) -> None:
-        """Look at the range of images, on a CPU now, on CUDA once and later, without waiting.
-
-        Raises:
-            ValueError: If floats lie far outside of [0, 1].
-        """
-        self._looks.judge()
-        self._looks.images("x", x)
-        self._looks.images("u", u)
-
-    def _draw(
-        self,
-        plan: DrawPlan,
-        ids: tuple[Tensor | int, Tensor | int],
-        key: Tensor | CountedKey | None,
-        device: torch.device,
-    ) -> tuple[Draws | None, MixUpParams]:
-        if plan != self._checked_plan:  # an attribute of this module or of its engine was set
-            self._checked_plan = as_plan(plan)
-        plan, seed = self._checked_plan, as_seed(self.seed)
-        return _unchecked.draw_batch(
-            seed, self.step, *ids, plan, device=device, key=key, impl=self.impl
-        )
 
     def _plan_of(self, engine: Augment) -> DrawPlan:
         policy = engine.policy if engine.drawn_by_builder else None
@@ -405,7 +309,7 @@ class MixMatch(nn.Module):
             return _unchecked.batch_targets(y, logits, temperature, smoothing, params, self.impl)
 
         workspaces = self._workspaces
-        out = self._output(mixup.lam.shape[0], views, workspaces) if workspaces else None
+        out = self._output(mixup.lam.shape[0], views.unlabelled, workspaces) if workspaces else None
         inputs, mixed_targets = views.mix(mixup, targets, out, self.impl)  # lines 12-14
         step = self.step.clone()
         self.step.add_(1)
@@ -421,10 +325,10 @@ class MixMatch(nn.Module):
         """
         shown = views.unlabelled
         if not views.mixes_unlabelled:
-            return views, self._guess_logits(shown, model)
+            return views, self._logits_of_views(shown, model)
         count = count_of_writes(shown)
         kept = views.copy() if count is None or self._keeps_views(shown) else None
-        logits = self._guess_logits(shown, model)
+        logits = self._logits_of_views(shown, model)
         if count is not None and count_of_writes(shown) != count:
             self._model_writes = True
             if kept is None:
@@ -434,162 +338,6 @@ class MixMatch(nn.Module):
             self._looks.difference(shown, kept.unlabelled, self._judge_model)
         return views if kept is None else kept, logits
 
-    def _keeps_views(self, views: Tensor) -> bool:
-        if self._model_writes is None and views.is_cuda:
-            # the warm-up has looked; a graph would copy for ever what is looked at once
-            return not torch.cuda.is_current_stream_capturing()
-        return self._model_writes is not False
-
-    def _judge_model(self, writes: bool) -> None:
-        """Take in whether the first guess wrote into its views past torch's count."""
-        self._model_writes = self._model_writes or writes
-
-    def _guess_logits(self, views: Tensor, model: Model) -> Tensor:
-        """Logits of all views, ``[K, M, L]``."""
-        guesser = model if self.teacher is None else self.teacher
+    def _logits_of_views(self, views: Tensor, model: Model) -> Tensor:
         passes = 1 if self.guess_forward == "joint" else self.num_augmentations
-        with guess_mode(guesser, self.guess_bn):
-            parts: list[Tensor] = []
-            for number, part in enumerate([views] if passes == 1 else views.chunk(passes), 1):
-                logits = get_logits(guesser(part), self.logits_getter)
-                # a model may return the same memory every time
-                parts.append(logits if number == passes else logits.clone())
-            logits = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if logits.shape != (views.shape[0], self.num_classes):
-            raise ValueError(
-                f"model must return logits [{len(views)}, {self.num_classes}] "
-                f"(num_classes = {self.num_classes}), got {list(logits.shape)}"
-            )
-        self._looks.logits(logits)
-        logits = logits.detach().view(self.num_augmentations, -1, self.num_classes)
-        for hook in self._guess_hooks.values():
-            hook(logits)
-        return logits
-
-    def _labels(self, y: Any, length: int, device: torch.device) -> Tensor:
-        y = as_labels("y", y)
-        if y.dim() == 0 or y.shape[0] != length:
-            came = len(y) if y.dim() else "a single number"
-            raise ValueError(f"y must have a label per image of x, {length}, got {came}")
-        check_labels(y, self.num_classes)
-        return self._moved("y", y, device)
-
-    def _moved(self, name: str, tensor: Tensor, device: torch.device) -> Tensor:
-        """A tensor on ``device``, which is this module's."""
-        if tensor.device == device:
-            return tensor
-        if tensor.device.type == "cpu":
-            _streams.refuse_capture(
-                device,
-                f"{name} must be on {device} while a CUDA graph is captured: the graph would "
-                "not read it from the host again. Fill a tensor on the device before each replay",
-            )
-            return tensor.to(device, non_blocking=True)
-        raise ValueError(
-            f"{name} must be on the CPU or on {device} like this module, got it on "
-            f"{tensor.device}; move the module with .to({str(tensor.device)!r})"
-        )
-
-    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow to another device, with what a batch needs there and no buffers of the last."""
-        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
-        if self._workspaces is not None:
-            self._workspaces = (Workspace(), Workspace())
-        self._prepare()
-        return self
-
-    def _prepare(self) -> None:
-        """Make the constants of the draws now: a CUDA graph that needs them cannot."""
-        try:
-            running = implementation(self.impl, self.device)
-        except RuntimeError:  # it cannot run there, and says so when a batch is built
-            return
-        running.prepare(self.plan, self.device)
-
-    def _output(
-        self, num_rows: int, views: Views, workspaces: tuple[Workspace, Workspace]
-    ) -> Tensor:
-        """Where the next inputs go, rows like the views: one of two buffers in turn."""
-        workspace, like = workspaces[int(self.step) % 2], views.unlabelled
-        if like.is_contiguous():
-            shape = (num_rows, *like.shape[1:])
-            # an alias: whoever asks it for a gradient does not ask the buffer
-            return workspace.empty("inputs", shape, like.dtype, like.device).detach()
-        shape = (num_rows, *like.shape[2:], like.shape[1])
-        return workspace.empty("inputs", shape, like.dtype, like.device).permute(0, 3, 1, 2)
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        destination[prefix + "seed"] = torch.tensor(self.seed, dtype=torch.int64, device="cpu")
-        destination[prefix + "step"] = self.step.clone()
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        mine = {prefix + "seed", prefix + "step"}
-        missing_keys.extend(sorted(mine - state_dict.keys()))
-        for key in state_dict.keys() - mine:
-            first = key.removeprefix(prefix).split(".", 1)
-            if key.startswith(prefix) and (len(first) == 1 or first[0] not in self._modules):
-                unexpected_keys.append(key)
-        try:
-            seed, step = (
-                _integer_of_state(prefix + name, state_dict.get(prefix + name, mine), most)
-                for name, mine, most in (
-                    ("seed", self.seed, MOST_SEED),
-                    ("step", self.step, MOST_STEP),
-                )
-            )
-        except (TypeError, ValueError) as error:  # the module raises them, together
-            error_msgs.append(str(error))
-            return
-        self.seed = seed
-        self.step = torch.tensor(step, dtype=torch.int64, device="cpu")
-
-    def extra_repr(self) -> str:
-        """Show every switch, the step and the implementation that runs."""
-        names = (
-            "num_classes",
-            "num_augmentations",
-            "temperature",
-            "alpha",
-            "lam",
-            "mix",
-            "guess_bn",
-            "guess_forward",
-            "label_smoothing",
-            "seed",
-        )
-        shown = [f"{name}={getattr(self, name)!r}" for name in names]
-        if self.teacher is not None:
-            shown.append(f"teacher={type(self.teacher).__name__}")
-        if self._workspaces:
-            shown.append("reuse_buffers=True")
-        if not isinstance(self.augment, nn.Module):
-            shown.append(f"augment={self.augment!r}")
-        implementation(self.impl, self.device)  # which finds out whether it can be imported
-        running = resolve_impl(self.impl, self.device)
-        shown += [f"step={int(self.step)}", f"impl={self.impl!r} -> {running} on {self.device}"]
-        return ", ".join(shown)
-
-
-def _integer_of_state(name: str, value: Any, most: int) -> int:
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or not is_integer(value.dtype) or value.device.type == "meta":
-            raise ValueError(f"{name} must be an integer, got {came(value)}")
-        value = value.item()
-    return as_integer(name, value, most=most)
-
-
-def _ids(
-    ids_x: Tensor | None, ids_u: Tensor | None, num_x: int, num_u: int
-) -> tuple[Tensor | int, Tensor | int]:
-    return ids_or_positions("ids_x", ids_x, num_x), ids_or_positions("ids_u", ids_u, num_u)
+        return self._guess_logits(views, model, self.num_augmentations, passes)
