@@ -24,12 +24,28 @@ from gpu_mixmatch.data import (
     check_images,
     collate,
 )
-from gpu_mixmatch.losses import MixMatchLoss
-from gpu_mixmatch.methods.mixmatch import MixMatch
-from gpu_mixmatch.methods.passes import interleaved_forward
+from gpu_mixmatch.losses import ConsistencyLoss, MixMatchLoss
+from gpu_mixmatch.methods import (
+    UDA,
+    Consistency,
+    DistributionAlignment,
+    FixedThreshold,
+    FixMatch,
+    FlexMatch,
+    FlexThreshold,
+    FreeMatch,
+    FreeThreshold,
+    MeanTeacher,
+    MixMatch,
+    SoftMatch,
+    SoftThreshold,
+    interleaved_forward,
+)
 from gpu_mixmatch.types import (
     AugmentParams,
     ChainParams,
+    ConsistencyBatch,
+    ConsistencyLossOutput,
     LossOutput,
     MixMatchBatch,
     MixUpParams,
@@ -37,16 +53,29 @@ from gpu_mixmatch.types import (
 )
 
 __all__ = [
+    "UDA",
     "Augment",
     "AugmentParams",
     "ChainParams",
     "ColorJitter",
+    "Consistency",
+    "ConsistencyBatch",
+    "ConsistencyLoss",
+    "ConsistencyLossOutput",
     "DaliAugment",
     "DaliLoader",
+    "DistributionAlignment",
+    "FixMatch",
+    "FixedThreshold",
+    "FlexMatch",
+    "FlexThreshold",
+    "FreeMatch",
+    "FreeThreshold",
     "ImageFiles",
     "Indexed",
     "KorniaAugment",
     "LossOutput",
+    "MeanTeacher",
     "MixMatch",
     "MixMatchBatch",
     "MixMatchLoss",
@@ -55,6 +84,8 @@ __all__ = [
     "ResidentLoader",
     "SemiSupervisedBatch",
     "SemiSupervisedLoader",
+    "SoftMatch",
+    "SoftThreshold",
     "WeakAugment",
     "__version__",
     "as_augment",

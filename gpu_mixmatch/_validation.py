@@ -25,6 +25,7 @@ from gpu_mixmatch.types import (
     AugmentPolicy,
     Chain,
     ChainParams,
+    ConsistencyBatch,
     Cut,
     DrawPlan,
     Geometry,
@@ -38,6 +39,8 @@ from gpu_mixmatch.types import (
     Outside,
     PaddingMode,
     Scaling,
+    Weighting,
+    WeightRule,
 )
 
 IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -791,6 +794,45 @@ def check_loss(logits: Any, targets: Any, num_labelled: Any, weight_u: Any) -> N
         check_scalar("weight_u", weight_u)
 
 
+def check_weights(weights: Any, logits: Tensor) -> None:
+    """Raise if there is not a floating point weight for each row of logits."""
+    check_tensor("weights", weights)
+    check_float("weights", weights)
+    if weights.shape != logits.shape[:1]:
+        raise ValueError(
+            f"weights must be [N] = {list(logits.shape[:1])} like logits, got {list(weights.shape)}"
+        )
+    check_device("weights", weights, "logits", logits)
+
+
+def as_weighting(weighting: Any, logits: Tensor) -> Weighting:
+    """Return a weighting of which every field fits logits ``[M, L]``."""
+    check_kind("weighting", weighting, Weighting, "a Weighting")
+    temperature, rule, threshold, state, spread, ratio, aligned = weighting
+    check_choice("rule", rule, WeightRule)
+    num_classes = logits.shape[1]
+    lengths = {"soft": 2 + 3 * num_classes, "free": 2 + 3 * num_classes, "flex": num_classes + 1}
+    for name, tensor, length in (
+        ("state", state, lengths.get(rule)),
+        ("ratio", ratio, num_classes),
+    ):
+        if tensor is None and (name == "ratio" or length is None):
+            continue
+        check_tensor(name, tensor)
+        if tuple(tensor.shape) != (length,):
+            raise ValueError(f"{name} must be [{length}] for {rule!r}, got {list(tensor.shape)}")
+        check_device(name, tensor, "logits", logits)
+    return Weighting(
+        as_number("temperature", temperature, least=0),
+        rule,
+        as_number("threshold", threshold, least=0, most=1),
+        state,
+        as_number("spread", spread, above=0),
+        ratio,
+        as_flag("aligned_targets", aligned),
+    )
+
+
 def check_scalar(name: str, value: Tensor) -> None:
     """Raise if a 0-d tensor is negative or not finite. On a device that cannot be told at once."""
     if _is_seen(value):
@@ -820,6 +862,17 @@ def check_batch(batch: Any) -> None:
     for name in ("inputs", "targets", "step"):
         check_tensor(f"batch.{name}", getattr(batch, name))
     as_integer("batch.num_labelled", batch.num_labelled)
+
+
+def check_consistency_batch(batch: Any) -> None:
+    """Raise if ``batch`` is no `ConsistencyBatch` whose parts are tensors and a number of rows."""
+    check_kind("batch", batch, ConsistencyBatch, "a ConsistencyBatch")
+    for name in ("inputs", "targets", "step"):
+        check_tensor(f"batch.{name}", getattr(batch, name))
+    as_integer("batch.num_labelled", batch.num_labelled)
+    as_integer("batch.num_weak", batch.num_weak, most=len(batch.inputs))
+    if batch.guess is None:
+        check_tensor("batch.weights", batch.weights)
 
 
 # Dtype and length of a row of the fields of AugmentParams
@@ -1218,6 +1271,36 @@ def check_not_empty(x: Tensor, u: Tensor) -> None:
         check_tensor(name, images)
         if images.dim() == 0 or len(images) == 0:
             raise ValueError(f"{name} must hold at least one image, got {list(images.shape)}")
+
+
+def check_same_images(x: Any, weak: Any, strong: Any, num_strong: int) -> Tensor:
+    """Raise if views made elsewhere do not fit; return the strong ones as ``[S·M, ...]``."""
+    for name, images in (("x", x), ("weak", weak), ("strong", strong)):
+        check_tensor(name, images)
+        if not images.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {images.dtype}")
+    if x.dim() != 4:
+        raise ValueError(f"x must be [B, C, H, W], got {list(x.shape)}")
+    if weak.dim() != 4 or weak.shape[1:] != x.shape[1:]:
+        raise ValueError(
+            f"weak must be [M, C, H, W] with {list(x.shape[1:])} like x, got {list(weak.shape)}"
+        )
+    check_not_empty(x, weak)
+    flat: Tensor = strong.flatten(0, 1) if strong.dim() == 5 else strong
+    views = strong.shape[0] if strong.dim() == 5 else 1
+    if views != num_strong or flat.shape != (views * len(weak), *weak.shape[1:]):
+        raise ValueError(
+            f"strong must be [S, M, C, H, W] with S = {num_strong} and {list(weak.shape)} like "
+            f"weak, got {list(strong.shape)}"
+        )
+    if len({x.dtype, weak.dtype, strong.dtype}) > 1:
+        raise ValueError(
+            f"x, weak and strong must be of one dtype, got {x.dtype}, {weak.dtype} and "
+            f"{strong.dtype}"
+        )
+    for name, images in (("x", x), ("weak", weak), ("strong", strong)):
+        check_finite(name, images)
+    return flat
 
 
 def check_images_alike(x: Tensor, u: Tensor) -> None:

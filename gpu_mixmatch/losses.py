@@ -1,5 +1,8 @@
-"""MixMatchLoss: cross-entropy and squared error, the latter with a weight that ramps up."""
+"""The losses of the methods, whose unlabelled part has a weight that ramps up."""
 
+from typing import Literal
+
+import torch
 from torch import Tensor, nn
 
 from gpu_mixmatch import _streams, functional
@@ -9,9 +12,19 @@ from gpu_mixmatch._validation import (
     as_number,
     check_batch,
     check_choice,
+    check_consistency_batch,
     check_tensor,
 )
-from gpu_mixmatch.types import Impl, LossOutput, MixMatchBatch
+from gpu_mixmatch.types import (
+    ConsistencyBatch,
+    ConsistencyLossOutput,
+    Impl,
+    LossOutput,
+    MixMatchBatch,
+    UnlabelledLoss,
+)
+
+Tsa = Literal["linear", "exp", "log"]
 
 
 class MixMatchLoss(nn.Module):
@@ -85,3 +98,133 @@ class MixMatchLoss(nn.Module):
     def extra_repr(self) -> str:
         """Show the fields."""
         return f"lambda_u={self.lambda_u}, rampup_steps={self.rampup_steps}"
+
+
+class ConsistencyLoss(nn.Module):
+    """Cross-entropy on x plus λ_U times the weighted loss of strong views, a mean over all of them.
+
+    Rows of weight 0 stay in the denominator, as in the references. A batch that has its guess to be
+    made is labelled here, by the logits of its weak views, without gradient; that moves what the
+    method learns of guesses, so that it is to be called once for each such batch.
+
+    Args:
+        lambda_u: λ_U at the end of its ramp.
+        rampup_steps: Length of its linear ramp in steps; 0 gives the full weight from the start.
+        loss_u: "ce", cross-entropy (FixMatch); "kl", which is less by the targets' entropy and has
+            the same gradient (UDA); "mse", squared error of probabilities, mean over the classes
+            (MeanTeacher).
+        tsa: Training signal annealing: labelled rows whose label is predicted with a probability
+            above α(1 - 1/L) + 1/L are left out, for α = t ("linear"), exp(5(t - 1)) ("exp") or
+            1 - exp(-5t) ("log") after a share t of ``tsa_steps``; the mean is over the others
+            (UDA). None keeps all.
+        tsa_steps: Length of the run in steps, where there is a ``tsa``.
+        lambda_fair: Weight of FreeMatch's fairness loss: 0.01 in the paper's code, 0.001 in USB. It
+            needs a `FreeMatch` batch.
+        impl: Implementation of `functional.consistency_loss`.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If an argument is out of its range.
+
+    References:
+        Sohn et al. 2020, eq. 3-4; Xie et al. 2020, section 3 and 3.2; Wang et al. 2023, eq. 9-11.
+    """
+
+    def __init__(
+        self,
+        lambda_u: float = 1.0,
+        rampup_steps: int = 0,
+        *,
+        loss_u: UnlabelledLoss = "ce",
+        tsa: Tsa | None = None,
+        tsa_steps: int | None = None,
+        lambda_fair: float = 0.0,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__()
+        check_choice("impl", impl, Impl)
+        check_choice("loss_u", loss_u, UnlabelledLoss)
+        if tsa is not None:
+            check_choice("tsa", tsa, Tsa)
+        if (tsa is None) != (tsa_steps is None):
+            raise ValueError(
+                "tsa_steps must be given with tsa, the length of the run in steps, and only then, "
+                f"got tsa={tsa!r} and tsa_steps={tsa_steps}"
+            )
+        self.lambda_u = as_number("lambda_u", lambda_u, least=0)
+        self.rampup_steps = as_integer("rampup_steps", rampup_steps, most=MOST_STEP)
+        self.loss_u = loss_u
+        self.tsa = tsa
+        self.tsa_steps = tsa_steps
+        if tsa_steps is not None:
+            self.tsa_steps = as_integer("tsa_steps", tsa_steps, least=1, most=MOST_STEP)
+        self.lambda_fair = as_number("lambda_fair", lambda_fair, least=0)
+        self.impl = impl
+
+    def forward(self, logits: Tensor, batch: ConsistencyBatch) -> ConsistencyLossOutput:
+        """Compare the model's logits with the batch's targets, which are made first if need be.
+
+        Args:
+            logits: ``model(batch.inputs)``, a row for each, ``[N, L]``.
+            batch: The batch that they were computed for.
+
+        Returns:
+            The loss and its parts, 0-d float32.
+
+        Raises:
+            TypeError: If an argument is of the wrong kind.
+            ValueError: If logits and batch do not fit each other, or there is no fairness in it.
+            RuntimeError: If a CUDA graph is being captured, which would keep this step's weight.
+        """
+        check_consistency_batch(batch)
+        check_tensor("logits", logits)
+        if (self.rampup_steps or self.tsa) and batch.step.device.type == "cpu":
+            _streams.refuse_capture(
+                logits.device,
+                "a CUDA graph would keep the weight of this step, since batch.step is on the CPU: "
+                "pass batch._replace(step=...) with a step on the device, which is filled before "
+                "each replay, or neither rampup_steps nor tsa",
+            )
+        logits, batch = batch.complete(logits)
+        assert batch.weights is not None
+        weight_u = self.lambda_u * functional.linear_rampup(batch.step, self.rampup_steps)
+        loss, loss_x, loss_u, _, kept, mean_weight = functional.consistency_loss(
+            logits,
+            batch.targets,
+            batch.weights,
+            batch.num_labelled,
+            weight_u,
+            loss_u=self.loss_u,
+            tsa=self._tsa_threshold(batch.step, logits.shape[1]),
+            impl=self.impl,
+        )
+        loss_fair = torch.zeros_like(loss_x)
+        if self.lambda_fair:
+            if batch.fairness is None:
+                raise ValueError(
+                    "batch.fairness must be given for lambda_fair > 0, as FreeMatch gives it, got "
+                    "None"
+                )
+            rows = slice(batch.num_labelled, None)
+            loss_fair = functional.fairness_loss(logits[rows], batch.weights[rows], batch.fairness)
+            loss = loss + self.lambda_fair * loss_fair
+        shares = kept.detach(), mean_weight.detach()
+        return ConsistencyLossOutput(loss, loss_x, loss_u, weight_u, loss_fair, *shares)
+
+    def _tsa_threshold(self, step: Tensor, num_classes: int) -> Tensor | None:
+        if self.tsa is None or self.tsa_steps is None:
+            return None
+        done = functional.linear_rampup(step, self.tsa_steps)
+        if self.tsa == "exp":
+            done = torch.exp(5 * (done - 1))
+        elif self.tsa == "log":
+            done = 1 - torch.exp(-5 * done)
+        return done * (1 - 1 / num_classes) + 1 / num_classes
+
+    def extra_repr(self) -> str:
+        """Show the fields."""
+        shown = [f"lambda_u={self.lambda_u}", f"rampup_steps={self.rampup_steps}"]
+        shown += [f"loss_u={self.loss_u!r}"]
+        shown += [f"tsa={self.tsa!r}, tsa_steps={self.tsa_steps}"] if self.tsa else []
+        shown += [f"lambda_fair={self.lambda_fair}"] if self.lambda_fair else []
+        return ", ".join(shown)

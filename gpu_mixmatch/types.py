@@ -380,8 +380,8 @@ class ConsistencyBatch(NamedTuple):
 
     Attributes:
         inputs: Images, ``[B + S·M (+ M), C, H, W]``.
-        targets: ``[B + S·M, L]`` float32; before the guess those of x, ``[B, L]``.
-        weights: Of the rows in the loss, ``[B + S·M]`` float32; before the guess ``[B]``.
+        targets: ``[B + S·M, L]`` float32; before the guess the labels of x as they came.
+        weights: Of the rows in the loss, ``[B + S·M]`` float32; before the guess None.
         num_labelled: B.
         step: The step that the batch was drawn for, a 0-d int64 tensor.
         num_weak: Rows at the end that are weak views, to be guessed on: M, or 0 after the guess.
@@ -391,7 +391,7 @@ class ConsistencyBatch(NamedTuple):
 
     inputs: Tensor
     targets: Tensor
-    weights: Tensor
+    weights: Tensor | None
     num_labelled: int
     step: Tensor
     num_weak: int = 0

@@ -203,9 +203,22 @@ class BatchBuilder(nn.Module):
                 # a model may return the same memory every time
                 parts.append(logits if number == passes else logits.clone())
             logits = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if logits.shape != (views.shape[0], self.num_classes):
+        if len(logits) != len(views):
             raise ValueError(
                 f"model must return logits [{len(views)}, {self.num_classes}] "
+                f"(num_classes = {self.num_classes}), got {list(logits.shape)}"
+            )
+        return self.look_at_guess(logits, num_views)
+
+    def look_at_guess(self, logits: Tensor, num_views: int = 1) -> Tensor:
+        """Look at the logits of a guess, show them to the hooks, and return ``[K, M, L]``.
+
+        Raises:
+            ValueError: If they are not ``[K·M, L]``.
+        """
+        if logits.dim() != 2 or logits.shape[1] != self.num_classes:
+            raise ValueError(
+                f"model must return logits [{len(logits)}, {self.num_classes}] "
                 f"(num_classes = {self.num_classes}), got {list(logits.shape)}"
             )
         self._looks.logits(logits)
