@@ -1,12 +1,20 @@
 """What guesses weigh: by a fixed threshold, or by what was learnt of the guesses before."""
 
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpu_mixmatch import _ranks
-from gpu_mixmatch._validation import MOST_SAMPLES, as_integer, as_labels, as_number
+from gpu_mixmatch._validation import (
+    MOST_SAMPLES,
+    as_flag,
+    as_integer,
+    as_labels,
+    as_number,
+    came,
+)
 from gpu_mixmatch.impl.library import running
 from gpu_mixmatch.methods.state import GuessState, unit_momentum
 from gpu_mixmatch.types import Impl, Weighting
@@ -94,8 +102,8 @@ class SoftThreshold(Threshold):
         super().__init__()
         self.momentum = unit_momentum(momentum)
         self.spread = as_number("spread", spread, above=0)
-        self.uniform = uniform
-        self.aligns = uniform
+        self.uniform = as_flag("uniform", uniform)
+        self.aligns = self.uniform
 
     def bind(self, num_classes: int) -> None:
         """Begin with no confidence, of a variance of 1; see `GuessState`."""
@@ -238,4 +246,11 @@ def as_threshold(threshold: object) -> Threshold:
         TypeError: If it is neither.
         ValueError: If the number is not in [0, 1].
     """
-    return threshold if isinstance(threshold, Threshold) else FixedThreshold(threshold)  # type: ignore[arg-type]
+    if isinstance(threshold, Threshold):
+        return threshold
+    if isinstance(threshold, bool) or not isinstance(threshold, Real):
+        raise TypeError(
+            "threshold must be a number in [0, 1] or an object such as FreeThreshold(), got "
+            f"{came(threshold)}"
+        )
+    return FixedThreshold(threshold)  # type: ignore[arg-type]
