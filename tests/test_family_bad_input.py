@@ -7,7 +7,9 @@ import pytest
 from gpu_mixmatch import (
     Consistency,
     DistributionAlignment,
+    FixedThreshold,
     FixMatch,
+    FlexThreshold,
     FreeMatch,
     FreeThreshold,
     RandAugment,
@@ -55,3 +57,25 @@ def test_a_threshold_is_a_number_or_an_object_that_weighs(threshold):
 def test_whether_guesses_are_aligned_is_a_switch(uniform):
     with raises(TypeError, f"uniform must be True or False, got {uniform!r}"):
         SoftThreshold(uniform=uniform)
+
+
+@pytest.mark.parametrize("threshold", [SoftThreshold, FreeThreshold, lambda: FlexThreshold(9)])
+def test_two_methods_do_not_share_a_threshold_that_remembers(threshold):
+    threshold = threshold()
+    FixMatch(*ENGINES, threshold=threshold)
+    with raises(ValueError, "threshold must be a new object for every method, since it remembers"):
+        FixMatch(*ENGINES, threshold=threshold)
+
+
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_two_methods_do_not_share_an_alignment(momentum):
+    alignment = DistributionAlignment(momentum=momentum)
+    FixMatch(*ENGINES, alignment=alignment)
+    with raises(ValueError, "alignment must be a new object for every method, since it remembers"):
+        FixMatch(*ENGINES, alignment=alignment)
+
+
+def test_two_methods_may_share_what_remembers_nothing():
+    threshold = FixedThreshold(0.9)
+    assert FixMatch(*ENGINES, threshold=threshold).threshold is threshold
+    assert FixMatch(*ENGINES, threshold=threshold).threshold is threshold

@@ -108,9 +108,9 @@ class Consistency(BatchBuilder):
                     f"{alignment} beside {self.threshold}"
                 )
         self.alignment = alignment
-        for part in (self.threshold, alignment):
-            if part is not None:
-                part.bind(self.num_classes)
+        self.threshold.begin("threshold", self.num_classes)
+        if alignment is not None:
+            alignment.begin("alignment", self.num_classes)
         self._finish()
 
     @property

@@ -16,8 +16,21 @@ class GuessState(nn.Module):
     host.
     """
 
+    def begin(self, name: str, num_classes: int) -> None:
+        """Make what is remembered, for the one builder that has this as its argument ``name``.
+
+        Raises:
+            ValueError: If another builder has it: what both guess would meet in it.
+        """
+        if self._buffers:
+            raise ValueError(
+                f"{name} must be a new object for every method, since it remembers what one "
+                f"guesses, got one that another has: {self}"
+            )
+        self.bind(num_classes)
+
     def bind(self, num_classes: int) -> None:
-        """Make what is remembered, for L classes; the builder calls it."""
+        """Make what is remembered, for L classes."""
 
     def keep(self, name: str, start: Tensor) -> None:
         """Remember a tensor, from ``start`` on."""
