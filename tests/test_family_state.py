@@ -201,3 +201,16 @@ def test_a_state_of_another_method_or_size_is_refused(saved, loading, text):
     builder = loading()
     with pytest.raises(RuntimeError, match=re.escape(text)):
         builder.load_state_dict(state)
+
+
+@pytest.mark.parametrize("wrong", [NUM_CLASSES, -2])
+def test_classes_of_samples_that_there_are_not_are_refused(wrong):
+    # a table has as many rows for any number of classes
+    builder = ADAPTIVE["FlexMatch"]()
+    state = builder.state_dict()
+    state["threshold.classes"] = torch.full((SAMPLES,), -1, dtype=torch.int16)
+    state["threshold.classes"][3] = wrong
+    text = f"threshold.classes must be in -1 .. num_classes - 1 = 3, got {min(wrong, -1)} .. "
+    with pytest.raises(RuntimeError, match=re.escape(text)):
+        builder.load_state_dict(state)
+    assert_equal_states(builder, ADAPTIVE["FlexMatch"]())

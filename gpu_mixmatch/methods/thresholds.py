@@ -229,8 +229,20 @@ class FlexThreshold(Threshold):
         classes, ids = _ranks.gathered(classes), _ranks.gathered(ids.to(logits.device))
         run.update_labels(classes, ids, self.classes, self.counts)
 
-    def _load_from_state_dict(self, *args: object) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **options: Any
+    ) -> None:
+        most, classes = len(self.counts) - 2, state_dict.get(prefix + "classes")
+        if isinstance(classes, Tensor) and classes.numel():
+            low, high = (int(value) for value in classes.aminmax())
+            if low < -1 or high > most:
+                *_, errors = args
+                errors.append(
+                    f"{prefix}classes must be in -1 .. num_classes - 1 = {most}, got {low} .. "
+                    f"{high}: they are of another number of classes"
+                )
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args, **options)
         classes = self.classes.long().remainder(len(self.counts))
         self.counts.copy_(torch.bincount(classes, minlength=len(self.counts)))
 
