@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 
 from gpu_mixmatch import (
     Consistency,
@@ -12,16 +13,12 @@ from gpu_mixmatch import (
     FlexThreshold,
     FreeMatch,
     FreeThreshold,
-    RandAugment,
     SoftMatch,
     SoftThreshold,
-    WeakAugment,
 )
+from tests.family import ADAPTIVE, ENGINES, NUM_CLASSES, B, M, data_of, labelled_batch, net
 
-NUM_CLASSES = 5
-WEAK = WeakAugment(1)
-STRONG = RandAugment.fixmatch(WEAK, cutout=2)
-ENGINES = WEAK, STRONG, NUM_CLASSES
+WEAK, STRONG, _ = ENGINES
 
 
 def raises(error, text):
@@ -79,3 +76,39 @@ def test_two_methods_may_share_what_remembers_nothing():
     threshold = FixedThreshold(0.9)
     assert FixMatch(*ENGINES, threshold=threshold).threshold is threshold
     assert FixMatch(*ENGINES, threshold=threshold).threshold is threshold
+
+
+# Switches that are set later
+
+
+@pytest.mark.parametrize(
+    ("switch", "value", "text"),
+    [
+        ("temperature", 0, "temperature must be above 0 and finite, got 0"),
+        ("temperature", -0.5, "temperature must be above 0 and finite, got -0.5"),
+        ("label_smoothing", 1.0, "label_smoothing must be in [0, 1), got 1.0"),
+        ("num_strong", 0, "num_strong must be in 1 .. "),
+    ],
+)
+@pytest.mark.parametrize("order", ["first", "one pass"])
+def test_a_switch_that_is_set_later_is_looked_at(switch, value, text, order):
+    builder = FixMatch(*ENGINES)
+    setattr(builder, switch, value)
+    with raises(ValueError, text):
+        labelled_batch(builder, order=order)
+
+
+# The guess that the loss makes
+
+
+def test_a_guess_that_failed_may_be_made_again():
+    builder, twin = ADAPTIVE["FreeMatch"](), ADAPTIVE["FreeMatch"]()
+    x, y, u, _ = data_of()
+    batch = builder(x, y, u)
+    with raises(ValueError, f"model must return logits [{M}, {NUM_CLASSES}] (num_classes = "):
+        batch.complete(torch.zeros(B + 2 * M, NUM_CLASSES + 1))
+    logits = net()(batch.inputs).detach()
+    expected = labelled_batch(twin, order="one pass")
+    assert torch.equal(batch.complete(logits)[1].weights, expected.weights)
+    with raises(RuntimeError, "a guess must be made once, since thresholds and alignments take it"):
+        batch.complete(logits)

@@ -11,6 +11,7 @@ from gpu_mixmatch._keys import CountedKey
 from gpu_mixmatch._validation import (
     MOST_VIEW,
     as_integer,
+    as_smoothing,
     as_temperature,
     check_device,
     check_images_alike,
@@ -131,7 +132,8 @@ class Consistency(BatchBuilder):
 
     @property
     def _views(self) -> WeakAndStrong:
-        return WeakAndStrong(self.weak, self.strong, self.num_strong, self.strong_x)
+        num_strong = as_integer("num_strong", self.num_strong, least=1, most=MOST_VIEW - 1)
+        return WeakAndStrong(self.weak, self.strong, num_strong, self.strong_x)
 
     def forward(
         self,
@@ -278,11 +280,12 @@ class Consistency(BatchBuilder):
         if self.alignment is not None:
             assert sums is not None
             ratio = self.alignment.ratio(sums, self.impl)
-        temperature = 0.0 if self.temperature is None else self.temperature
+        temperature = 0.0 if self.temperature is None else as_temperature(self.temperature)
         base = Weighting(temperature, ratio=ratio)
         weighting = self.threshold.weighting(sums, base, self.impl)
+        smoothing = as_smoothing(self.label_smoothing)
         targets, weights = _unchecked.consistency_targets(
-            y, logits, weighting, self.label_smoothing, self.num_strong, self.impl
+            y, logits, weighting, smoothing, self.num_strong, self.impl
         )
         if self.threshold.needs_ids:
             assert ids_u is not None
@@ -324,7 +327,7 @@ class PendingGuess:
                 "second one for the same batch: keep `logits, batch = batch.complete(logits)` and "
                 "give these to the loss"
             )
-        self.was_made = True
         self.builder.look_at_guess(logits)
         check_device("y", self.y, "logits", logits)
+        self.was_made = True
         return self.builder.label(self.y, logits, self.ids_u)
