@@ -71,7 +71,7 @@ _LOOKS = {
     "check_draws": (_validation,),
     "check_mixup_values": (_validation,),
     "check_scalar": (_validation,),
-    "check_finite": (mixmatch,),
+    "check_finite": (_validation, mixmatch),
 }
 
 
