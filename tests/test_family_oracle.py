@@ -23,7 +23,10 @@ from gpu_mixmatch import (
     SoftMatch,
     SoftThreshold,
     WeakAugment,
+    functional,
 )
+from gpu_mixmatch.impl import implementation
+from gpu_mixmatch.types import Weighting
 from tests import oracle
 from tests.factories import random_images, random_labels
 from tests.skips import skip_without
@@ -353,6 +356,65 @@ def test_method_equals_the_oracle(method, order, num_strong, labels):
 def test_method_equals_the_oracle_in_kernels(method):
     skip_without("triton")
     assert_equals_the_oracle(method, "one pass", 2, "soft", "triton", num_steps=2)
+
+
+# Weights of many guesses, of any state
+
+
+@pytest.mark.parametrize("impl", ["eager", "numba", "triton"])
+@pytest.mark.parametrize("unused", [0, 3, 9])
+def test_flex_weights_of_many_guesses_equal_the_oracle(impl, unused):
+    assert impl == "eager" or skip_without(impl)
+    p = many_guesses()
+    counts = [6, 1, 0, 3, 4, unused]  # images of each class, and of none
+    flex = oracle.FlexThreshold(NUM_CLASSES, sum(counts), 0.95)
+    flex.classes = [
+        c for c, count in zip((*range(NUM_CLASSES), -1), counts, strict=True) for _ in range(count)
+    ]
+    assert flex.counts() == counts
+    state = torch.tensor(counts, dtype=torch.int32)
+    weights = weights_of(p, impl, rule="flex", threshold=0.95, state=state)
+    assert_array_equal(weights, flex.weigh(p, p, [0] * len(p)))
+    assert 0.1 < weights.mean() < 0.97
+
+
+@pytest.mark.parametrize("impl", ["eager", "numba", "triton"])
+@pytest.mark.parametrize("rule", ["soft", "free"])
+def test_weights_of_many_guesses_equal_the_oracle_after_many_steps(impl, rule):
+    assert impl == "eager" or skip_without(impl)
+    kinds = {"soft": oracle.SoftThreshold, "free": oracle.FreeThreshold}
+    threshold = kinds[rule](NUM_CLASSES, momentum=0.7)
+    averages = torch.full((2 + 3 * NUM_CLASSES,), 1 / NUM_CLASSES)
+    averages[1] = 1
+    run = implementation(impl, torch.device("cpu"))
+    for step in range(12):
+        p = many_guesses(step, count=40 + step, skew=step % 3)
+        expected = threshold.weigh(p, p, ())
+        logits, y = torch.from_numpy(np.log(p)).float(), torch.tensor([step % NUM_CLASSES])
+        sums = torch.empty(4 + 3 * NUM_CLASSES, dtype=torch.int64)
+        run.guess_statistics(logits, y, sums)
+        ratio = torch.empty(NUM_CLASSES) if rule == "soft" else None
+        uniform = torch.full((NUM_CLASSES,), 1 / NUM_CLASSES)
+        run.update_averages(sums, averages, 0.7, uniform, ratio)
+        weights = weights_of(p, impl, rule=rule, state=averages, ratio=ratio)
+        assert_allclose(weights, expected, rtol=0, atol=ERROR)
+    assert 0.1 < weights.mean() < 0.99
+
+
+def many_guesses(seed=0, count=96, skew=0):
+    """Distributions [M, L] whose largest entries lie anywhere between 1/L and 1."""
+    chance = np.random.default_rng(seed)
+    logits = chance.normal(size=(count, NUM_CLASSES)) * chance.uniform(0.2, 5, size=(count, 1))
+    logits[:, skew] += 0.5
+    return oracle.softmax(logits)
+
+
+def weights_of(p, impl, **weighting):
+    logits = torch.from_numpy(np.log(p)).float()
+    y = torch.tensor([0])
+    return functional.consistency_targets(y, logits, Weighting(**weighting), impl=impl)[1][
+        1:
+    ].numpy()
 
 
 # The oracle itself, by cases worked by hand
