@@ -36,7 +36,7 @@ from benchmarks import (
 )
 from benchmarks.common import Contender, Settings, Skipped
 from benchmarks.report import ROOT
-from gpu_mixmatch import MixMatch, MixMatchLoss, RandAugment, WeakAugment, _timing
+from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, _timing
 from gpu_mixmatch._machine import machine
 from gpu_mixmatch.cli import bench
 from gpu_mixmatch.data.datasets import load_dataset
@@ -956,10 +956,10 @@ def test_bench_times_strong_views_by_each_implementation():
     result = bench.bench(32, 2, 2, "cnn", augment="strong")
     assert {row.engine for row in result.rows} >= {"strong, eager", "strong, triton"}
     assert all(row.engine.startswith("strong, ") for row in result.rows)
-    assert "make_strong(WeakAugment(padding=4), 32, 32)" in result.advice
-    assert isinstance(
-        bench._builders("strong", 32, 2, CPU)[0]["strong, eager"][0].augment, RandAugment
-    )
+    assert "MixMatch(RandAugment.fixmatch(WeakAugment(padding=4)), ..." in result.advice
+    mixmatch, detail = bench._builders("strong", 8, 2, CPU)[0]["strong, eager"]
+    assert detail.startswith("MixMatch(make_strong(WeakAugment(padding=1), 8, 8), ...")
+    assert mixmatch.augment.chain.cutout == 4
 
 
 def test_bench_builds_what_it_says_to_choose():

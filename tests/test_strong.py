@@ -206,14 +206,39 @@ def test_blur_follows_the_operations_and_a_cutout_follows_the_blur():
 # The mistakes of ports
 
 
+def drawn_of(engine):
+    """How often 20,000 views of an engine get each operation's magnitudes, by its name."""
+    params = engine.draw(0, 0, 20_000)
+    slots = params.chain[:, columns(engine.policy.cut, engine.chain).slots]
+    found = {}
+    for (name, size), count in zip(
+        entries(engine.chain), torch.bincount(slots.flatten()).tolist(), strict=True
+    ):
+        found.setdefault(name.removesuffix("_rel"), Counter())[round(size, 9)] += count
+    return found
+
+
+def assert_both_ways(counts, middle=0):
+    ways = {
+        way: sum(n for size, n in counts.items() if way * (size - middle) > 0) for way in (1, -1)
+    }
+    assert stats.binomtest(ways[1], sum(ways.values())).pvalue > LEAST_P
+    assert {round(2 * middle - size, 9) for size in counts} == set(counts)
+
+
 def test_both_signs_are_drawn_of_whatever_has_one():
-    signed = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
     for preset in PRESETS:
-        engine = getattr(RandAugment, preset)()
-        drawn = [entry for row in held(engine.draw(0, 0, 20_000), engine) for entry in row]
-        for name in signed:
-            of_name = [size for op, size in drawn if op.removesuffix("_rel") == name and size]
-            assert stats.binomtest(sum(size > 0 for size in of_name), len(of_name)).pvalue > LEAST_P
+        drawn = drawn_of(getattr(RandAugment, preset)())
+        for name in ("rotate", "shear_x", "shear_y", "translate_x", "translate_y"):
+            assert_both_ways(drawn[name])
+    assert_both_ways(drawn_of(ColorJitter())["hue"])
+
+
+@pytest.mark.parametrize("preset", ["fixmatch", "uda", "torchvision", "trivial", "jitter"])
+def test_factors_go_both_ways_from_one_as_often(preset):
+    drawn = drawn_of(ColorJitter() if preset == "jitter" else getattr(RandAugment, preset)())
+    for name in ("brightness", "color", "contrast"):
+        assert_both_ways(drawn[name], middle=1)
 
 
 def test_a_translation_moves_by_its_pixels():

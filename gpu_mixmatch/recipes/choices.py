@@ -16,7 +16,7 @@ from gpu_mixmatch.data.datasets import ImageFiles
 PRESETS = {"paper": presets.paper, "yu1ut": presets.yu1ut, "usb": presets.usb}
 PRESET_NAMES = ("fast", *PRESETS)
 AUGMENTS = ("weak", "strong", "kornia", "dali")
-_FIXMATCH_SIDE = 32  # pixels of the images that FixMatch's cutout and translations are for
+FIXMATCH_SIDE = 32  # pixels of the images that FixMatch's cutout and translations are for
 FULL_WEIGHT_STEPS = 32_768  # twice the paper's ramp of λ_U
 LOADERS = ("resident", "dataloader", "dali")
 
@@ -97,12 +97,12 @@ def make_strong(weak: WeakAugment, height: int, width: int) -> RandAugment:
     8 pixels would otherwise be hidden or moved away as a whole.
     """
     least = min(height, width)
-    if least >= _FIXMATCH_SIDE:
+    if least >= FIXMATCH_SIDE:
         return RandAugment.fixmatch(weak)
     ops: dict[str, Sequence[float]] = {}
     for name, magnitudes in RandAugment.fixmatch(weak).chain.ops:
         if name.startswith("translate"):
-            ops[f"{name}_rel"] = [pixels / _FIXMATCH_SIDE for pixels in magnitudes]
+            ops[f"{name}_rel"] = [pixels / FIXMATCH_SIDE for pixels in magnitudes]
         else:
             ops[name] = magnitudes
     return RandAugment.fixmatch(weak, ops=ops, cutout=least // 2)
