@@ -68,7 +68,7 @@ gpu: $(VENV)/.installed
 # What the documents show of speed, and what they promise of it; suites set their own threads.
 .PHONY: benchmarks
 benchmarks: $(VENV)/.installed
-	for suite in augment batch loader scaling ops claims kernels; do $(RUN)/python -m benchmarks.$$suite || exit 1; done
+	for suite in augment strong batch loader scaling ops claims kernels; do $(RUN)/python -m benchmarks.$$suite || exit 1; done
 	$(RUN)/python -m benchmarks.report
 
 # The kernels under the oldest Triton that they are held to. Its interpreter needs a numpy before
