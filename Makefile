@@ -50,6 +50,7 @@ results: $(VENV)/.installed
 	mkdir -p runs/results/digits-preview
 	$(RUN)/gpu-mixmatch preview --out runs/results/digits-preview/preview.png
 	$(RUN)/python -m benchmarks.report --collect runs/results
+	$(RUN)/python -m benchmarks.op_grid
 
 # Many short runs, hours of them: what the defaults of short runs were chosen by. Each finished run
 # is kept in runs/learning and not trained again.
