@@ -633,6 +633,36 @@ def test_readmes_table_has_the_medians_of_the_most_threads(tmp_path):
     assert content["date"] in lines[6]
 
 
+def test_readmes_row_of_strong_views_has_the_largest_images_and_the_most_threads():
+    names = ("ours, numba, reused buffers", "Kornia, one call", "DALI, pipeline")
+    rows = [
+        row_of(name, f"{size} px", effects="RandAugment", size=size, num_rows=48)
+        | {"threads": threads}
+        | dict.fromkeys(("low_ms", "median_ms", "high_ms"), number * size / threads)
+        for threads in (1, 2)
+        for size in (32, 224)
+        for number, name in enumerate(names, 1)
+    ]
+    skipped = common.skipped_row("224 px", "Pillow, image by image", 2, "not installed")
+    rows.append(skipped | {"effects": "RandAugment", "size": 224, "num_rows": 48})
+    rows.append(common.goal_row("goals", "times as fast", (1.0, 2.0, 3.0), 1, 1.5))
+    content = content_of("strong", rows) | {"command": "python -m benchmarks.strong"}
+    ((_, table),) = tables.strong_speed(content)
+    assert table.splitlines() == [
+        "| thousand views/s: RandAugment, 224 px | Numba, reused buffers | Kornia, one call |",
+        "|---|---|---|",
+        "| `python -m benchmarks.strong` | 0.429 | 0.214 |",
+    ]
+
+
+def test_no_variant_of_ours_is_bold_where_nobody_else_is_beside_it():
+    fields = {"effects": "variants", "size": 32, "batch": 64, "num_rows": 192}
+    alone = tables.augment_tables(content_of("strong", [row_of("WeakAugment", **fields)]))
+    assert "**" not in alone[0][1]
+    compared = tables.augment_tables(content_of("strong", [row_of("ours, numba", **fields)]))
+    assert "**96 (64 to 192)**" in compared[0][1]
+
+
 def test_a_gpu_is_missing_until_a_file_of_one_is_there(tmp_path):
     content = speed_results(tmp_path)
     place = f"{content['cpu']}, {content['cores']} cores"
