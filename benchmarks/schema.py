@@ -20,7 +20,7 @@ TRAINED = ("demo", "ablation")  # written by the package's own commands
 LEARNING = "learning"  # many short runs
 # what is promised, the parts of `make gpu`, what the host takes, what is predicted of kernels
 # and what they then took
-OTHERS = ("claims", "gpu", "host", "kernels", "facts", LEARNING)
+OTHERS = ("claims", "orders", "gpu", "host", "kernels", "facts", LEARNING)
 VERSIONS = ("gpu_mixmatch", "python", "torch", "numpy", "kornia", "dali", "triton", "numba")
 
 _HEADER: dict[str, tuple[type, ...]] = {

@@ -214,6 +214,17 @@ def scaling_tables(content: Content) -> Tables:
     ]
 
 
+def orders_tables(content: Content) -> Tables:
+    """Orders of guess and training pass below each other, networks beside each other."""
+    rows = content["rows"]
+
+    def cell(row: Row) -> str:
+        return f"{number(1e3 / row['median_ms'])} ({number(row['peak_mb'])})"
+
+    title = f"Training steps/s (and MB held at once), {threads(rows[0])}"
+    return [(title, pivot(rows, lambda row: str(row["case"]), cell, "FixMatch"))]
+
+
 def ops_tables(content: Content) -> Tables:
     """Operations below each other, implementations beside each other; then the goals."""
     rows = [row for row in content["rows"] if row["threads"] == content["threads"][-1]]
@@ -419,6 +430,7 @@ TABLES: dict[str, Callable[[Content], Tables]] = {
     "batch": batch_tables,
     "loader": loader_tables,
     "scaling": scaling_tables,
+    "orders": orders_tables,
     "ops": ops_tables,
     "claims": claims_tables,
     "host": host_tables,

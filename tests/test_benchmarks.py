@@ -26,6 +26,7 @@ from benchmarks import (
     learning,
     loader,
     ops,
+    orders,
     peers,
     report,
     scaling,
@@ -980,6 +981,20 @@ def test_bench_ranks_engines_and_advises_the_cheapest():
     text = bench.as_text(result)
     assert all(row.engine in text and row.detail in text for row in result.rows)
     assert result.advice in text
+
+
+def test_orders_of_guess_and_training_pass_their_rows_and_no_others():
+    case = orders.Case("cnn", 16, 2)
+    images = augment.make_images(16, 14, CPU)
+    images = images._replace(x=images.x[:2])
+    for first in (False, True):
+        built = orders.training_step(case, images, first=first)()
+        orders.check_rows(built, case, first=first)
+        with pytest.raises(ValueError, match="a step must pass"):
+            orders.check_rows(built, case, first=not first)
+    rows = [row_of(order, "cnn", peak_mb=held) for order, held in (("one", 20.0), ("first", 10.0))]
+    ((_, table),) = tables.orders_tables(content_of("orders", rows))
+    assert table.splitlines()[2:] == ["| one | 500 (20) |", "| first | 500 (10) |"]
 
 
 def test_bench_times_strong_views_by_each_implementation():
