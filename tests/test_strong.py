@@ -377,7 +377,9 @@ def test_evaluation_sees_the_centre_of_an_image():
         whole = WeakAugment(0, mean=weak.mean, std=weak.std).normalize(images)
         assert torch.equal(weak.normalize(images), whole[..., 2:10, 3:11])
         assert torch.equal(RandAugment.fixmatch(weak).normalize(images), whole[..., 2:10, 3:11])
-    with pytest.raises(ValueError, match="size must be at most that of the images, 12 x 15"):
+    with pytest.raises(
+        ValueError, match="images must be at least as large as views, 13 x 13 pixels"
+    ):
         WeakAugment.imagenet(13).normalize(images)
 
 
