@@ -337,7 +337,7 @@ class BatchBuilder(nn.Module):
     ) -> None:
         mine = {prefix + "seed", prefix + "step"}
         missing_keys.extend(sorted(mine - state_dict.keys()))
-        for key in state_dict.keys() - mine:
+        for key in sorted(state_dict.keys() - mine):
             first = key.removeprefix(prefix).split(".", 1)
             if key.startswith(prefix) and (len(first) == 1 or first[0] not in self._modules):
                 unexpected_keys.append(key)
