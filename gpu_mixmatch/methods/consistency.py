@@ -63,6 +63,7 @@ class Consistency(BatchBuilder):
     """
 
     switches = (*("num_classes", "num_strong", "temperature", "guess_bn", "label_smoothing"),)
+    guesses_in_loss = True
     strong_x = False
 
     def __init__(
