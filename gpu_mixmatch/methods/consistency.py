@@ -59,6 +59,7 @@ class Consistency(WeakStrongBuilder):
     """
 
     switches = (*("num_classes", "num_strong", "temperature", "guess_bn", "label_smoothing"),)
+    guesses_in_loss = True
 
     def __init__(
         self,
