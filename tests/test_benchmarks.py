@@ -36,7 +36,7 @@ from benchmarks import (
 )
 from benchmarks.common import Contender, Settings, Skipped
 from benchmarks.report import ROOT
-from gpu_mixmatch import MixMatch, MixMatchLoss, WeakAugment, _timing
+from gpu_mixmatch import MixMatch, MixMatchLoss, RandAugment, WeakAugment, _timing
 from gpu_mixmatch._machine import machine
 from gpu_mixmatch.cli import bench
 from gpu_mixmatch.data.datasets import load_dataset
@@ -952,8 +952,18 @@ def test_bench_ranks_engines_and_advises_the_cheapest():
     assert result.advice in text
 
 
+def test_bench_times_strong_views_by_each_implementation():
+    result = bench.bench(32, 2, 2, "cnn", augment="strong")
+    assert {row.engine for row in result.rows} >= {"strong, eager", "strong, triton"}
+    assert all(row.engine.startswith("strong, ") for row in result.rows)
+    assert "make_strong(WeakAugment(padding=4), 32, 32)" in result.advice
+    assert isinstance(
+        bench._builders("strong", 32, 2, CPU)[0]["strong, eager"][0].augment, RandAugment
+    )
+
+
 def test_bench_builds_what_it_says_to_choose():
-    builders, _ = bench._builders(16, 2, CPU)
+    builders, _ = bench._builders("weak", 16, 2, CPU)
     x, u = augment.make_images(16, 4, CPU)
     guess = _timing.fixed_logits(8, bench.NUM_CLASSES, CPU)
     for mixmatch, detail in builders.values():
@@ -974,6 +984,7 @@ def test_bench_builds_what_it_says_to_choose():
         ({"batch_size": 2.5}, "batch_size must be an integer"),
         ({"num_augmentations": -1}, "num_augmentations must be an integer of at least 1"),
         ({"model": "resnet"}, "name must be one of"),
+        ({"augment": "mild"}, r"augment must be one of \['weak', 'strong'\], got 'mild'"),
     ],
 )
 def test_bench_refuses_what_it_cannot_build(arguments, message):

@@ -11,13 +11,13 @@ from torch.nn.functional import interpolate, pad
 from gpu_mixmatch import ColorJitter, MixMatch, RandAugment, WeakAugment, sampling
 from gpu_mixmatch._chain import columns, entries, slots_of
 from gpu_mixmatch.impl import impl_of
-from gpu_mixmatch.impl.eager import chain as chain_module
 from gpu_mixmatch.impl.eager.chain import run_slots
 from gpu_mixmatch.impl.tables import chain_tables
 from gpu_mixmatch.insight.page import _draws_in_words
 from gpu_mixmatch.types import AugmentParams, Chain, ChainParams, Cut, DrawPlan, Op
 from tests import pillow
 from tests.factories import random_images
+from tests.no_sync import look_for_no_rows
 from tests.test_sampling import LEAST_P, assert_same, p_uniform, rows_of, slow_words
 
 CPU = torch.device("cpu")
@@ -107,11 +107,7 @@ def test_where_draws_cannot_be_looked_at_views_are_the_same(monkeypatch):
     engines = RandAugment(weak), RandAugment(weak, prob=1.0), ColorJitter(weak, gray=0.5)
     images = images_of(60, 32, 32)
     seen = [engine(images) for engine in engines]
-
-    def all_rows(records, kind):  # as on a device, where looking is waiting
-        return torch.arange(len(records))
-
-    monkeypatch.setattr(chain_module, "_rows", all_rows)
+    look_for_no_rows(monkeypatch)
     for engine, views in zip(engines, seen, strict=True):
         assert torch.equal(engine(images), views)
 

@@ -1,5 +1,6 @@
 """What the names on the command line mean: presets, networks, engines and loaders."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,14 +8,15 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from gpu_mixmatch import presets
-from gpu_mixmatch.augment import DaliAugment, KorniaAugment, WeakAugment
+from gpu_mixmatch.augment import DaliAugment, KorniaAugment, RandAugment, WeakAugment
 from gpu_mixmatch.augment.base import Augment
 from gpu_mixmatch.data import DaliLoader, KeyedLoader, ResidentLoader, SemiSupervisedLoader
 from gpu_mixmatch.data.datasets import ImageFiles
 
 PRESETS = {"paper": presets.paper, "yu1ut": presets.yu1ut, "usb": presets.usb}
 PRESET_NAMES = ("fast", *PRESETS)
-AUGMENTS = ("weak", "kornia", "dali")
+AUGMENTS = ("weak", "strong", "kornia", "dali")
+_FIXMATCH_SIDE = 32  # pixels of the images that FixMatch's cutout and translations are for
 FULL_WEIGHT_STEPS = 32_768  # twice the paper's ramp of λ_U
 LOADERS = ("resident", "dataloader", "dali")
 
@@ -69,6 +71,7 @@ def make_augment(name: str, weak: WeakAugment, height: int, width: int) -> Augme
     """Return the engine ``name`` that does what ``weak`` says: shift, flip, normalise.
 
     - "weak" is ``weak`` itself.
+    - "strong" has FixMatch's operations and a cutout between the two; see `make_strong`.
     - "dali" runs it through DALI's operators, with the same draws: the same views.
     - "kornia" has the same policy as Kornia's RandomCrop and RandomHorizontalFlip, which draw for
       themselves: other views of the same distribution.
@@ -78,9 +81,31 @@ def make_augment(name: str, weak: WeakAugment, height: int, width: int) -> Augme
     """
     if name == "weak":
         return weak
+    if name == "strong":
+        return make_strong(weak, height, width)
     if name == "dali":
         return DaliAugment(weak)
     return KorniaAugment.shift_and_flip(weak, height, width)
+
+
+def make_strong(weak: WeakAugment, height: int, width: int) -> RandAugment:
+    """Return FixMatch's RandAugment behind ``weak``, for images of a size.
+
+    FixMatch's cutout of 16 pixels and its translations of up to 9 are for images of 32. Larger
+    images get the same pixels. Where a side is smaller they are shares: the cutout has half of the
+    smaller side, and translations go up to 9/32 of each, in whole pixels cut towards 0. Digits of
+    8 pixels would otherwise be hidden or moved away as a whole.
+    """
+    least = min(height, width)
+    if least >= _FIXMATCH_SIDE:
+        return RandAugment.fixmatch(weak)
+    ops: dict[str, Sequence[float]] = {}
+    for name, magnitudes in RandAugment.fixmatch(weak).chain.ops:
+        if name.startswith("translate"):
+            ops[f"{name}_rel"] = [pixels / _FIXMATCH_SIDE for pixels in magnitudes]
+        else:
+            ops[name] = magnitudes
+    return RandAugment.fixmatch(weak, ops=ops, cutout=least // 2)
 
 
 def make_loader(
