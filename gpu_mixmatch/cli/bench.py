@@ -17,7 +17,7 @@ from gpu_mixmatch.augment import WeakAugment
 from gpu_mixmatch.impl import implementation
 from gpu_mixmatch.losses import MixMatchLoss
 from gpu_mixmatch.methods.mixmatch import MixMatch
-from gpu_mixmatch.recipes.choices import make_augment
+from gpu_mixmatch.recipes.choices import FIXMATCH_SIDE, make_augment
 from gpu_mixmatch.recipes.models import build_model
 from gpu_mixmatch.types import Impl
 
@@ -156,7 +156,12 @@ def _builders(
     """Return what can build here, with how to choose it, and why the others cannot."""
     padding = min(max(1, size // 8), size - 1)
     code = f"WeakAugment(padding={padding})"
-    chosen = f"make_strong({code}, {size}, {size})" if views == "strong" else code
+    chosen = code
+    if views == "strong":
+        whole = size >= FIXMATCH_SIDE
+        chosen = (
+            f"RandAugment.fixmatch({code})" if whole else f"make_strong({code}, {size}, {size})"
+        )
     builders: dict[str, tuple[MixMatch, str]] = {}
     missing: dict[str, str] = {}
 

@@ -282,6 +282,7 @@ class Implementation(Protocol):
         loss_u: UnlabelledLoss,
         tsa: Tensor | None,
         out: Tensor,
+        count_x: Tensor | None = None,
     ) -> None:
         """Write the loss of labelled rows, x, and of two parts of unlabelled ones, u and v.
 
@@ -302,6 +303,8 @@ class Implementation(Protocol):
             out: ``[6]`` float32, or float64 for float64 logits: the loss x + λ_U·(u + share_v·v),
                 its parts x, u, v, the share of u's and v's rows whose weight is above 0, and their
                 mean weight.
+            count_x: How many rows of x are not left out, 0-d, dtype of ``out``; None where nobody
+                asks. The gradient does, where there is ``tsa``.
         """
 
     def consistency_loss_backward(
@@ -315,6 +318,7 @@ class Implementation(Protocol):
         share_v: float,
         loss_u: UnlabelledLoss,
         tsa: Tensor | None,
+        count_x: Tensor | None,
         out: Tensor,
     ) -> None:
         """Write the gradient of the logits.
@@ -322,6 +326,7 @@ class Implementation(Protocol):
         Args:
             grads: Of the results of `consistency_loss`, ``[6]``; those of shares of rows count not.
             logits, targets, weights, parts, weight_u, share_v, loss_u, tsa: As there.
+            count_x: What it wrote; None without ``tsa``.
             out: ``[N, L]``, contiguous, dtype of ``logits``.
         """
 

@@ -45,7 +45,8 @@ class Consistency(BatchBuilder):
             all views are drawn and built together.
         num_classes: L, at least 2.
         num_strong: S, strong views per unlabelled image.
-        threshold: A number in [0, 1], or an object such as `FreeThreshold()`.
+        threshold: A number in (0, 1], an object such as `FreeThreshold()`, or None: every guess
+            counts.
         temperature: T of the sharpening of guesses; None takes their class as a one-hot target.
         alignment: A `DistributionAlignment` of the guesses, before they are sharpened and weighed;
             None aligns nothing.
@@ -72,7 +73,7 @@ class Consistency(BatchBuilder):
         num_classes: int,
         *,
         num_strong: int = 1,
-        threshold: float | Threshold = 0.95,
+        threshold: float | Threshold | None = 0.95,
         temperature: float | None = None,
         alignment: DistributionAlignment | None = None,
         guess_bn: GuessBatchNorm = "batch",
@@ -95,8 +96,8 @@ class Consistency(BatchBuilder):
         )
         self.num_strong = as_integer("num_strong", num_strong, least=1, most=MOST_VIEW - 1)
         self.temperature = None if temperature is None else as_temperature(temperature)
-        self.weak = as_augment(weak)
-        self.strong = as_augment(strong)
+        self.weak = as_augment(weak, name="weak")
+        self.strong = as_augment(strong, name="strong")
         self.threshold = as_threshold(threshold)
         if alignment is not None:
             check_kind(

@@ -29,7 +29,7 @@ METHODS = ("mixmatch", *_OF_METHODS)
 GUESSES = ("first", "loss")
 MOST_FAST_RATIO = 2  # of μ: 5 B rows a step, as many as MixMatch's 3 B and their guesses take
 AUGMENTS = ("weak", "strong", "kornia", "dali")
-_FIXMATCH_SIDE = 32  # pixels of the images that FixMatch's cutout and translations are for
+FIXMATCH_SIDE = 32  # pixels of the images that FixMatch's cutout and translations are for
 FULL_WEIGHT_STEPS = 32_768  # twice the paper's ramp of λ_U
 LOADERS = ("resident", "dataloader", "dali")
 
@@ -184,12 +184,12 @@ def make_strong(
     make = getattr(RandAugment, factory)
     whole: RandAugment = make(weak)
     least = min(height, width)
-    if least >= _FIXMATCH_SIDE:
+    if least >= FIXMATCH_SIDE:
         return whole
     ops: dict[str, Sequence[float]] = {}
     for name, magnitudes in whole.chain.ops:
         if name in ("translate_x", "translate_y"):
-            ops[f"{name}_rel"] = [pixels / _FIXMATCH_SIDE for pixels in magnitudes]
+            ops[f"{name}_rel"] = [pixels / FIXMATCH_SIDE for pixels in magnitudes]
         else:
             ops[name] = magnitudes
     cutout = {"cutout": least // 2} if isinstance(whole.chain.cutout, int) else {}
