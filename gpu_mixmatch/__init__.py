@@ -24,7 +24,7 @@ from gpu_mixmatch.data import (
     check_images,
     collate,
 )
-from gpu_mixmatch.losses import ConsistencyLoss, MixMatchLoss
+from gpu_mixmatch.losses import ConsistencyLoss, MixMatchLoss, ReMixMatchLoss
 from gpu_mixmatch.methods import (
     UDA,
     Consistency,
@@ -37,6 +37,7 @@ from gpu_mixmatch.methods import (
     FreeThreshold,
     MeanTeacher,
     MixMatch,
+    ReMixMatch,
     SoftMatch,
     SoftThreshold,
     interleaved_forward,
@@ -49,6 +50,8 @@ from gpu_mixmatch.types import (
     LossOutput,
     MixMatchBatch,
     MixUpParams,
+    ReMixMatchBatch,
+    ReMixMatchLossOutput,
     SemiSupervisedBatch,
 )
 
@@ -81,6 +84,10 @@ __all__ = [
     "MixMatchLoss",
     "MixUpParams",
     "RandAugment",
+    "ReMixMatch",
+    "ReMixMatchBatch",
+    "ReMixMatchLoss",
+    "ReMixMatchLossOutput",
     "ResidentLoader",
     "SemiSupervisedBatch",
     "SemiSupervisedLoader",

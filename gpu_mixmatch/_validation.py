@@ -38,6 +38,7 @@ from gpu_mixmatch.types import (
     OpName,
     Outside,
     PaddingMode,
+    ReMixMatchBatch,
     Scaling,
     Weighting,
     WeightRule,
@@ -873,6 +874,26 @@ def check_consistency_batch(batch: Any) -> None:
     as_integer("batch.num_weak", batch.num_weak, most=len(batch.inputs))
     if batch.guess is None:
         check_tensor("batch.weights", batch.weights)
+
+
+def check_remixmatch_batch(batch: Any) -> None:
+    """Raise if ``batch`` is no `ReMixMatchBatch` whose parts are tensors and numbers of rows."""
+    check_kind("batch", batch, ReMixMatchBatch, "a ReMixMatchBatch")
+    for name in ("inputs", "targets", "weights", "step"):
+        check_tensor(f"batch.{name}", getattr(batch, name))
+    rows = as_integer("batch.num_mixed", batch.num_mixed, most=len(batch.targets))
+    as_integer("batch.num_labelled", batch.num_labelled, most=rows)
+
+
+def check_any_batch(batch: Any) -> None:
+    """Raise if ``batch`` is that of no method."""
+    if isinstance(batch, ConsistencyBatch):
+        check_consistency_batch(batch)
+    elif isinstance(batch, ReMixMatchBatch):
+        check_remixmatch_batch(batch)
+    else:
+        check_kind("batch", batch, MixMatchBatch, "a batch of a method, such as a MixMatchBatch")
+        check_batch(batch)
 
 
 # Dtype and length of a row of the fields of AugmentParams

@@ -6,6 +6,7 @@ from gpu_mixmatch.methods.fixmatch import UDA, FixMatch, FlexMatch, FreeMatch, S
 from gpu_mixmatch.methods.mean_teacher import MeanTeacher
 from gpu_mixmatch.methods.mixmatch import MixMatch
 from gpu_mixmatch.methods.passes import interleaved_forward
+from gpu_mixmatch.methods.remixmatch import ReMixMatch
 from gpu_mixmatch.methods.thresholds import (
     FixedThreshold,
     FlexThreshold,
@@ -25,6 +26,7 @@ __all__ = [
     "FreeThreshold",
     "MeanTeacher",
     "MixMatch",
+    "ReMixMatch",
     "SoftMatch",
     "SoftThreshold",
     "interleaved_forward",
