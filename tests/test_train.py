@@ -386,7 +386,7 @@ def test_confidence_is_that_of_the_guesses_since_the_last_evaluation(tmp_path):
     summary = train(SHORT, out)
     entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     run = TrainRun(SHORT)
-    watch = GuessWatch(run.mixmatch)
+    watch = GuessWatch(run.builder)
     for entry in entries:
         take_steps(run, 2)
         assert entry["confidence"] == pytest.approx(watch.read().confidence)
@@ -655,8 +655,8 @@ def test_teacher_changes_the_guess_and_is_not_saved_twice():
     run, plain = TrainRun(config), TrainRun(TrainConfig(steps=4, batch_size=8, ema_decay=0.5))
     for each in (run, plain):
         take_steps(each, 4)
-    assert run.mixmatch.teacher is run.ema
-    assert set(run.mixmatch.state_dict()) == {"seed", "step"}
+    assert run.builder.teacher is run.ema
+    assert set(run.builder.state_dict()) == {"seed", "step"}
     assert parameter_digest(run.model) != parameter_digest(plain.model)
 
 
