@@ -120,7 +120,10 @@ def ict_of_its_authors(
     Returns the rows of x, their targets, the rows of u and theirs.
     """
     rows = []
-    for images, targets, weight, partners in ((x, y, lam[0], index[0]), (u, logits, lam[1], index[1])):
+    for images, targets, weight, partners in (
+        (x, y, lam[0], index[0]),
+        (u, logits, lam[1], index[1]),
+    ):
         images, targets = np.asarray(images, dtype=np.float64), np.asarray(targets, np.float64)
         for values in (images, targets):
             other = np.stack([values[partner] for partner in np.asarray(partners)])
