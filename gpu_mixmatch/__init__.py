@@ -26,6 +26,7 @@ from gpu_mixmatch.data import (
 )
 from gpu_mixmatch.losses import ConsistencyLoss, MixMatchLoss, ReMixMatchLoss
 from gpu_mixmatch.methods import (
+    ICT,
     UDA,
     Consistency,
     DistributionAlignment,
@@ -56,6 +57,7 @@ from gpu_mixmatch.types import (
 )
 
 __all__ = [
+    "ICT",
     "UDA",
     "Augment",
     "AugmentParams",

@@ -134,6 +134,6 @@ def ict_of_its_authors(
 def ict_of_fixmatch(
     x: ArrayLike, y: ArrayLike, u: ArrayLike, logits: ArrayLike, lam: ArrayLike
 ) -> tuple[Array, Array, Array, Array]:
-    """Mix u with itself in reverse, a lambda for each row, and the teacher's probabilities; not x."""
+    """Mix u with itself in reverse, a lambda per row, and the teacher's probabilities."""
     mixed, targets = mixup(u, softmax(logits), lam, np.arange(len(np.asarray(u)))[::-1])
     return np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64), mixed, targets
