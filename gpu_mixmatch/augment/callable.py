@@ -89,8 +89,13 @@ def as_augment(augment: Any, layout: Layout | None = None) -> Any:
         ValueError: If ``layout`` is unknown, or given for an engine, which has its own.
     """
     check_layout(layout)
+    return as_engine("augment", augment, layout)
+
+
+def as_engine(name: str, augment: Any, layout: Layout | None = None) -> Any:
+    """`as_augment` of an argument that has another name."""
     if not isinstance(augment, type):
-        if all(callable(getattr(augment, name, None)) for name in ("draw_batch", "build")):
+        if all(callable(getattr(augment, part, None)) for part in ("draw_batch", "build")):
             if layout is not None:
                 raise ValueError(
                     f"layout must be None for an engine, which has one, got {layout!r}"
@@ -99,7 +104,7 @@ def as_augment(augment: Any, layout: Layout | None = None) -> Any:
         if callable(augment):
             return CallableAugment(augment, layout)
     raise TypeError(
-        "augment must be an engine such as WeakAugment.cifar10(), or a callable that maps float "
+        f"{name} must be an engine such as WeakAugment.cifar10(), or a callable that maps float "
         f"images to float images, got {came(augment)}"
     )
 

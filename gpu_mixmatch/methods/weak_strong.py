@@ -7,7 +7,7 @@ from torch import Tensor
 from gpu_mixmatch import _streams
 from gpu_mixmatch._keys import CountedKey
 from gpu_mixmatch._validation import MOST_VIEW, as_integer, as_temperature, check_kind
-from gpu_mixmatch.augment import as_augment
+from gpu_mixmatch.augment.callable import as_engine
 from gpu_mixmatch.methods.alignment import DistributionAlignment
 from gpu_mixmatch.methods.base import BatchBuilder
 from gpu_mixmatch.methods.views import WeakAndStrong
@@ -47,8 +47,8 @@ class WeakStrongBuilder(BatchBuilder):
         super().__init__(num_classes, **options)
         self.num_strong = as_integer("num_strong", num_strong, least=1, most=MOST_VIEW - 1)
         self.temperature = None if temperature is None else as_temperature(temperature)
-        self.weak = as_augment(weak)
-        self.strong = as_augment(strong)
+        self.weak = as_engine("weak", weak)
+        self.strong = as_engine("strong", strong)
         if alignment is not None:
             check_kind(
                 "alignment", alignment, DistributionAlignment, "a DistributionAlignment or None"
