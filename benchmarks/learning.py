@@ -9,6 +9,7 @@
 - ``guesses``: how sure the guesses are beside how many are right, where MixMatch wins and loses.
 - ``remedies``: what to do on the photograph tiles, where it loses.
 - ``collapse``: a run whose λ_U is too strong for its length.
+- ``strong``: strong views beside weak ones, on the test images; no default follows from it.
 
 Each run is a line in ``--runs`` once it has ended, and is not trained again: a killed command goes
 on where it was, and two at once share the work. ``--fashion`` is the folder of Fashion-MNIST's
@@ -431,6 +432,21 @@ PARTS: dict[str, tuple[Part, ...]] = {
                     'λ_U 75, ramp over 90 %, guess_bn="eval"',
                     {"lambda_u": 75.0, "ramp": 0.9, "builder": {"guess_bn": "eval"}},
                 ),
+            ),
+        ),
+    ),
+    "strong": (
+        Part(
+            {"digits": (TEST_SEEDS[:3], None), "fashion-28": (TEST_SEEDS[:3], 600)},
+            (
+                Contender("supervised", "supervised only, weak views", SUPERVISED.settings),
+                Contender(
+                    "supervised-strong",
+                    "supervised only, strong views",
+                    {**SUPERVISED.settings, "augment": "strong"},
+                ),
+                Contender("weak", "MixMatch, weak views"),
+                Contender("strong", "MixMatch, strong views", {"augment": "strong"}),
             ),
         ),
     ),

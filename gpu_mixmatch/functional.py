@@ -33,6 +33,7 @@ from gpu_mixmatch._validation import (
     check_mixup_rows,
     check_no_grad,
     check_out,
+    check_scalar,
     check_tensor,
     check_weights,
 )
@@ -408,7 +409,10 @@ def consistency_loss(
     check_choice("impl", impl, Impl)
     if tsa is not None:
         check_tensor("tsa", tsa)
-        tsa = tsa.detach()
+        if tsa.dim():
+            raise ValueError(f"tsa must be 0-d, got {list(tsa.shape)}")
+        check_scalar("tsa", tsa)
+        tsa = tsa.detach().float()
     weight = _as_weight(weight_u)
     arguments = (
         *(logits, targets.detach(), weights.detach(), (num_labelled, num_labelled + num_u)),

@@ -86,7 +86,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("loader", "augment"), [("resident", "kornia"), ("dataloader", "weak"), ("dali", "dali")]
+    ("loader", "augment"), [("resident", "kornia"), ("dataloader", "strong"), ("dali", "dali")]
 )
 def test_train_reads_a_folder_through_every_loader(tmp_path, folder, loader, augment):
     out = tmp_path / "run"
@@ -211,7 +211,7 @@ def test_a_message_speaks_of_options_and_leaves_no_folder(tmp_path, arguments, m
         ("--dataset", "imagenet", "digits, mnist, fashion-mnist, cifar10, cifar100, folder"),
         ("--model", "vgg", "wrn-28-2, cnn"),
         ("--preset", "best", "fast, paper, yu1ut, usb"),
-        ("--augment", "imgaug", "weak, kornia, dali"),
+        ("--augment", "imgaug", "weak, strong, kornia, dali"),
         ("--loader", "ffcv", "resident, dataloader, dali"),
     ],
 )
@@ -403,7 +403,7 @@ def test_unusable_device_points_to_the_doctor(tmp_path):
     assert message == "error: --device must be usable here, got 'cuda'; see gpu-mixmatch doctor"
 
 
-@pytest.mark.parametrize("augment", ["weak", "kornia", "dali"])
+@pytest.mark.parametrize("augment", ["weak", "strong", "kornia", "dali"])
 def test_preview_writes_a_picture(tmp_path, augment):
     path = tmp_path / "batch.png"
     run("preview", "--out", str(path), "--k", "3", "--augment", augment)

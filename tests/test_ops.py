@@ -60,7 +60,7 @@ def test_draw_batch_passes_opcheck(impl, policy, with_ids):
     numbers = ops.flat_policy(policy)
     words = sampling.words_per_row(with_augment=policy is not None)
     out = torch.zeros(8 * words, dtype=torch.int32, device=DEVICE)
-    switches = (2, numbers, [], 0.75, "sample", "all", out, impl)
+    switches = (2, numbers, [], 0.75, "sample", "all", False, 0, out, impl)
     opcheck(ops.draw_batch, (0, step, *ids, 2, 3, *switches))
 
 

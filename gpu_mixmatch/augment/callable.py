@@ -75,7 +75,7 @@ class CallableAugment(DrawsForeign):
         return f"CallableAugment({self.function!r})"
 
 
-def as_augment(augment: Any, layout: Layout | None = None) -> Any:
+def as_augment(augment: Any, layout: Layout | None = None, name: str = "augment") -> Any:
     """Return ``augment`` if it is an engine, or a plain callable as one.
 
     An engine has the methods ``draw_batch`` and ``build`` of `Augment`.
@@ -83,19 +83,15 @@ def as_augment(augment: Any, layout: Layout | None = None) -> Any:
     Args:
         augment: An engine or a callable.
         layout: Of the images that a callable is to get as NCHW; see `CallableAugment`.
+        name: What an error calls it.
 
     Raises:
         TypeError: If it is neither; a name is only for the command line.
         ValueError: If ``layout`` is unknown, or given for an engine, which has its own.
     """
     check_layout(layout)
-    return as_engine("augment", augment, layout)
-
-
-def as_engine(name: str, augment: Any, layout: Layout | None = None) -> Any:
-    """`as_augment` of an argument that has another name."""
     if not isinstance(augment, type):
-        if all(callable(getattr(augment, part, None)) for part in ("draw_batch", "build")):
+        if all(callable(getattr(augment, name, None)) for name in ("draw_batch", "build")):
             if layout is not None:
                 raise ValueError(
                     f"layout must be None for an engine, which has one, got {layout!r}"

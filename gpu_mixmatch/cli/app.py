@@ -75,8 +75,9 @@ AugmentOption = Annotated[
     str,
     choice(
         AUGMENTS,
-        "Engine of the preset's augmentation: this package's, the same views by DALI, or the same "
-        "policy with other draws by Kornia.",
+        "Engine of the preset's augmentation: this package's; that with FixMatch's operations and "
+        "cutout behind it, scaled to images below 32 px; the policy of weak with other draws by "
+        "Kornia; or weak's views by DALI.",
     ),
 ]
 LoaderOption = Annotated[
@@ -408,6 +409,14 @@ def bench_command(
     k: Annotated[int, typer.Option("--k", help="Views of an unlabelled image.")] = 2,
     model: ModelOption = "wrn-28-2",
     device: DeviceOption = "auto",
+    augment: Annotated[
+        str,
+        choice(
+            get_args(bench.Views),
+            "Views of the preset's kind, by all engines that make them; or strong ones, by each "
+            "implementation.",
+        ),
+    ] = "weak",
 ) -> None:
     """Time the engines on this machine: what a batch costs, and its share of a training step."""
     with progress() as bars:
@@ -418,6 +427,7 @@ def bench_command(
             k,
             model,
             _device(device),
+            augment=cast(bench.Views, augment),
             on_part=lambda part: bars.update(task, note=part),
         )
     typer.echo(bench.as_text(result))

@@ -8,7 +8,12 @@ from torch import Tensor, nn
 
 from gpu_mixmatch import _ranks, _unchecked
 from gpu_mixmatch._keys import CountedKey
-from gpu_mixmatch._validation import check_device, check_same_images
+from gpu_mixmatch._validation import (
+    as_smoothing,
+    as_temperature,
+    check_device,
+    check_same_images,
+)
 from gpu_mixmatch.methods.alignment import DistributionAlignment
 from gpu_mixmatch.methods.base import as_ids_of_rows
 from gpu_mixmatch.methods.passes import GuessBatchNorm, Model, check_model
@@ -35,7 +40,8 @@ class Consistency(WeakStrongBuilder):
             all views are drawn and built together.
         num_classes: L, at least 2.
         num_strong: S, strong views per unlabelled image.
-        threshold: A number in [0, 1], or an object such as `FreeThreshold()`.
+        threshold: A number in (0, 1], an object such as `FreeThreshold()`, or None: every guess
+            counts.
         temperature: T of the sharpening of guesses; None takes their class as a one-hot target.
         alignment: A `DistributionAlignment` of the guesses, before they are sharpened and weighed;
             None aligns nothing.
@@ -53,6 +59,7 @@ class Consistency(WeakStrongBuilder):
     """
 
     switches = (*("num_classes", "num_strong", "temperature", "guess_bn", "label_smoothing"),)
+    guesses_in_loss = True
 
     def __init__(
         self,
@@ -61,7 +68,7 @@ class Consistency(WeakStrongBuilder):
         num_classes: int,
         *,
         num_strong: int = 1,
-        threshold: float | Threshold = 0.95,
+        threshold: float | Threshold | None = 0.95,
         temperature: float | None = None,
         alignment: DistributionAlignment | None = None,
         guess_bn: GuessBatchNorm = "batch",
@@ -91,7 +98,7 @@ class Consistency(WeakStrongBuilder):
             seed=seed,
             impl=impl,
         )
-        threshold.bind(self.num_classes)
+        threshold.begin("threshold", self.num_classes)
         self.threshold = threshold
         self._finish()
 
@@ -215,11 +222,12 @@ class Consistency(WeakStrongBuilder):
         if self.alignment is not None:
             assert sums is not None
             ratio = self.alignment.ratio(sums, self.impl)
-        temperature = 0.0 if self.temperature is None else self.temperature
+        temperature = 0.0 if self.temperature is None else as_temperature(self.temperature)
         base = Weighting(temperature, ratio=ratio)
         weighting = self.threshold.weighting(sums, base, self.impl)
+        smoothing = as_smoothing(self.label_smoothing)
         targets, weights = _unchecked.consistency_targets(
-            y, logits, weighting, self.label_smoothing, self.num_strong, self.impl
+            y, logits, weighting, smoothing, self.num_strong, self.impl
         )
         if self.threshold.needs_ids:
             assert ids_u is not None
@@ -261,7 +269,7 @@ class PendingGuess:
                 "second one for the same batch: keep `logits, batch = batch.complete(logits)` and "
                 "give these to the loss"
             )
-        self.was_made = True
         self.builder.look_at_guess(logits)
         check_device("y", self.y, "logits", logits)
+        self.was_made = True
         return self.builder.label(self.y, logits, self.ids_u)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gpu_mixmatch._validation import came
+from gpu_mixmatch._validation import came, check_kind
 from gpu_mixmatch.augment.weak import WeakAugment
 from gpu_mixmatch.methods.consistency import Consistency
 from gpu_mixmatch.methods.thresholds import FlexThreshold, FreeThreshold, SoftThreshold
@@ -93,6 +93,7 @@ class SoftMatch(FixMatch):
         **options: Any,
     ) -> None:
         threshold = SoftThreshold() if threshold is None else threshold
+        check_kind("threshold", threshold, SoftThreshold, "a SoftThreshold or None")
         super().__init__(weak, strong, num_classes, threshold=threshold, **options)
 
 
@@ -124,6 +125,7 @@ class FreeMatch(FixMatch):
         **options: Any,
     ) -> None:
         threshold = FreeThreshold() if threshold is None else threshold
+        check_kind("threshold", threshold, FreeThreshold, "a FreeThreshold or None")
         super().__init__(weak, strong, num_classes, threshold=threshold, **options)
 
 

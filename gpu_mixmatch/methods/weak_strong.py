@@ -7,7 +7,7 @@ from torch import Tensor
 from gpu_mixmatch import _streams
 from gpu_mixmatch._keys import CountedKey
 from gpu_mixmatch._validation import MOST_VIEW, as_integer, as_temperature, check_kind
-from gpu_mixmatch.augment.callable import as_engine
+from gpu_mixmatch.augment import as_augment
 from gpu_mixmatch.methods.alignment import DistributionAlignment
 from gpu_mixmatch.methods.base import BatchBuilder
 from gpu_mixmatch.methods.views import WeakAndStrong
@@ -47,13 +47,13 @@ class WeakStrongBuilder(BatchBuilder):
         super().__init__(num_classes, **options)
         self.num_strong = as_integer("num_strong", num_strong, least=1, most=MOST_VIEW - 1)
         self.temperature = None if temperature is None else as_temperature(temperature)
-        self.weak = as_engine("weak", weak)
-        self.strong = as_engine("strong", strong)
+        self.weak = as_augment(weak, name="weak")
+        self.strong = as_augment(strong, name="strong")
         if alignment is not None:
             check_kind(
                 "alignment", alignment, DistributionAlignment, "a DistributionAlignment or None"
             )
-            alignment.bind(self.num_classes)
+            alignment.begin("alignment", self.num_classes)
         self.alignment = alignment
 
     @property
@@ -68,7 +68,8 @@ class WeakStrongBuilder(BatchBuilder):
 
     @property
     def _views(self) -> WeakAndStrong:
-        return WeakAndStrong(self.weak, self.strong, self.num_strong, self.strong_x)
+        num_strong = as_integer("num_strong", self.num_strong, least=1, most=MOST_VIEW - 1)
+        return WeakAndStrong(self.weak, self.strong, num_strong, self.strong_x)
 
     def _build(
         self, x: Tensor, u: Tensor, ids: tuple[Any, Any], key: Tensor | CountedKey | None
