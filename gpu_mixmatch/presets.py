@@ -39,35 +39,40 @@ The other methods have a preset each, with what its own code runs::
 | `flexmatch` | TorchSSL's | nothing |
 | `mean_teacher` | google-research/fixmatch | its consistency term has no gradient |
 | `pi_model` | google-research/fixmatch | nothing |
+| `remixmatch` | google-research/remixmatch | SGD, λ per batch, two strong views, no interleaving, \
+an average in place of the window |
 
-All but `uda` run 2^20 steps, with SGD of lr 0.03 · cos(7π/16 · share of the run), Nesterov momentum
-0.9, an L2 decay of 5e-4 on kernels (1e-3 for CIFAR-100, but for the last two; its network has 128
-filters), and
-averages of decay 0.999. A step has B = 64 labelled and μ · B unlabelled images. USB has 32 filters
-for CIFAR-100 in all but `flexmatch`, and normalises CIFAR-10 with ImageNet's constants.
+All but `uda` run 2^20 steps. All but `remixmatch` take SGD of lr 0.03 · cos(7π/16 · share of the
+run), Nesterov momentum 0.9, and an L2 decay of 5e-4 on kernels, FixMatch and its kin 1e-3 for
+CIFAR-100, whose network has 128 filters. Averages have a decay of 0.999. A step has B = 64 labelled
+and μ · B unlabelled images. USB has 32 filters for CIFAR-100 in all but `flexmatch`, and normalises
+CIFAR-10 with ImageNet's constants.
 
 Not followed: STL-10's network is WRN-37-2; UDA standardises each channel, and its strong views are
 made before they are flipped and shifted, as TorchSSL's; FixMatch's headline runs learn their
-augmentation (CTAugment); and google-research/fixmatch runs labelled images, teacher and student of
-`mean_teacher` in passes of their own, of which the first alone moves BatchNorm's statistics.
+augmentation (CTAugment), as all of ReMixMatch's do; and google-research/fixmatch runs labelled
+images, teacher and student of `mean_teacher` in passes of their own, of which the first alone moves
+BatchNorm's statistics.
 """
 
 import math
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from gpu_mixmatch._validation import as_integer, shown
 from gpu_mixmatch.augment.strong import RandAugment
 from gpu_mixmatch.augment.weak import WeakAugment
-from gpu_mixmatch.losses import ConsistencyLoss, MixMatchLoss
+from gpu_mixmatch.losses import ConsistencyLoss, MixMatchLoss, ReMixMatchLoss
+from gpu_mixmatch.methods.alignment import DistributionAlignment
 from gpu_mixmatch.methods.base import BatchBuilder
 from gpu_mixmatch.methods.fixmatch import UDA, FixMatch, FlexMatch, FreeMatch, SoftMatch
 from gpu_mixmatch.methods.mean_teacher import MeanTeacher
 from gpu_mixmatch.methods.mixmatch import MixMatch
 from gpu_mixmatch.methods.passes import interleaved_forward
+from gpu_mixmatch.methods.remixmatch import ReMixMatch
 from gpu_mixmatch.methods.thresholds import FreeThreshold, SoftThreshold
-from gpu_mixmatch.types import ConsistencyBatch, MixMatchBatch
+from gpu_mixmatch.types import ConsistencyBatch, MixMatchBatch, ReMixMatchBatch
 
 # Per data set: the augmentation's factory, λ_U and α of the paper (section 4 and appendix), and the
 # filters of WRN-28-2's first stage. Data sets that the paper does not have are marked.
@@ -82,6 +87,8 @@ _PAPER: dict[str, tuple[str, dict[str, float], int]] = {
     "digits": ("digits", {"lambda_u": 75.0, "alpha": 0.75}, 32),  # not in the paper
 }
 
+Loss = MixMatchLoss | ConsistencyLoss | ReMixMatchLoss
+
 
 class Preset(NamedTuple):
     """A named set of switches.
@@ -90,7 +97,7 @@ class Preset(NamedTuple):
         name: Whose settings these are.
         dataset: The data set that they are for.
         builder: Keyword arguments of the method, beside engines and ``num_classes``; and the
-            "momentum" of a threshold that follows the guesses.
+            "momentum" of a threshold that follows the guesses, or the "window" of an alignment.
         loss: Keyword arguments of its loss.
         interleaving: Keyword arguments of `interleaved_forward`; without any there is one pass.
         optimizer: "adam" or "sgd" with its learning rate and momentum, and, for kernels only,
@@ -156,21 +163,27 @@ class Preset(NamedTuple):
         if "momentum" in options:
             threshold = _FOLLOWING[self.method](options.pop("momentum"))
             options.setdefault("threshold", threshold)
+        if "window" in options:
+            alignment = DistributionAlignment(window=options.pop("window"))
+            options.setdefault("alignment", alignment)
         strong = self.strong_augment() if strong is None else strong
         apart: BatchBuilder = _STRONG_METHODS[self.method](weak, strong, num_classes, **options)
         return apart
 
-    def criterion(self, **changes: Any) -> MixMatchLoss | ConsistencyLoss:
+    def criterion(self, **changes: Any) -> Loss:
         """Return the method's loss; ``changes`` replace arguments of it."""
-        kind = MixMatchLoss if self.method == "mixmatch" else ConsistencyLoss
-        return kind(**{**self.loss, **changes})
+        loss: Loss = _LOSSES.get(self.method, ConsistencyLoss)(**{**self.loss, **changes})
+        return loss
 
-    def forward(self, model: nn.Module, batch: MixMatchBatch | ConsistencyBatch) -> Tensor:
-        """Run the model on the batch as this preset does; logits in batch order, ``[N, L]``."""
+    def forward(
+        self, model: nn.Module, batch: MixMatchBatch | ConsistencyBatch | ReMixMatchBatch
+    ) -> Any:
+        """Run the model on the batch as this preset does; logits in batch order, ``[N, L]``.
+
+        Of `ReMixMatch` with its rotation it is the pair that its loss takes.
+        """
         if not self.interleaving:
-            logits: Tensor = model(batch.inputs)
-            return logits
-        assert isinstance(batch, MixMatchBatch)
+            return model(batch.inputs)
         return interleaved_forward(model, batch, **self.interleaving)
 
     def lr_factor(self, step: int, steps: int) -> float:
@@ -194,7 +207,9 @@ _STRONG_METHODS: dict[str, Any] = {
     "softmatch": SoftMatch,
     "freematch": FreeMatch,
     "flexmatch": FlexMatch,
+    "remixmatch": ReMixMatch,
 }
+_LOSSES: dict[str, Any] = {"mixmatch": MixMatchLoss, "remixmatch": ReMixMatchLoss}
 _FOLLOWING: dict[str, Any] = {"softmatch": SoftThreshold, "freematch": FreeThreshold}
 
 
@@ -347,6 +362,35 @@ def pi_model(dataset: str = "cifar10") -> Preset:
         ValueError: If the data set is unknown.
     """
     return _consistent("pi_model", dataset, lambda_u=10.0)
+
+
+def remixmatch(dataset: str = "cifar10") -> Preset:
+    """Return the settings of google-research/remixmatch, with RandAugment for its CTAugment.
+
+    They are for 250 labels or more: its runs with 40 have one strong view, and rotations of a
+    weight of 2, 3 for SVHN. The model must return logits of the turns beside its own, or
+    ``rotation`` and ``lambda_rot`` be replaced.
+
+    Raises:
+        ValueError: If the data set is unknown.
+    """
+    base = paper(dataset)
+    views = 4 if dataset == "stl10" else 8
+    return base._replace(
+        name="remixmatch",
+        builder={
+            "num_strong": views,
+            "temperature": 0.5,
+            "alpha": 0.75,
+            "window": 128,
+            "rotation": True,
+        },
+        loss={"lambda_mix": 1.5, "lambda_kl": 0.5, "lambda_rot": 0.5, "rampup_steps": 16_384},
+        interleaving={"swap": True, "running_stats": "last"},
+        filters=128 if dataset == "cifar100" else 32,
+        method="remixmatch",
+        strong="fixmatch",
+    )
 
 
 def _confident(

@@ -464,7 +464,7 @@ def test_module_runs_the_command_line():
     _, commands = result.stdout.split("Commands")
     names = re.findall(r"^│ ([a-z-]+) ", commands, re.MULTILINE)
     assert names == [
-        *("train", "predict", "preview", "check-images"),
+        *("train", "compare", "predict", "preview", "check-images"),
         *("ablate", "demo", "bench", "doctor"),
     ]
 
@@ -478,7 +478,8 @@ def test_seeds_must_be_integers(seeds):
 def test_comparison_loads_images_at_the_size_of_the_config(folder, monkeypatch):
     shapes = []
 
-    def train(config, *, data, on_step):
+    def train(config, folder, *, data, **_):
+        assert folder is None
         shapes.append(tuple(data.test_images.shape))
         return Summary(error=1.0, median_error=2.0, best_error=0.5, seconds=0.0)
 

@@ -24,10 +24,12 @@ _OF_METHODS = {
     "flexmatch": presets.flexmatch,
     "mean_teacher": presets.mean_teacher,
     "pi_model": presets.pi_model,
+    "remixmatch": presets.remixmatch,
 }
 METHODS = ("mixmatch", *_OF_METHODS)
+_GUESS_FIRST = ("mixmatch", "remixmatch", "mean_teacher")
 GUESSES = ("first", "loss")
-MOST_FAST_RATIO = 2  # of μ: 5 B rows a step, as many as MixMatch's 3 B and their guesses take
+MOST_FAST_VIEWS = 2  # strong views of the unlabelled images of a step, per labelled image
 AUGMENTS = ("weak", "strong", "kornia", "dali")
 FIXMATCH_SIDE = 32  # pixels of the images that FixMatch's cutout and translations are for
 FULL_WEIGHT_STEPS = 32_768  # twice the paper's ramp of λ_U
@@ -40,7 +42,9 @@ def choose_preset(name: str, dataset: str, method: str = "mixmatch") -> presets.
     "fast" is the paper's, with one joint guess. A run with it also trains in one forward pass over
     the whole batch, in place of the paper's interleaved ones. Of another method than MixMatch it is
     the method's own, with the optimiser and the averages of MixMatch's paper, so that methods
-    differ in nothing else, and with at most `MOST_FAST_RATIO` unlabelled images per labelled one.
+    differ in nothing else, and with at most two unlabelled images, or two strong views of one, per
+    labelled one: about the work of MixMatch. ReMixMatch's rotation is off, in "paper" too, since
+    `build_model` makes no network with a second head.
 
     Raises:
         ValueError: If the method has no preset of that name.
@@ -53,15 +57,22 @@ def choose_preset(name: str, dataset: str, method: str = "mixmatch") -> presets.
                 "is a port of MixMatch"
             )
         preset = _OF_METHODS[method](dataset)
+        builder, loss = dict(preset.builder), dict(preset.loss)
+        if method == "remixmatch":
+            builder["rotation"], loss["lambda_rot"] = False, 0.0
+        preset = preset._replace(builder=builder, loss=loss)
         if name == "paper":
             return preset
+        if "num_strong" in builder:
+            builder["num_strong"] = min(builder["num_strong"], MOST_FAST_VIEWS)
         shared = presets.paper(dataset)
         return preset._replace(
             name="fast",
+            interleaving={},
             optimizer=shared.optimizer,
             ema_decay=shared.ema_decay,
             filters=shared.filters,
-            ratio=min(preset.ratio, MOST_FAST_RATIO),
+            ratio=min(preset.ratio, MOST_FAST_VIEWS),
             strong=preset.strong and "fixmatch",
         )
     if name == "fast":
@@ -90,13 +101,17 @@ def choose_weight(preset: presets.Preset, steps: int) -> tuple[float, int]:
     that it takes: 0.29 of it at 800 steps, a half at 4,096. A short run reaches the end of its
     ramp while many guesses are wrong still, and the full weight would teach them; a weight in
     proportion to the steps would be too weak to teach anything. That is for losses that are squared
-    errors. A cross-entropy whose guesses must pass a threshold keeps its λ_U: the threshold leaves
-    out what is not learnt yet.
+    errors. A cross-entropy keeps its λ_U, which is of the size of the labelled one's weight.
     """
-    lambda_u, ramp = preset.loss["lambda_u"], preset.loss["rampup_steps"]
+    lambda_u, ramp = preset.loss[name_of_weight(preset.method)], preset.loss["rampup_steps"]
     if preset.method == "mixmatch" or preset.loss.get("loss_u") == "mse":
         lambda_u *= min(1.0, steps / FULL_WEIGHT_STEPS) ** (1 / 3)
     return lambda_u, min(ramp, steps // 2)
+
+
+def name_of_weight(method: str) -> str:
+    """Return the name that λ_U has as an argument of a method's loss."""
+    return "lambda_mix" if method == "remixmatch" else "lambda_u"
 
 
 def choose_decay(decay: float, steps: int) -> float:
@@ -110,9 +125,12 @@ def choose_decay(decay: float, steps: int) -> float:
 def choose_builder(preset: presets.Preset, steps: int) -> dict[str, Any]:
     """Return the switches of a preset's method for a run of so many steps.
 
-    Averages of guesses, which a threshold follows, have at most the decay of `choose_decay`.
+    Averages of guesses, which a threshold follows, have at most the decay of `choose_decay`, and a
+    window of guesses is at most a tenth of the run.
     """
     builder = dict(preset.builder)
+    if "window" in builder:
+        builder["window"] = min(builder["window"], max(1, steps // 10))
     if "momentum" in builder:
         builder["momentum"] = choose_decay(builder["momentum"], steps)
     return builder
@@ -126,13 +144,12 @@ def choose_guess(method: str, guess: str | None) -> str:
     Raises:
         ValueError: If it must guess first.
     """
-    preset = choose_preset("paper", "cifar10", method)
-    if guess == "loss" and preset.strong is None and method != "pi_model":
+    if guess == "loss" and method in _GUESS_FIRST:
         raise ValueError(
             f"guess must be 'first' for the method {method}, whose guesses are mixed or a "
             "teacher's, got 'loss'"
         )
-    return guess or ("first" if preset.strong is None else "loss")
+    return guess or ("first" if method in (*_GUESS_FIRST, "pi_model") else "loss")
 
 
 def make_weak(dataset: str, preset: presets.Preset, size: int) -> WeakAugment:

@@ -66,6 +66,7 @@ from gpu_mixmatch.recipes.choices import (
     make_builder,
     make_loader,
     make_weak,
+    name_of_weight,
 )
 from gpu_mixmatch.recipes.models import build_model, fill_statistics_in, kernel_parameters
 from gpu_mixmatch.recipes.run_log import MetricsLog, check_tools
@@ -371,9 +372,8 @@ class TrainRun:
             **config.builder,
         ).to(self.device)
         self.watch = _watch(self.builder) if not config.supervised else None
-        self.criterion = self.preset.criterion(
-            lambda_u=config.lambda_u, rampup_steps=config.rampup_steps
-        )
+        weight = {name_of_weight(config.method): config.lambda_u}
+        self.criterion = self.preset.criterion(**weight, rampup_steps=config.rampup_steps)
         self.kernels = kernel_parameters(self.model)
         self.optimizer = self._optimizer()
         self.network = distributed.replicate(self.model, self.device)
@@ -714,6 +714,7 @@ def train(
     *,
     resume: bool = False,
     data: ImageData | FolderData | None = None,
+    clock: Callable[[], float] = time.perf_counter,
     on_check: Callable[[int, int], None] | None = None,
     on_start: Callable[[TrainRun], None] | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
@@ -731,6 +732,7 @@ def train(
         resume: Continue from the checkpoint in ``out``, or begin if there is none yet; see
             `resumed` for what may differ.
         data: The data set, if it is loaded already.
+        clock: What seconds are read from; ``time.process_time`` for those of a CPU that is shared.
         on_check: Called with the number of files decoded so far and of all, while those that do not
             decode are looked for.
         on_start: Called before the first step, when all that can be checked has been.
@@ -776,13 +778,13 @@ def train(
     eval_every = config.eval_every or max(1, config.steps // 20)
     seconds = metrics[-1]["seconds"] if metrics else 0.0
     warned = False
-    began = time.perf_counter()
+    began = clock()
     for batch in islice(run.loader, config.steps - run.step):
         losses = run.train_step(batch)
         if run.step % eval_every == 0 or run.step == config.steps:
             # waits for the device
             values = distributed.average_values({**losses, **run.confidence()}, run.device)
-            seconds += time.perf_counter() - began
+            seconds += clock() - began
             if not run.is_finite(values):
                 raise DivergenceError(run.step, values, _last_checkpoint(metrics, out))
             # every rank has the same weights and finds the same error
@@ -795,7 +797,7 @@ def train(
             if notice and not warned and rank() == 0:
                 warnings.warn(f"step {run.step}: {notice}", UserWarning, stacklevel=2)
             warned = warned or notice is not None
-            began = time.perf_counter()
+            began = clock()
         if on_step:
             on_step(run.step, metrics[-1] if metrics else {})
     errors = [entry["error"] for entry in metrics]
