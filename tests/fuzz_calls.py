@@ -214,6 +214,11 @@ def first_batch(loader: Any) -> Any:
     return next(iter(loader))
 
 
+# arguments of `switches` that all methods have
+_OF_ALL = (
+    *("augment", "num_classes", "guess_bn", "teacher", "label_smoothing", "logits_getter"),
+    *("reuse_buffers", "seed", "impl"),
+)
 KEY = {"seed": 1, "step": 2}
 IDS = {"ids_x": torch.arange(4), "ids_u": 5}
 LENGTH = ("length of the labelled data set", "length of the unlabelled data set")
@@ -558,6 +563,60 @@ CALLS: dict[str, Call] = {
     "MixMatchLoss.forward": Call(
         gm.MixMatchLoss(), lambda: {"logits": torch.rand(14, CLASSES), "batch": batch()}
     ),
+    "ICT": Call(
+        gm.ICT,
+        lambda: {
+            **{name: value for name, value in switches().items() if name in _OF_ALL},
+            "alpha": 1.0,
+            "lam": "batch",
+            "mix": "unlabelled",
+            "partner": "reversed",
+            "blend": "probs",
+        },
+    ),
+    "ICT.forward": Call(
+        lambda **arguments: gm.ICT(weak(), CLASSES)(**arguments),
+        lambda: {**step_arguments(), "key": None},
+        names={"x": ("images",)},
+    ),
+    "ReMixMatch": Call(
+        gm.ReMixMatch,
+        lambda: {
+            **{name: value for name, value in switches().items() if name in _OF_ALL[1:]},
+            "weak": weak(),
+            "strong": weak(),
+            "num_strong": 2,
+            "rotation": True,
+            "temperature": 0.5,
+            "alignment": None,
+            "alpha": 0.75,
+            "lam": "sample",
+        },
+    ),
+    "ReMixMatch.forward": Call(
+        lambda **arguments: gm.ReMixMatch(weak(), weak(), CLASSES, num_strong=1)(**arguments),
+        lambda: {**step_arguments(), "key": None},
+        names={"x": ("images",)},
+    ),
+    "ReMixMatchLoss": Call(
+        gm.ReMixMatchLoss,
+        lambda: {
+            "lambda_mix": 1.5,
+            "lambda_kl": 0.5,
+            "lambda_rot": 0.5,
+            "rampup_steps": 10,
+            "impl": "auto",
+        },
+    ),
+    "ReMixMatchLoss.forward": Call(
+        gm.ReMixMatchLoss(),
+        lambda: {
+            "logits": torch.rand(19, CLASSES),
+            "batch": gm.ReMixMatch(weak(), weak(), CLASSES, num_strong=1)(
+                images(), random_labels(4, CLASSES), images(5), PooledNet(CLASSES)
+            ),
+        },
+    ),
     "capture": Call(
         gm.capture,
         lambda: {
@@ -729,6 +788,8 @@ NOT_CALLED = {
     "MixUpParams",
     "Preset",
     "Purpose",
+    "ReMixMatchBatch",
+    "ReMixMatchLossOutput",
     "SemiSupervisedBatch",
     "Words",
     "__version__",
