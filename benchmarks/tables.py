@@ -99,21 +99,16 @@ def _column_of(row: Row) -> str:
 
 
 def augment_tables(content: Content) -> Tables:
-    """A table for each choice of effects."""
+    """A table for each choice of effects; the fastest is bold where others are beside ours."""
     rows = content["rows"]
-    return [
-        (
-            f"Thousand views/s (quartiles): {effects}, normalise",
-            pivot(
-                [row for row in rows if row["effects"] == effects],
-                _column_of,
-                _thousand_views,
-                "views",
-                _milliseconds,
-            ),
-        )
-        for effects in dict.fromkeys(row["effects"] for row in rows)
-    ]
+    tables = []
+    for effects in dict.fromkeys(row["effects"] for row in rows):
+        chosen = [row for row in rows if row["effects"] == effects]
+        compared = any(row["contender"].startswith("ours") for row in chosen)
+        best = _milliseconds if compared else None
+        table = pivot(chosen, _column_of, _thousand_views, "views", best)
+        tables.append((f"Thousand views/s (quartiles): {effects}, normalise", table))
+    return tables
 
 
 def strong_tables(content: Content) -> Tables:
@@ -122,6 +117,29 @@ def strong_tables(content: Content) -> Tables:
     goals = [row for row in content["rows"] if "goal" in row]
     parts = augment_tables(content | {"rows": rows})
     return parts + ([("Goals, on one thread", goals_table(goals))] if goals else [])
+
+
+def strong_speed(content: Content) -> Tables:
+    """README's row: RandAugment at the greatest size and number of threads, medians."""
+    rows = [row for row in content["rows"] if row.get("effects") == "RandAugment"]
+    most = max(row["threads"] for row in rows)
+    size = max(row["size"] for row in rows)
+    impl = "triton" if content["gpu"] else "numba"
+    names = {
+        f"ours, {impl}, reused buffers": f"{impl.capitalize()}, reused buffers",
+        "ours, eager": "plain torch",
+        "Pillow, image by image": "Pillow",
+        "Kornia, one call": "Kornia, one call",
+    }
+    found = {
+        row["contender"]: number(row["num_rows"] / row["median_ms"])
+        for row in rows
+        if (row["size"], row["threads"]) == (size, most) and "median_ms" in row
+    }
+    shown = [name for name in names if name in found]
+    heading = [f"thousand views/s: RandAugment, {size} px", *(names[name] for name in shown)]
+    cells = [f"`{content['command']}`", *(found[name] for name in shown)]
+    return [("", markdown(heading, [cells]))]
 
 
 def batch_tables(content: Content) -> Tables:
@@ -194,6 +212,17 @@ def scaling_tables(content: Content) -> Tables:
         )
         for sweep, title in SWEEP_TITLES.items()
     ]
+
+
+def orders_tables(content: Content) -> Tables:
+    """Orders of guess and training pass below each other, networks beside each other."""
+    rows = content["rows"]
+
+    def cell(row: Row) -> str:
+        return f"{number(1e3 / row['median_ms'])} ({number(row['peak_mb'])})"
+
+    title = f"Training steps/s (and MB held at once), {threads(rows[0])}"
+    return [(title, pivot(rows, lambda row: str(row["case"]), cell, "FixMatch"))]
 
 
 def ops_tables(content: Content) -> Tables:
@@ -401,6 +430,7 @@ TABLES: dict[str, Callable[[Content], Tables]] = {
     "batch": batch_tables,
     "loader": loader_tables,
     "scaling": scaling_tables,
+    "orders": orders_tables,
     "ops": ops_tables,
     "claims": claims_tables,
     "host": host_tables,

@@ -72,3 +72,19 @@ def ids_or_positions(name: str, ids: Any, length: int) -> Tensor | int:
             raise ValueError(f"{name} must be on a device that holds values, got it on meta")
         return found
     return positions(length) if is_initialized() else length
+
+
+def summed(sums: Tensor) -> Tensor:
+    """Add up the tensors of all processes, in place; in a single one they are the sum."""
+    if is_initialized() and distributed.get_world_size() > 1:
+        distributed.all_reduce(sums)
+    return sums
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """The rows of all processes, of as many each, in the order of their ranks."""
+    if not is_initialized() or distributed.get_world_size() == 1:
+        return rows
+    out = rows.new_empty((distributed.get_world_size() * len(rows), *rows.shape[1:]))
+    distributed.all_gather_into_tensor(out, rows.contiguous())
+    return out

@@ -20,7 +20,7 @@ from gpu_mixmatch.impl import impl_of, resolve_impl
 from gpu_mixmatch.impl.library import running
 from gpu_mixmatch.sampling.draws import drawn_batch
 from gpu_mixmatch.sampling.packing import unpacked, words_per_row
-from gpu_mixmatch.types import DrawPlan, Draws, Geometry, Impl, MixUpParams, Scaling
+from gpu_mixmatch.types import DrawPlan, Draws, Geometry, Impl, MixUpParams, Scaling, Weighting
 
 
 def draw_batch(
@@ -76,6 +76,31 @@ def batch_targets(
     shape = (y.shape[0] + num_views * num_images, num_classes)
     out = torch.empty(shape, dtype=torch.float32, device=device)
     running(impl, device).batch_targets(y, logits, temperature, label_smoothing, mixup, out)
+    return out
+
+
+def guess_statistics(logits: Tensor, y: Tensor, impl: Impl) -> Tensor:
+    """See `Implementation.guess_statistics`."""
+    out = torch.empty(4 + 3 * logits.shape[1], dtype=torch.int64, device=logits.device)
+    running(impl, logits.device).guess_statistics(logits, y, out)
+    return out
+
+
+def consistency_targets(
+    y: Tensor,
+    logits: Tensor,
+    weighting: Weighting,
+    label_smoothing: float,
+    num_strong: int,
+    impl: Impl,
+) -> tuple[Tensor, Tensor]:
+    """See `functional.consistency_targets`."""
+    num_u, num_classes = logits.shape
+    rows, device = y.shape[0] + num_strong * num_u, logits.device
+    targets = torch.empty((rows, num_classes), dtype=torch.float32, device=device)
+    weights = torch.empty(rows, dtype=torch.float32, device=device)
+    out = targets, weights
+    running(impl, device).consistency_targets(y, logits, weighting, label_smoothing, out)
     return out
 
 

@@ -25,6 +25,7 @@ from gpu_mixmatch.types import (
     AugmentPolicy,
     Chain,
     ChainParams,
+    ConsistencyBatch,
     Cut,
     DrawPlan,
     Geometry,
@@ -37,7 +38,10 @@ from gpu_mixmatch.types import (
     OpName,
     Outside,
     PaddingMode,
+    ReMixMatchBatch,
     Scaling,
+    Weighting,
+    WeightRule,
 )
 
 IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -67,7 +71,7 @@ def came(value: object) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
     try:
-        text = repr(value)
+        text = " ".join(map(str.strip, repr(value).splitlines()))  # of a module, one line
     except Exception:  # of an object that is broken in more than one way
         return f"an object of type {type(value).__name__}"
     text = text if len(text) <= 80 else f"{text[:77]}..."
@@ -231,7 +235,7 @@ def as_pair(
     """
     low, high = (
         as_number(f"{name}[{place}]", number, least=least, most=most, above=above)
-        for place, number in enumerate(_two(name, value, "numbers"))
+        for place, number in enumerate(_two(name, value, "numbers, least and most"))
     )
     if low > high:
         raise ValueError(f"{name} must be two numbers, least <= most, got {value}")
@@ -242,7 +246,7 @@ def as_integer_pair(name: str, value: Any, *, least: int = 0, most: int) -> tupl
     """`as_pair` for whole numbers."""
     low, high = (
         as_integer(f"{name}[{place}]", number, least=least, most=most)
-        for place, number in enumerate(_two(name, value, "integers"))
+        for place, number in enumerate(_two(name, value, "integers, least and most"))
     )
     if low > high:
         raise ValueError(f"{name} must be two integers, least <= most, got {value}")
@@ -251,7 +255,7 @@ def as_integer_pair(name: str, value: Any, *, least: int = 0, most: int) -> tupl
 
 def _two(name: str, value: Any, kind: str) -> Sequence[Any]:
     if not isinstance(value, list | tuple) or len(value) != 2:
-        raise TypeError(f"{name} must be two {kind}, least and most, got {came(value)}")
+        raise TypeError(f"{name} must be two {kind}, got {came(value)}")
     return value
 
 
@@ -560,7 +564,7 @@ def _check_magnitudes(op: Op) -> None:
     for magnitude in op.magnitudes:
         as_number(f"the magnitude of {op.name}", magnitude, least=least, most=most)
         if op.name == "posterize" and magnitude != int(magnitude):
-            raise ValueError(f"posterize must keep whole bits, got {magnitude}")
+            raise ValueError(f"the magnitude of posterize must be whole bits, got {magnitude}")
     if (least, most) == (0, 0) and len(op.magnitudes) > 1:
         raise ValueError(
             f"the magnitudes of {op.name} must be the one number 0, got {len(op.magnitudes)}"
@@ -791,6 +795,45 @@ def check_loss(logits: Any, targets: Any, num_labelled: Any, weight_u: Any) -> N
         check_scalar("weight_u", weight_u)
 
 
+def check_weights(weights: Any, logits: Tensor) -> None:
+    """Raise if there is not a floating point weight for each row of logits."""
+    check_tensor("weights", weights)
+    check_float("weights", weights)
+    if weights.shape != logits.shape[:1]:
+        raise ValueError(
+            f"weights must be [N] = {list(logits.shape[:1])} like logits, got {list(weights.shape)}"
+        )
+    check_device("weights", weights, "logits", logits)
+
+
+def as_weighting(weighting: Any, logits: Tensor) -> Weighting:
+    """Return a weighting of which every field fits logits ``[M, L]``."""
+    check_kind("weighting", weighting, Weighting, "a Weighting")
+    temperature, rule, threshold, state, spread, ratio, aligned = weighting
+    check_choice("rule", rule, WeightRule)
+    num_classes = logits.shape[1]
+    lengths = {"soft": 2 + 3 * num_classes, "free": 2 + 3 * num_classes, "flex": num_classes + 1}
+    for name, tensor, length in (
+        ("state", state, lengths.get(rule)),
+        ("ratio", ratio, num_classes),
+    ):
+        if tensor is None and (name == "ratio" or length is None):
+            continue
+        check_tensor(name, tensor)
+        if tuple(tensor.shape) != (length,):
+            raise ValueError(f"{name} must be [{length}] for {rule!r}, got {list(tensor.shape)}")
+        check_device(name, tensor, "logits", logits)
+    return Weighting(
+        as_number("temperature", temperature, least=0),
+        rule,
+        as_number("threshold", threshold, least=0, most=1),
+        state,
+        as_number("spread", spread, above=0),
+        ratio,
+        as_flag("aligned_targets", aligned),
+    )
+
+
 def check_scalar(name: str, value: Tensor) -> None:
     """Raise if a 0-d tensor is negative or not finite. On a device that cannot be told at once."""
     if _is_seen(value):
@@ -820,6 +863,37 @@ def check_batch(batch: Any) -> None:
     for name in ("inputs", "targets", "step"):
         check_tensor(f"batch.{name}", getattr(batch, name))
     as_integer("batch.num_labelled", batch.num_labelled)
+
+
+def check_consistency_batch(batch: Any) -> None:
+    """Raise if ``batch`` is no `ConsistencyBatch` whose parts are tensors and a number of rows."""
+    check_kind("batch", batch, ConsistencyBatch, "a ConsistencyBatch")
+    for name in ("inputs", "targets", "step"):
+        check_tensor(f"batch.{name}", getattr(batch, name))
+    as_integer("batch.num_labelled", batch.num_labelled)
+    as_integer("batch.num_weak", batch.num_weak, most=len(batch.inputs))
+    if batch.guess is None:
+        check_tensor("batch.weights", batch.weights)
+
+
+def check_remixmatch_batch(batch: Any) -> None:
+    """Raise if ``batch`` is no `ReMixMatchBatch` whose parts are tensors and numbers of rows."""
+    check_kind("batch", batch, ReMixMatchBatch, "a ReMixMatchBatch")
+    for name in ("inputs", "targets", "weights", "step"):
+        check_tensor(f"batch.{name}", getattr(batch, name))
+    rows = as_integer("batch.num_mixed", batch.num_mixed, most=len(batch.targets))
+    as_integer("batch.num_labelled", batch.num_labelled, most=rows)
+
+
+def check_any_batch(batch: Any) -> None:
+    """Raise if ``batch`` is that of no method."""
+    if isinstance(batch, ConsistencyBatch):
+        check_consistency_batch(batch)
+    elif isinstance(batch, ReMixMatchBatch):
+        check_remixmatch_batch(batch)
+    else:
+        check_kind("batch", batch, MixMatchBatch, "a batch of a method, such as a MixMatchBatch")
+        check_batch(batch)
 
 
 # Dtype and length of a row of the fields of AugmentParams
@@ -922,7 +996,8 @@ def check_augment(
         check_device(name, factor, "images", first)
     shape = (rows, channels, *view_size(geometry.cut, height, width))
     if geometry.chain:
-        check_chain_images(first, geometry.chain, shape)
+        name = "x" if len(sources) == 2 else "images"
+        check_chain_images(name, first, geometry.chain, shape)
     if out is not None:
         check_tensor("out", out)
         if tuple(out.shape) != shape or out.dtype != dtype:
@@ -991,20 +1066,22 @@ def view_size(cut: Cut | None, height: int, width: int) -> tuple[int, int]:
 _OF_COLORS = ("color", "contrast", "hue")
 
 
-def check_chain_images(images: Tensor, chain: Chain, shape: tuple[int, int, int, int]) -> None:
+def check_chain_images(
+    name: str, images: Tensor, chain: Chain, shape: tuple[int, int, int, int]
+) -> None:
     """Raise if a chain cannot run on images that become views of ``shape``."""
     _, channels, height, width = shape
     if images.dtype != torch.uint8:
         raise ValueError(
-            "images must be uint8 where operations such as equalize follow, which are defined on "
-            f"bytes, got {dtype_name(images.dtype)}: images.byte() makes them of 0 .. 255, "
-            "images.mul(255).round().byte() of [0, 1]"
+            f"{name} must be uint8 where operations such as equalize follow, which are defined on "
+            f"bytes, got {dtype_name(images.dtype)}: {name}.byte() makes them of 0 .. 255, "
+            f"{name}.mul(255).round().byte() of [0, 1]"
         )
     of_colors: list[str] = [op.name for op in chain.ops if op.name in _OF_COLORS]
     of_colors += ["gray"] if chain.gray else []
     if of_colors and channels not in (1, 3):
         raise ValueError(
-            f"images must have 1 or 3 channels for {of_colors[0]}, which reads colours, "
+            f"{name} must have 1 or 3 channels for {of_colors[0]}, which reads colours, "
             f"got {channels}"
         )
     if isinstance(chain.cutout, int) and chain.cutout > min(height, width):
@@ -1218,6 +1295,36 @@ def check_not_empty(x: Tensor, u: Tensor) -> None:
         check_tensor(name, images)
         if images.dim() == 0 or len(images) == 0:
             raise ValueError(f"{name} must hold at least one image, got {list(images.shape)}")
+
+
+def check_same_images(x: Any, weak: Any, strong: Any, num_strong: int) -> Tensor:
+    """Raise if views made elsewhere do not fit; return the strong ones as ``[S·M, ...]``."""
+    for name, images in (("x", x), ("weak", weak), ("strong", strong)):
+        check_tensor(name, images)
+        if not images.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {images.dtype}")
+    if x.dim() != 4:
+        raise ValueError(f"x must be [B, C, H, W], got {list(x.shape)}")
+    if weak.dim() != 4 or weak.shape[1:] != x.shape[1:]:
+        raise ValueError(
+            f"weak must be [M, C, H, W] with {list(x.shape[1:])} like x, got {list(weak.shape)}"
+        )
+    check_not_empty(x, weak)
+    flat: Tensor = strong.flatten(0, 1) if strong.dim() == 5 else strong
+    views = strong.shape[0] if strong.dim() == 5 else 1
+    if views != num_strong or flat.shape != (views * len(weak), *weak.shape[1:]):
+        raise ValueError(
+            f"strong must be [S, M, C, H, W] with S = {num_strong} and {list(weak.shape)} like "
+            f"weak, got {list(strong.shape)}"
+        )
+    if len({x.dtype, weak.dtype, strong.dtype}) > 1:
+        raise ValueError(
+            f"x, weak and strong must be of one dtype, got {x.dtype}, {weak.dtype} and "
+            f"{strong.dtype}"
+        )
+    for name, images in (("x", x), ("weak", weak), ("strong", strong)):
+        check_finite(name, images)
+    return flat
 
 
 def check_images_alike(x: Tensor, u: Tensor) -> None:

@@ -6,15 +6,19 @@ from torch import Tensor
 from gpu_mixmatch import _unchecked
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch._validation import (
+    MOST_VIEW,
     as_device,
     as_flag,
     as_ids,
+    as_integer,
     as_labels,
+    as_number,
     as_plan,
     as_rampup,
     as_seed,
     as_smoothing,
     as_temperature,
+    as_weighting,
     check_augment,
     check_batch_logits,
     check_choice,
@@ -29,10 +33,12 @@ from gpu_mixmatch._validation import (
     check_mixup_rows,
     check_no_grad,
     check_out,
+    check_scalar,
     check_tensor,
+    check_weights,
 )
 from gpu_mixmatch.impl import eager, resolve_impl
-from gpu_mixmatch.impl.library import FusedLoss, backend
+from gpu_mixmatch.impl.library import FusedConsistencyLoss, FusedLoss, backend
 from gpu_mixmatch.types import (
     DrawPlan,
     Draws,
@@ -42,6 +48,8 @@ from gpu_mixmatch.types import (
     LossOutput,
     MixUpParams,
     Scaling,
+    UnlabelledLoss,
+    Weighting,
 )
 
 
@@ -294,16 +302,165 @@ def mixmatch_loss(
     """
     check_loss(logits, targets, num_labelled, weight_u)
     targets = targets.detach()
-    if isinstance(weight_u, Tensor):
-        weight = weight_u.detach().float()
-    else:
-        weight = torch.tensor(weight_u, dtype=torch.float32, device="cpu")
+    weight = _as_weight(weight_u)
     if resolve_impl(impl, logits.device) != "triton":  # plain torch, which autograd sees through
         return eager.mixmatch_losses(logits, targets, num_labelled, weight)
     loss, loss_x, loss_u = FusedLoss.apply(  # type: ignore[no-untyped-call]
         logits, targets, num_labelled, weight, impl
     )
     return LossOutput(loss, loss_x, loss_u, weight)
+
+
+def consistency_targets(
+    y: Tensor,
+    logits: Tensor,
+    weighting: Weighting,
+    *,
+    num_strong: int = 1,
+    label_smoothing: float = 0.0,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Make targets and weights of labelled rows and of the strong views of unlabelled images.
+
+    The arithmetic is float32 whatever comes in, under autocast too. No gradient flows through it.
+
+    Args:
+        y: Labels, ``[B]`` integers or ``[B, L]`` distributions, a tensor or a numpy array.
+        logits: Of one weak view of M unlabelled images, ``[M, L]``, floating point.
+        weighting: What becomes of them.
+        num_strong: S, strong views per image: each guess is written as often.
+        label_smoothing: Share of the uniform distribution in the labelled rows, in [0, 1).
+
+    Returns:
+        Targets ``[B + S·M, L]`` and weights ``[B + S·M]``, float32.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If labels, logits and weighting do not fit each other.
+
+    References:
+        Sohn et al. 2020, eq. 4; Xie et al. 2020; Zhang et al. 2021; Chen et al. 2023; Wang et al.
+        2023.
+    """
+    check_tensor("logits", logits)
+    if logits.dim() != 2:
+        raise ValueError(f"logits must be [M, L], got {list(logits.shape)}")
+    check_float("logits", logits)
+    y = as_labels("y", y)
+    check_labels(y, logits.shape[1])
+    check_device("y", y, "logits", logits)
+    weighting = as_weighting(weighting, logits)
+    num_strong = as_integer("num_strong", num_strong, least=1, most=MOST_VIEW)
+    smoothing = as_smoothing(label_smoothing)
+    check_choice("impl", impl, Impl)
+    return _unchecked.consistency_targets(
+        y, logits.detach(), weighting, smoothing, num_strong, impl
+    )
+
+
+def consistency_loss(
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    num_labelled: int,
+    weight_u: Tensor | float,
+    *,
+    loss_u: UnlabelledLoss = "ce",
+    tsa: Tensor | None = None,
+    num_u: int | None = None,
+    share_v: float = 0.0,
+    impl: Impl = "auto",
+) -> tuple[Tensor, ...]:
+    """Sum the cross-entropy of labelled rows and the weighted loss of unlabelled ones.
+
+    The loss of unlabelled rows is a mean over all of them, those of weight 0 among them. Gradients
+    flow to ``logits`` only. The arithmetic is float32 whatever comes in.
+
+    Args:
+        logits: ``[N, L]``, floating point.
+        targets: ``[N, L]``.
+        weights: ``[N]``.
+        num_labelled: B.
+        weight_u: λ_U, after its ramp.
+        loss_u: "ce", "kl" or "mse"; see `ConsistencyLoss`.
+        tsa: A probability, 0-d: labelled rows whose label has a greater one are left out, and the
+            mean is over the others; None keeps all.
+        num_u: Unlabelled rows of a first part; None takes all. The others are a part v, with a mean
+            of its own.
+        share_v: Weight of part v as a share of λ_U.
+
+    Returns:
+        The loss, its parts x, u and v, the share of unlabelled rows whose weight is above 0, and
+        their mean weight, 0-d float32. A part without rows is 0.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If shapes differ, or a number is out of its range.
+
+    References:
+        Sohn et al. 2020, eq. 3-4; Xie et al. 2020; Berthelot et al. 2020, eq. 2-5.
+    """
+    check_loss(logits, targets, num_labelled, weight_u)
+    check_weights(weights, logits)
+    rest = len(logits) - num_labelled
+    num_u = rest if num_u is None else as_integer("num_u", num_u, most=rest)
+    share_v = as_number("share_v", share_v, least=0)
+    check_choice("loss_u", loss_u, UnlabelledLoss)
+    check_choice("impl", impl, Impl)
+    if tsa is not None:
+        check_tensor("tsa", tsa)
+        if tsa.dim():
+            raise ValueError(f"tsa must be 0-d, got {list(tsa.shape)}")
+        check_scalar("tsa", tsa)
+        tsa = tsa.detach().float()
+    weight = _as_weight(weight_u)
+    arguments = (
+        *(logits, targets.detach(), weights.detach(), (num_labelled, num_labelled + num_u)),
+        *(weight, share_v, loss_u, tsa),
+    )
+    if resolve_impl(impl, logits.device) != "triton":  # plain torch, which autograd sees through
+        return eager.consistency_losses(*arguments).unbind()
+    parts: Tensor = FusedConsistencyLoss.apply(*arguments, impl)  # type: ignore[no-untyped-call]
+    return parts.unbind()
+
+
+def fairness_loss(logits: Tensor, weights: Tensor, fairness: Tensor) -> Tensor:
+    """Compare what rows of a weight above 0 are predicted as, on average, with what is fair.
+
+    Σ fairness · log(h), where h is the mean prediction of these rows over their share of the
+    argmax, normalised; without such rows 0. It is to be minimised.
+
+    Args:
+        logits: Of the strong views, ``[S·M, L]``, floating point.
+        weights: Of them, ``[S·M]``.
+        fairness: ``[L]``, as `ConsistencyBatch` has it.
+
+    Returns:
+        0-d float32.
+
+    Raises:
+        TypeError: If an argument is no tensor.
+        ValueError: If the shapes do not fit each other.
+
+    References:
+        Wang et al. 2023, eq. 9-11.
+    """
+    check_tensor("logits", logits)
+    check_float("logits", logits)
+    check_weights(weights, logits)
+    check_tensor("fairness", fairness)
+    if fairness.shape != logits.shape[1:]:
+        raise ValueError(
+            f"fairness must be [L] = {list(logits.shape[1:])} like logits, got "
+            f"{list(fairness.shape)}"
+        )
+    return eager.fairness_loss(logits, weights.detach(), fairness.detach())
+
+
+def _as_weight(weight_u: Tensor | float) -> Tensor:
+    if isinstance(weight_u, Tensor):
+        return weight_u.detach().float()
+    return torch.tensor(weight_u, dtype=torch.float32, device="cpu")
 
 
 def augment(

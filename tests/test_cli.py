@@ -86,7 +86,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("loader", "augment"), [("resident", "kornia"), ("dataloader", "weak"), ("dali", "dali")]
+    ("loader", "augment"), [("resident", "kornia"), ("dataloader", "strong"), ("dali", "dali")]
 )
 def test_train_reads_a_folder_through_every_loader(tmp_path, folder, loader, augment):
     out = tmp_path / "run"
@@ -211,7 +211,7 @@ def test_a_message_speaks_of_options_and_leaves_no_folder(tmp_path, arguments, m
         ("--dataset", "imagenet", "digits, mnist, fashion-mnist, cifar10, cifar100, folder"),
         ("--model", "vgg", "wrn-28-2, cnn"),
         ("--preset", "best", "fast, paper, yu1ut, usb"),
-        ("--augment", "imgaug", "weak, kornia, dali"),
+        ("--augment", "imgaug", "weak, strong, kornia, dali"),
         ("--loader", "ffcv", "resident, dataloader, dali"),
     ],
 )
@@ -403,7 +403,7 @@ def test_unusable_device_points_to_the_doctor(tmp_path):
     assert message == "error: --device must be usable here, got 'cuda'; see gpu-mixmatch doctor"
 
 
-@pytest.mark.parametrize("augment", ["weak", "kornia", "dali"])
+@pytest.mark.parametrize("augment", ["weak", "strong", "kornia", "dali"])
 def test_preview_writes_a_picture(tmp_path, augment):
     path = tmp_path / "batch.png"
     run("preview", "--out", str(path), "--k", "3", "--augment", augment)
@@ -464,7 +464,7 @@ def test_module_runs_the_command_line():
     _, commands = result.stdout.split("Commands")
     names = re.findall(r"^│ ([a-z-]+) ", commands, re.MULTILINE)
     assert names == [
-        *("train", "predict", "preview", "check-images"),
+        *("train", "compare", "predict", "preview", "check-images"),
         *("ablate", "demo", "bench", "doctor"),
     ]
 
@@ -478,7 +478,8 @@ def test_seeds_must_be_integers(seeds):
 def test_comparison_loads_images_at_the_size_of_the_config(folder, monkeypatch):
     shapes = []
 
-    def train(config, *, data, on_step):
+    def train(config, folder, *, data, **_):
+        assert folder is None
         shapes.append(tuple(data.test_images.shape))
         return Summary(error=1.0, median_error=2.0, best_error=0.5, seconds=0.0)
 

@@ -8,10 +8,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_mixmatch import (
+    ColorJitter,
     MixMatch,
     MixMatchBatch,
     MixMatchLoss,
     MixUpParams,
+    RandAugment,
     WeakAugment,
     _validation,
     functional,
@@ -111,6 +113,27 @@ def test_augment_reads_nothing_back(policy):
         views = engine.build(x, u, draws, 2)
         engine.normalize(x)
     assert views.shape == (16, 3, 12, 12)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        RandAugment.uda(WeakAugment(2, blur_sigma=(0.0, 1.0)), cutout=4),
+        RandAugment.kekmodel(WeakAugment.imagenet(8), cutout=4),
+        ColorJitter(gray=0.5),
+        WeakAugment.imagenet(8),
+        WeakAugment(size=8),
+    ],
+    ids=["uda, blur", "kekmodel, resized", "jitter", "resized", "crop"],
+)
+def test_operations_and_cuts_read_nothing_back(engine):
+    x, _, u = data()
+    draws = engine.draw_batch(0, 0, 4, 6, 2)
+    engine.build(x, u, draws, 2)  # makes the constants
+    with no_reads():
+        views = engine.build(x, u, draws, 2)
+        engine.normalize(x)
+    assert len(views) == 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.optim.swa_utils import update_bn
 
-from gpu_mixmatch import DaliAugment, KorniaAugment, WeakAugment
+from gpu_mixmatch import DaliAugment, KorniaAugment, RandAugment, WeakAugment
 from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.data.formats.common import ImageData
 from gpu_mixmatch.insight import GuessWatch
@@ -25,6 +25,7 @@ from gpu_mixmatch.recipes.checkpoint import read_checkpoint, write_checkpoint
 from gpu_mixmatch.recipes.choices import AUGMENTS, LOADERS, PRESET_NAMES, make_augment
 from gpu_mixmatch.recipes.models import SmallCNN, build_model, wideresnet28
 from gpu_mixmatch.recipes.train import DivergenceError, TrainConfig, TrainRun, resolved, train
+from tests import pillow
 from tests.digest import parameter_digest
 from tests.image_files import write_parts
 
@@ -182,6 +183,49 @@ def test_engines_have_the_policy_of_the_preset():
     counts = torch.bincount(nearest.indices, minlength=98)
     assert counts[:49].min() > 30  # about 61 are expected
     assert counts[49:].sum() / 4000 == pytest.approx(0.25, abs=0.03)
+
+
+def test_a_strong_engine_is_fixmatchs_and_shrinks_with_images_below_its_32_pixels():
+    weak = WeakAugment(padding=0, flip=0.0, mean=0.0, std=1.0)
+    for size in ((32, 32), (33, 96)):
+        strong = make_augment("strong", weak, *size)
+        assert strong.weak is weak
+        assert strong.chain == RandAugment.fixmatch().chain
+    images = torch.full((3000, 1, 8, 12), 200, dtype=torch.uint8)
+    strong = make_augment("strong", weak, 8, 12)
+    hidden = RandAugment(weak, 0, cutout=strong.chain.cutout)(images) == 0
+    assert int(hidden.flatten(1).sum(1).max()) == 4 * 4
+    moved = {op.name: op.magnitudes for op in strong.chain.ops if op.name.startswith("translate")}
+    assert set(moved) == {"translate_x_rel", "translate_y_rel"}
+    for (name, magnitudes), axis in zip(moved.items(), (2, 1), strict=True):
+        views = RandAugment(weak, 1, {name: magnitudes}, prob=1.0, cutout=0, outside="black")(
+            images
+        )
+        kept = (views[:, 0] > 0).any(3 - axis).sum(1)
+        side = images.shape[axis + 1]
+        assert int(kept.min()) == side - side * 9 // 32
+        assert int(kept.max()) == side
+    # and what it does at its own size is what it does in shares of it
+    ops = strong.chain.ops
+    shares = RandAugment.fixmatch(weak, ops={op.name: op.magnitudes for op in ops})
+    pictures = torch.from_numpy(pillow.pictures(100, 32, 32, 3, 0)).permute(0, 3, 1, 2)
+    assert torch.equal(shares(pictures), RandAugment.fixmatch(weak)(pictures))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_strong_engine_takes_the_smallest_images(size):
+    weak = WeakAugment(padding=0, layout="NCHW")
+    images = torch.arange(4 * size * size, dtype=torch.uint8).view(4, 1, size, size)
+    assert make_augment("strong", weak, size, size)(images).shape == images.shape
+
+
+def test_evaluation_sees_images_as_without_operations():
+    weak, strong = (TrainRun(replace(SHORT, augment=name)) for name in ("weak", "strong"))
+    assert isinstance(strong.augment, RandAugment)
+    images = weak.test_images[:5]
+    assert torch.equal(strong.normalize(images), weak.normalize(images))
+    assert strong.test_error() == weak.test_error()
+    assert weak.state_dict()["normalisation"] == strong.state_dict()["normalisation"]
 
 
 @pytest.mark.parametrize(("size", "padding"), [(32, 4), (96, 12), (7, 0)])
@@ -342,7 +386,7 @@ def test_confidence_is_that_of_the_guesses_since_the_last_evaluation(tmp_path):
     summary = train(SHORT, out)
     entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     run = TrainRun(SHORT)
-    watch = GuessWatch(run.mixmatch)
+    watch = GuessWatch(run.builder)
     for entry in entries:
         take_steps(run, 2)
         assert entry["confidence"] == pytest.approx(watch.read().confidence)
@@ -611,8 +655,8 @@ def test_teacher_changes_the_guess_and_is_not_saved_twice():
     run, plain = TrainRun(config), TrainRun(TrainConfig(steps=4, batch_size=8, ema_decay=0.5))
     for each in (run, plain):
         take_steps(each, 4)
-    assert run.mixmatch.teacher is run.ema
-    assert set(run.mixmatch.state_dict()) == {"seed", "step"}
+    assert run.builder.teacher is run.ema
+    assert set(run.builder.state_dict()) == {"seed", "step"}
     assert parameter_digest(run.model) != parameter_digest(plain.model)
 
 

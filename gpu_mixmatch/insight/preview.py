@@ -12,7 +12,7 @@ from gpu_mixmatch._validation import as_integer, came, check_images_alike, check
 from gpu_mixmatch.augment.base import complete, float_images
 from gpu_mixmatch.insight.canvas import DPI, MOST_NAMED, ROW_PITCH, TO_HEADS, TO_ROWS, WIDTH, Page
 from gpu_mixmatch.insight.next_step import next_step
-from gpu_mixmatch.insight.page import draw_guesses, draw_heading, draw_pairs
+from gpu_mixmatch.insight.page import draw_guesses, draw_heading, draw_pairs, place_views
 from gpu_mixmatch.methods.mixmatch import MixMatch
 from gpu_mixmatch.types import MixMatchBatch
 
@@ -84,12 +84,14 @@ def draw_preview(
     with matplotlib.style.context(["default", {"text.parse_math": False}]):
         guess_rows = min(rows, len(step.means))
         mixed_rows = _rows_to_show(step.batch, rows)
+        originals = float_images(u[:guess_rows], layout)
+        places = place_views(mixmatch, step, originals)
         section = TO_HEADS + TO_ROWS + 0.35
-        tops = 1.25, 1.25 + section + ROW_PITCH * guess_rows
+        tops = 1.25, 1.25 + section + places.pitch * guess_rows
         height = tops[1] + TO_HEADS + TO_ROWS + ROW_PITCH * len(mixed_rows) + 0.1
         page = Page(Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white"))
         draw_heading(page, mixmatch, step)
-        draw_guesses(page, mixmatch, float_images(u[:guess_rows], layout), step, names, top=tops[0])
+        draw_guesses(page, mixmatch, originals, step, places, names, top=tops[0])
         draw_pairs(page, mixmatch, step, mixed_rows, names, top=tops[1])
         page.figure.savefig(path, format="png")
     return path

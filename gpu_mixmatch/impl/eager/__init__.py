@@ -9,6 +9,7 @@ from gpu_mixmatch.impl.eager.consistency_loss import (
     consistency_loss,
     consistency_loss_backward,
     consistency_losses,
+    fairness_loss,
 )
 from gpu_mixmatch.impl.eager.consistency_targets import consistency_targets
 from gpu_mixmatch.impl.eager.draw import draw_batch, prepare
@@ -38,6 +39,7 @@ __all__ = [
     "consistency_losses",
     "consistency_targets",
     "draw_batch",
+    "fairness_loss",
     "guess_labels",
     "guess_statistics",
     "interleave",

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu_mixmatch.impl.eager.guess_labels import wide
+from gpu_mixmatch.impl.eager.guess_labels import one_hot, wide
 from gpu_mixmatch.types import UnlabelledLoss
 
 
@@ -96,6 +96,19 @@ def consistency_loss_backward(
         inner = (missed * probs[num_x:]).sum(dim=-1, keepdim=True)
         of_rows[num_x:] = 2 / logits.shape[1] * probs[num_x:] * (missed - inner)
     out.copy_(factors[:, None] * of_rows)
+
+
+def fairness_loss(logits: Tensor, weights: Tensor, fairness: Tensor) -> Tensor:
+    probs = F.softmax(wide(logits), dim=-1)
+    kept = (weights > 0).to(probs.dtype)
+    count = kept.sum().clamp(min=1)
+    mean = (probs * kept[:, None]).sum(dim=0) / count
+    share = (one_hot(probs.argmax(dim=-1), logits.shape[1]) * kept[:, None]).sum(dim=0) / count
+    # a class that no row is of has no quotient
+    of_class = torch.where(share > 0, mean / share.clamp(min=1e-12), 0.0)
+    of_class = of_class / of_class.sum().clamp(min=1e-12)
+    loss = (fairness * torch.log(of_class + 1e-12)).sum()
+    return torch.where(kept.sum() > 0, loss, 0.0)
 
 
 def _unknown(log_probs: Tensor, targets: Tensor, tsa: Tensor) -> Tensor:
