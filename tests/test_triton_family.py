@@ -14,6 +14,7 @@ import torch
 from gpu_mixmatch import ColorJitter, RandAugment, WeakAugment, _streams, functional, sampling
 from gpu_mixmatch.impl import eager
 from gpu_mixmatch.impl.library import FusedConsistencyLoss
+from gpu_mixmatch.sampling.draws import strong_rows
 from gpu_mixmatch.types import DrawPlan, Weighting
 from tests.no_sync import NoSync
 from tests.skips import skip_without
@@ -95,7 +96,7 @@ def test_weak_rows_are_drawn_without_operations_as_on_the_host(policy, weak_x, w
     expected, _ = sampling.draw_batch(7, 3, 9, 14, plan)
     for name in ("top", "left", "flip", "zoom", "chain"):
         assert torch.equal(getattr(params, name).cpu(), getattr(expected, name)), name
-    strong = sampling.strong_rows(9 + 14 * views, 9, plan)
+    strong = strong_rows(9 + 14 * views, 9, plan)
     assert not expected.chain[: strong.start, :2].any()
     assert not expected.chain[strong.stop :, :2].any()
 
@@ -325,6 +326,17 @@ def test_statistics_equal_eager_but_for_roundings_of_softmax(
         exact = [0, 1, *range(4 + num_classes, 4 + 3 * num_classes)]
         assert torch.equal(sums[exact], expected[exact])
         assert (sums - expected).abs().max() <= 2 * 2**8 * max(num_u, 1)  # of 2^-24 a row
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_guesses_that_are_not_numbers_add_nothing_to_statistics():
+    logits, y = logits_of(9, 5), labels_of(4, 5)
+    clean = statistics(logits[[0, 2, 4, 6, 8]], y)
+    for row, value in ((1, math.nan), (3, math.inf), (5, -math.inf), (7, math.nan)):
+        logits[row, 2 if value != -math.inf else slice(None)] = value
+    sums = statistics(logits, y)
+    assert int(sums[0]) == 9
+    assert torch.equal(sums[1:], clean[1:])
 
 
 def test_statistics_of_parts_add_up_to_those_of_the_whole():
