@@ -629,6 +629,7 @@ CALLS: dict[str, Call] = {
     "paper": Call(presets.paper, lambda: {"dataset": "svhn"}),
     "yu1ut": Call(presets.yu1ut, lambda: {"dataset": "svhn"}),
     "usb": Call(presets.usb, lambda: {"dataset": "svhn"}),
+    "ict": Call(presets.ict, lambda: {"dataset": "svhn"}),
     # data
     "SemiSupervisedLoader": Call(
         lambda **arguments: first_batch(gm.SemiSupervisedLoader(**arguments)),

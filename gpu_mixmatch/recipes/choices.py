@@ -24,10 +24,12 @@ _OF_METHODS = {
     "flexmatch": presets.flexmatch,
     "mean_teacher": presets.mean_teacher,
     "pi_model": presets.pi_model,
+    "ict": presets.ict,
     "remixmatch": presets.remixmatch,
 }
 METHODS = ("mixmatch", *_OF_METHODS)
-_GUESS_FIRST = ("mixmatch", "remixmatch", "mean_teacher")
+TAUGHT = ("mean_teacher", "ict")  # by an average of the model
+_GUESS_FIRST = ("mixmatch", "remixmatch", *TAUGHT)
 GUESSES = ("first", "loss")
 MOST_FAST_VIEWS = 2  # strong views of the unlabelled images of a step, per labelled image
 AUGMENTS = ("weak", "strong", "kornia", "dali")

@@ -20,6 +20,7 @@ NAMES = {
     "softmatch": "SoftMatch",
     "mean_teacher": "mean teachers",
     "pi_model": "Π-model",
+    "ict": "ICT",
 }
 ROWS = (SUPERVISED, *(Row(key, name, {"method": key}) for key, name in NAMES.items()))
 _DASHES = ("-", "--", "-.", ":")

@@ -56,6 +56,7 @@ from gpu_mixmatch.recipes.choices import (
     LOADERS,
     METHODS,
     PRESET_NAMES,
+    TAUGHT,
     choose_builder,
     choose_decay,
     choose_filters,
@@ -113,7 +114,7 @@ class TrainConfig:
         rampup_steps: Of λ_U; None takes the preset's, and at most half of the run.
         ema_decay: Of the evaluated weights; None takes the preset's, and at most 1 - 10 / steps,
             so that a short run forgets its start.
-        ema_teacher: Let the averaged model guess, as it does for "mean_teacher" anyway.
+        ema_teacher: Let the averaged model guess, as it does for "mean_teacher" and "ict" anyway.
         builder: Keyword arguments of the method that replace the preset's.
         eval_every: Steps between evaluations; 0 takes a twentieth of the run.
         planned_steps: Length that BatchNorm's momentum and a default of ``lambda_u``,
@@ -359,7 +360,7 @@ class TrainRun:
         self.weak = weak
         self.normalize = weak.normalize
         self.augment = make_augment(config.augment, weak, height, width)
-        has_teacher = config.ema_teacher or config.method == "mean_teacher"
+        has_teacher = config.ema_teacher or config.method in TAUGHT
         self.builder = make_builder(
             self.preset,
             data.num_classes,
