@@ -13,8 +13,10 @@ from gpu_mixmatch import (
     FlexThreshold,
     FreeMatch,
     FreeThreshold,
+    RandAugment,
     SoftMatch,
     SoftThreshold,
+    WeakAugment,
 )
 from tests.family import ADAPTIVE, ENGINES, NUM_CLASSES, B, M, data_of, labelled_batch, net
 
@@ -76,6 +78,54 @@ def test_two_methods_may_share_what_remembers_nothing():
     threshold = FixedThreshold(0.9)
     assert FixMatch(*ENGINES, threshold=threshold).threshold is threshold
     assert FixMatch(*ENGINES, threshold=threshold).threshold is threshold
+
+
+# Engines
+
+
+def weak_engines():
+    return {
+        "weak": WEAK,
+        "another weak one": WeakAugment(4),
+        "no operations": RandAugment(WEAK, num_ops=0, cutout=0),
+        "never applied": RandAugment(WEAK, prob=0.0, cutout=0),
+        "identity": RandAugment(WEAK, ops=["identity"], cutout=(0, 0)),
+    }
+
+
+@pytest.mark.parametrize("name", weak_engines())
+@pytest.mark.parametrize("method", [FixMatch, SoftMatch, FreeMatch])
+def test_a_strong_engine_that_is_weak_is_refused(method, name):
+    with raises(ValueError, "strong must change images more than weak does, as RandAugment."):
+        method(WEAK, weak_engines()[name], NUM_CLASSES)
+
+
+def test_engines_the_wrong_way_round_and_one_for_both_are_refused():
+    for weak, strong in ((STRONG, WEAK), (STRONG, STRONG)):
+        with raises(ValueError, "strong must change images more than weak does, as RandAugment."):
+            FixMatch(weak, strong, NUM_CLASSES)
+
+
+def test_a_strong_engine_that_becomes_weak_is_refused():
+    builder = FixMatch(*ENGINES)
+    builder.strong = WeakAugment(2)
+    with raises(ValueError, "strong must change images more than weak does, as RandAugment."):
+        labelled_batch(builder)
+
+
+@pytest.mark.parametrize(
+    "strong", [RandAugment(WEAK, num_ops=0, cutout=2), RandAugment(WEAK, cutout=0)], ids=str
+)
+def test_a_cutout_or_an_operation_alone_is_strong(strong):
+    assert len(labelled_batch(FixMatch(WEAK, strong, NUM_CLASSES)).inputs) == B + M
+
+
+@pytest.mark.parametrize("engine", ["strong", None, 3], ids=str)
+@pytest.mark.parametrize("name", ["weak", "strong"])
+def test_engines_are_engines_or_callables(name, engine):
+    engines = {"weak": WEAK, "strong": STRONG, name: engine}
+    with raises(TypeError, "must be an engine such as WeakAugment.cifar10()"):
+        FixMatch(**engines, num_classes=NUM_CLASSES)
 
 
 # Switches that are set later

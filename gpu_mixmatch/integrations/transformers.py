@@ -87,6 +87,7 @@ class MixMatchTrainer(Trainer):
         check_kind("args", args, TrainingArguments, "TrainingArguments")
         method = _method(method, mixmatch)
         check_criterion(criterion)
+        guess_first = as_guess_first(guess_first, method)
         image, label = as_text("image", image), as_text("label", label)
         ratio = as_integer("ratio", ratio, least=1, most=MOST_IMAGES)
         _check_arguments(args, options, method)
@@ -99,7 +100,7 @@ class MixMatchTrainer(Trainer):
         )
         self.method = method.to(args.device)
         self.criterion = criterion
-        self.guess_first = as_guess_first(guess_first, method)
+        self.guess_first = guess_first
         self.unlabelled_dataset = unlabelled_dataset
         self.ratio = ratio
         self.image = image

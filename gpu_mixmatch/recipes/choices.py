@@ -28,8 +28,8 @@ _OF_METHODS = {
     "remixmatch": presets.remixmatch,
 }
 METHODS = ("mixmatch", *_OF_METHODS)
-TAUGHT = ("mean_teacher", "ict")  # by an average of the model
-_GUESS_FIRST = ("mixmatch", "remixmatch", *TAUGHT)
+WITH_TEACHER = ("mean_teacher", "ict")
+_GUESS_FIRST = ("mixmatch", "remixmatch", *WITH_TEACHER)
 GUESSES = ("first", "loss")
 MOST_FAST_VIEWS = 2  # strong views of the unlabelled images of a step, per labelled image
 AUGMENTS = ("weak", "strong", "kornia", "dali")

@@ -56,7 +56,7 @@ from gpu_mixmatch.recipes.choices import (
     LOADERS,
     METHODS,
     PRESET_NAMES,
-    TAUGHT,
+    WITH_TEACHER,
     choose_builder,
     choose_decay,
     choose_filters,
@@ -360,7 +360,7 @@ class TrainRun:
         self.weak = weak
         self.normalize = weak.normalize
         self.augment = make_augment(config.augment, weak, height, width)
-        has_teacher = config.ema_teacher or config.method in TAUGHT
+        has_teacher = config.ema_teacher or config.method in WITH_TEACHER
         self.builder = make_builder(
             self.preset,
             data.num_classes,
