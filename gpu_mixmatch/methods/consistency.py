@@ -12,6 +12,7 @@ from gpu_mixmatch._validation import (
     as_smoothing,
     as_temperature,
     check_device,
+    check_float,
     check_same_images,
 )
 from gpu_mixmatch.methods.alignment import DistributionAlignment
@@ -269,6 +270,7 @@ class PendingGuess:
                 "second one for the same batch: keep `logits, batch = batch.complete(logits)` and "
                 "give these to the loss"
             )
+        check_float("logits", logits)
         self.builder.look_at_guess(logits)
         check_device("y", self.y, "logits", logits)
         self.was_made = True
