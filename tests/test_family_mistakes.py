@@ -159,7 +159,7 @@ def test_one_pass_is_one_and_a_guess_before_it_moves_no_statistics(order):
 def test_a_guess_by_batch_statistics_is_of_the_weak_views_alone():
     model = ConvNet(NUM_CLASSES)
     x, y, u, _ = data_of()
-    builder = FixMatch(*ENGINES, threshold=0.0, temperature=1.0)
+    builder = FixMatch(*ENGINES, threshold=None, temperature=1.0)
     batch = builder(x, y, u, model)
     weak = FixMatch(*ENGINES)(x, y, u).inputs[B + M :]
     with torch.no_grad():
