@@ -109,6 +109,19 @@ class Consistency(WeakStrongBuilder):
         threshold = self.threshold
         return threshold.needs_sums or threshold.needs_ids or self.alignment is not None
 
+<<<<<<< HEAD
+=======
+    @property
+    def _views(self) -> WeakAndStrong:
+        if not torch.compiler.is_compiling():  # else the constructor has looked
+            self._check_engines()
+        num_strong = as_integer("num_strong", self.num_strong, least=1, most=MOST_VIEW - 1)
+        return WeakAndStrong(self.weak, self.strong, num_strong, self.strong_x)
+
+    def _check_engines(self) -> None:
+        """Raise where engines cannot be right for a method."""
+
+>>>>>>> oracle14
     def forward(
         self,
         x: Tensor,
@@ -256,7 +269,6 @@ class PendingGuess:
         self.ids_u = ids_u
         self.was_made = False
 
-    @torch.no_grad()
     def __call__(self, logits: Tensor) -> Guess:
         """Make targets and weights of all rows from the logits of the weak views, ``[M, L]``.
 
@@ -271,7 +283,8 @@ class PendingGuess:
                 "give these to the loss"
             )
         check_float("logits", logits)
-        self.builder.look_at_guess(logits)
-        check_device("y", self.y, "logits", logits)
-        self.was_made = True
-        return self.builder.label(self.y, logits, self.ids_u)
+        with torch.no_grad():  # as a decorator it is nothing that a compiler can trace
+            self.builder.look_at_guess(logits)
+            check_device("y", self.y, "logits", logits)
+            self.was_made = True
+            return self.builder.label(self.y, logits, self.ids_u)

@@ -261,4 +261,4 @@ def as_threshold(threshold: Any) -> Threshold:
             "threshold must be a number in (0, 1], an object such as FreeThreshold(), or None, got "
             f"{came(threshold)}"
         )
-    return FixedThreshold(None if threshold is None else float(threshold))
+    return FixedThreshold(threshold)  # type: ignore[arg-type]
