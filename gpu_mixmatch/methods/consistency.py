@@ -109,19 +109,6 @@ class Consistency(WeakStrongBuilder):
         threshold = self.threshold
         return threshold.needs_sums or threshold.needs_ids or self.alignment is not None
 
-<<<<<<< HEAD
-=======
-    @property
-    def _views(self) -> WeakAndStrong:
-        if not torch.compiler.is_compiling():  # else the constructor has looked
-            self._check_engines()
-        num_strong = as_integer("num_strong", self.num_strong, least=1, most=MOST_VIEW - 1)
-        return WeakAndStrong(self.weak, self.strong, num_strong, self.strong_x)
-
-    def _check_engines(self) -> None:
-        """Raise where engines cannot be right for a method."""
-
->>>>>>> oracle14
     def forward(
         self,
         x: Tensor,
