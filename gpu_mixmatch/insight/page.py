@@ -102,18 +102,18 @@ def draw_guesses(
                       color=GREY)  # fmt: skip
         for view, left in enumerate(lefts[1:]):
             row = num_labelled + view * num_unlabelled + number
-            drawn = _draws_in_words(step.draws, row, mixmatch.augment) if columns <= 5 else ""
+            drawn = draws_in_words(step.draws, row, mixmatch.augment) if columns <= 5 else ""
             width = int((side + gap) / CHARACTER_WIDTH) - 1
             lines = 3 + int((IMAGE_SIDE - side) / LINE_HEIGHT)
             caption = textwrap.wrap(drawn, width, max_lines=lines, placeholder=" …")
-            page.picture(_displayable(step.images[row], mixmatch.augment), left, y, side,
+            page.picture(displayable(step.images[row], mixmatch.augment), left, y, side,
                          "\n".join(caption))  # fmt: skip
         sharpened = step.targets[num_labelled + number]
         scale = number == 0
         page.bars([(step.means[number], GUESS_COLOR)], BARS_LEFT[0], y, names, scale=scale)
         page.bars([(sharpened, SHARPENED_COLOR)], BARS_LEFT[1], y, None, scale=scale)
         for left, values in zip(BARS_LEFT, (step.means[number], sharpened), strict=True):
-            largest = f"largest: {_largest_class(values, names)}"
+            largest = f"largest: {largest_class(values, names)}"
             page.text(left, y + IMAGE_SIDE + TO_CAPTION, largest, 8)
 
 
@@ -155,10 +155,10 @@ def draw_pairs(
         y = body + number * ROW_PITCH
         partner, weight = int(index[row]), float(lam[row])
         for left, source, color in ((lefts[0], row, ROW_COLOR), (lefts[1], partner, PARTNER_COLOR)):
-            image = _displayable(step.images[source], mixmatch.augment)
+            image = displayable(step.images[source], mixmatch.augment)
             page.picture(image, left, y, IMAGE_SIDE, _row_caption(step, source, names), color)
         part = "X'" if row < step.batch.num_labelled else "U'"
-        mixed = _displayable(step.batch.inputs[row], mixmatch.augment)
+        mixed = displayable(step.batch.inputs[row], mixmatch.augment)
         page.picture(mixed, lefts[2], y, IMAGE_SIDE, f"row {row} of the batch, in {part}", INK)
         for middle, factor, sign, color in (
             (middles[0], weight, "+", ROW_COLOR),
@@ -176,7 +176,7 @@ def draw_pairs(
             page.text(BARS_LEFT[1] + 0.55, y + 0.57 + 0.3 * line, names[label], 13)
 
 
-def _displayable(image: Tensor, augment: Any) -> Tensor:
+def displayable(image: Tensor, augment: Any) -> Tensor:
     """Undo the normalisation of ``image``, ``[C, H, W]``; if it is unknown, stretch to [0, 1]."""
     normalisation = complete(augment).normalisation
     if normalisation is None:
@@ -186,7 +186,7 @@ def _displayable(image: Tensor, augment: Any) -> Tensor:
     return (image * std + mean).clamp(0, 1)
 
 
-def _draws_in_words(draws: Any, row: int, augment: Any) -> str:
+def draws_in_words(draws: Any, row: int, augment: Any) -> str:
     """Say in a few words what was drawn for a view, where the draws are those of a policy."""
     if not isinstance(draws, AugmentParams | ChainParams):
         return ""
@@ -215,12 +215,13 @@ def _row_caption(step: NextStep, row: int, names: Sequence[str]) -> str:
     target = step.targets[row]
     if row < step.batch.num_labelled:
         certain = float(target.max()) == 1
-        label = names[int(target.argmax())] if certain else _largest_class(target, names)
+        label = names[int(target.argmax())] if certain else largest_class(target, names)
         return f"labelled {row}\nlabel: {label}"
     view, number = divmod(row - step.batch.num_labelled, len(step.means))
-    return f"unlabelled {number}, view {view + 1}\nguess: {_largest_class(target, names)}"
+    return f"unlabelled {number}, view {view + 1}\nguess: {largest_class(target, names)}"
 
 
-def _largest_class(values: Tensor, names: Sequence[str]) -> str:
+def largest_class(values: Tensor, names: Sequence[str]) -> str:
+    """Name the most probable class, and how probable it is."""
     label = int(values.argmax())
     return f"{names[label]} ({float(values[label]):.2f})"
