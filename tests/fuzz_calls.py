@@ -570,6 +570,16 @@ CALLS: dict[str, Call] = {
     "paper": Call(presets.paper, lambda: {"dataset": "svhn"}),
     "yu1ut": Call(presets.yu1ut, lambda: {"dataset": "svhn"}),
     "usb": Call(presets.usb, lambda: {"dataset": "svhn"}),
+    "fixmatch": Call(presets.fixmatch, lambda: {"dataset": "svhn"}),
+    "uda": Call(presets.uda, lambda: {"dataset": "svhn"}),
+    "softmatch": Call(presets.softmatch, lambda: {"dataset": "svhn"}),
+    "freematch": Call(presets.freematch, lambda: {"dataset": "svhn"}),
+    "flexmatch": Call(presets.flexmatch, lambda: {"dataset": "svhn"}),
+    "mean_teacher": Call(presets.mean_teacher, lambda: {"dataset": "svhn"}),
+    "pi_model": Call(presets.pi_model, lambda: {"dataset": "svhn"}),
+    "ict": Call(presets.ict, lambda: {"dataset": "svhn"}),
+    "ict_reference": Call(presets.ict_reference, lambda: {"dataset": "svhn"}),
+    "remixmatch": Call(presets.remixmatch, lambda: {"dataset": "svhn"}),
     # data
     "SemiSupervisedLoader": Call(
         lambda **arguments: first_batch(gm.SemiSupervisedLoader(**arguments)),
