@@ -10,6 +10,7 @@
 - ``remedies``: what to do on the photograph tiles, where it loses.
 - ``collapse``: a run whose λ_U is too strong for its length.
 - ``strong``: strong views beside weak ones, on the test images; no default follows from it.
+- ``orders``: FixMatch's guesses in the training pass or before it, on the test images.
 
 Each run is a line in ``--runs`` once it has ended, and is not trained again: a killed command goes
 on where it was, and two at once share the work. ``--fashion`` is the folder of Fashion-MNIST's
@@ -223,6 +224,11 @@ def weight(lambda_u: float, ramp: float) -> Contender:
     span = f"ramp over {ramp:.0%}".replace("%", " %") if ramp else "no ramp"
     label = f"λ_U {lambda_u:g}, {span}"
     return Contender(f"{lambda_u:g}-{ramp:g}", label, {"lambda_u": float(lambda_u), "ramp": ramp})
+
+
+def in_order(guess: str) -> dict[str, Any]:
+    """FixMatch with its guess "first" or in the "loss"."""
+    return {"method": "fixmatch", "batch_size": 16, "ratio": 7, "guess": guess}
 
 
 OURS = Contender("ours", "defaults")
@@ -450,7 +456,21 @@ PARTS: dict[str, tuple[Part, ...]] = {
             ),
         ),
     ),
+    "orders": (
+        Part(
+            {"fashion-28": (TEST_SEEDS[:3], 600)},
+            (
+                Contender(
+                    "supervised", "supervised only", {"batch_size": 16, **SUPERVISED.settings}
+                ),
+                Contender("loss", "FixMatch, guess in the loss, one pass", in_order("loss")),
+                Contender("first", "FixMatch, guess first", in_order("first")),
+            ),
+        ),
+    ),
 }
+# Images of a step where they are not 64 + 64: labelled, and unlabelled per labelled one
+BATCHES = {"orders": {"batch_size": 16, "ratio": 7}}
 
 
 def main() -> None:
@@ -480,7 +500,7 @@ def write(name: str, found: list[Row], folder: Path) -> Path:
         [1],
         commit=commit(),
     )
-    config = {"model": "cnn", "batch_size": 64, "preset": "fast"}
+    config = {"model": "cnn", "batch_size": 64, "preset": "fast", **BATCHES.get(name, {})}
     seeds = sorted({seed for row in found for seed in row["seeds"]})
     content = described | {"config": config, "seeds": seeds, "rows": found}
     path = folder / f"{name}-learning--{described['machine']}.json"

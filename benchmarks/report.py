@@ -229,7 +229,7 @@ def _source(content: Content, rows: list[Row], remark: str = "", *, brief: bool 
         lengths = f"{', '.join(others)} or {last}" if others else last
         judged = "held-out training" if content["rows"][0]["on"] == "held" else "test"
         config = content["config"]
-        batch = f"{config['batch_size']} + {config['batch_size']}"
+        batch = f"{config['batch_size']} + {config['batch_size'] * config.get('ratio', 1)}"
         return (
             f"{start}{lengths} steps of {batch} images, errors on {judged} images, model "
             f"`{config['model']}`, {place(content)}, {threads(rows[0])}, {content['date']}, "

@@ -214,6 +214,11 @@ def first_batch(loader: Any) -> Any:
     return next(iter(loader))
 
 
+# arguments of `switches` that all methods have
+_OF_ALL = (
+    *("augment", "num_classes", "guess_bn", "teacher", "label_smoothing", "logits_getter"),
+    *("reuse_buffers", "seed", "impl"),
+)
 KEY = {"seed": 1, "step": 2}
 IDS = {"ids_x": torch.arange(4), "ids_u": 5}
 LENGTH = ("length of the labelled data set", "length of the unlabelled data set")
@@ -558,6 +563,60 @@ CALLS: dict[str, Call] = {
     "MixMatchLoss.forward": Call(
         gm.MixMatchLoss(), lambda: {"logits": torch.rand(14, CLASSES), "batch": batch()}
     ),
+    "ICT": Call(
+        gm.ICT,
+        lambda: {
+            **{name: value for name, value in switches().items() if name in _OF_ALL},
+            "alpha": 1.0,
+            "lam": "batch",
+            "mix": "unlabelled",
+            "partner": "reversed",
+            "blend": "probs",
+        },
+    ),
+    "ICT.forward": Call(
+        lambda **arguments: gm.ICT(weak(), CLASSES)(**arguments),
+        lambda: {**step_arguments(), "key": None},
+        names={"x": ("images",)},
+    ),
+    "ReMixMatch": Call(
+        gm.ReMixMatch,
+        lambda: {
+            **{name: value for name, value in switches().items() if name in _OF_ALL[1:]},
+            "weak": weak(),
+            "strong": weak(),
+            "num_strong": 2,
+            "rotation": True,
+            "temperature": 0.5,
+            "alignment": None,
+            "alpha": 0.75,
+            "lam": "sample",
+        },
+    ),
+    "ReMixMatch.forward": Call(
+        lambda **arguments: gm.ReMixMatch(weak(), weak(), CLASSES, num_strong=1)(**arguments),
+        lambda: {**step_arguments(), "key": None},
+        names={"x": ("images",)},
+    ),
+    "ReMixMatchLoss": Call(
+        gm.ReMixMatchLoss,
+        lambda: {
+            "lambda_mix": 1.5,
+            "lambda_kl": 0.5,
+            "lambda_rot": 0.5,
+            "rampup_steps": 10,
+            "impl": "auto",
+        },
+    ),
+    "ReMixMatchLoss.forward": Call(
+        gm.ReMixMatchLoss(),
+        lambda: {
+            "logits": torch.rand(19, CLASSES),
+            "batch": gm.ReMixMatch(weak(), weak(), CLASSES, num_strong=1)(
+                images(), random_labels(4, CLASSES), images(5), PooledNet(CLASSES)
+            ),
+        },
+    ),
     "capture": Call(
         gm.capture,
         lambda: {
@@ -570,16 +629,13 @@ CALLS: dict[str, Call] = {
     "paper": Call(presets.paper, lambda: {"dataset": "svhn"}),
     "yu1ut": Call(presets.yu1ut, lambda: {"dataset": "svhn"}),
     "usb": Call(presets.usb, lambda: {"dataset": "svhn"}),
-    "fixmatch": Call(presets.fixmatch, lambda: {"dataset": "svhn"}),
-    "uda": Call(presets.uda, lambda: {"dataset": "svhn"}),
-    "softmatch": Call(presets.softmatch, lambda: {"dataset": "svhn"}),
-    "freematch": Call(presets.freematch, lambda: {"dataset": "svhn"}),
-    "flexmatch": Call(presets.flexmatch, lambda: {"dataset": "svhn"}),
-    "mean_teacher": Call(presets.mean_teacher, lambda: {"dataset": "svhn"}),
-    "pi_model": Call(presets.pi_model, lambda: {"dataset": "svhn"}),
-    "ict": Call(presets.ict, lambda: {"dataset": "svhn"}),
-    "ict_reference": Call(presets.ict_reference, lambda: {"dataset": "svhn"}),
-    "remixmatch": Call(presets.remixmatch, lambda: {"dataset": "svhn"}),
+    **{
+        name: Call(getattr(presets, name), lambda: {"dataset": "svhn"})
+        for name in (
+            *("fixmatch", "uda", "softmatch", "freematch", "flexmatch", "mean_teacher"),
+            *("pi_model", "ict", "ict_reference", "remixmatch"),
+        )
+    },
     # data
     "SemiSupervisedLoader": Call(
         lambda **arguments: first_batch(gm.SemiSupervisedLoader(**arguments)),
@@ -739,6 +795,8 @@ NOT_CALLED = {
     "MixUpParams",
     "Preset",
     "Purpose",
+    "ReMixMatchBatch",
+    "ReMixMatchLossOutput",
     "SemiSupervisedBatch",
     "Words",
     "__version__",

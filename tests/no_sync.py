@@ -73,7 +73,7 @@ _LOOKS = {
     "check_chain_draws": (_validation,),
     "check_mixup_values": (_validation,),
     "check_scalar": (_validation,),
-    "check_finite": (mixmatch,),
+    "check_finite": (_validation, mixmatch),
 }
 
 

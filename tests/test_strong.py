@@ -14,7 +14,6 @@ from gpu_mixmatch._chain import columns, entries, slots_of
 from gpu_mixmatch.impl import impl_of
 from gpu_mixmatch.impl.eager.chain import run_slots
 from gpu_mixmatch.impl.tables import chain_tables
-from gpu_mixmatch.insight.page import _draws_in_words
 from gpu_mixmatch.types import AugmentParams, Chain, ChainParams, Cut, DrawPlan, Op
 from tests import pillow
 from tests.factories import random_images
@@ -269,12 +268,19 @@ def test_posterize_keeps_bits_and_is_never_black():
         RandAugment(ops={"posterize": [0]})
     with pytest.raises(ValueError, match="which would keep no bit"):
         RandAugment(levels=[10])
+    bytes_of = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    chain = Chain((Op("posterize", tuple(map(float, range(1, 9)))),))
+    slots = torch.arange(1, 9, dtype=torch.int32)[:, None]
+    for bits, kept in enumerate(changed_by(chain, bytes_of.expand(8, -1, -1, -1), slots), 1):
+        lost = 2 ** (8 - bits)
+        assert torch.equal(kept.flatten().int(), torch.arange(256).int() // lost * lost)
 
 
 @pytest.mark.parametrize(("preset", "side"), [("fixmatch", 16), ("uda", 16), ("kekmodel", 17)])
-def test_a_cutout_hides_as_many_pixels_as_it_says(preset, side):
-    engine = getattr(RandAugment, preset)(WeakAugment(0, flip=0.0, **PLAIN), num_ops=0)
-    images = torch.full((2000, 3, 48, 48), 200, dtype=torch.uint8)
+def test_a_cutout_hides_as_many_pixels_as_it_says(preset, side, impl):
+    still = WeakAugment(0, flip=0.0, impl=impl, **PLAIN)
+    engine = getattr(RandAugment, preset)(still, num_ops=0)
+    images = torch.full((800, 3, 48, 48), 200, dtype=torch.uint8)
     hidden = engine(images)[:, 0] != 200 * torch.tensor(1 / 255)
     counts = Counter(hidden.flatten(1).sum(1).tolist())
     assert max(counts) == side * side
@@ -287,12 +293,12 @@ def test_a_cutout_hides_as_many_pixels_as_it_says(preset, side):
         )
 
 
-def test_a_cutout_of_a_share_is_at_most_that_of_the_width():
-    engine = RandAugment.usb(WeakAugment(0, flip=0.0, **PLAIN), num_ops=0)
+def test_a_cutout_of_a_share_is_at_most_that_of_the_width(impl):
+    engine = RandAugment.usb(WeakAugment(0, flip=0.0, impl=impl, **PLAIN), num_ops=0)
     images = torch.full((500, 3, 40, 40), 255, dtype=torch.uint8)
     hidden = engine(images)[:, 0] != 1
     sides = hidden.any(2).sum(1)
-    assert 16 <= int(sides.max()) <= 20
+    assert 18 <= int(sides.max()) <= 20
     assert int(sides.min()) == 0
 
 
@@ -377,7 +383,9 @@ def test_evaluation_sees_the_centre_of_an_image():
         whole = WeakAugment(0, mean=weak.mean, std=weak.std).normalize(images)
         assert torch.equal(weak.normalize(images), whole[..., 2:10, 3:11])
         assert torch.equal(RandAugment.fixmatch(weak).normalize(images), whole[..., 2:10, 3:11])
-    with pytest.raises(ValueError, match="size must be at most that of the images, 12 x 15"):
+    with pytest.raises(
+        ValueError, match="images must be at least as large as views, 13 x 13 pixels"
+    ):
         WeakAugment.imagenet(13).normalize(images)
 
 
@@ -560,16 +568,6 @@ def test_repr_shows_the_whole_policy():
     assert "outside='black'" in text
     assert "padding=4" in text
     assert "gray=0.2" in repr(ColorJitter(gray=0.2))
-
-
-def test_a_preview_names_the_operations_of_a_view():
-    engine = RandAugment(STILL, ops={"rotate": [-9], "equalize": [0]}, prob=1.0, cutout=0)
-    params = engine.draw(0, 0, 20)
-    words = {_draws_in_words(params, row, engine) for row in range(20)}
-    space = "\N{NO-BREAK SPACE}"
-    assert f"rotate{space}-9, equalize" in words
-    assert f"rotate{space}-9, rotate{space}-9" in words
-    assert len(words) == 4
 
 
 def with_ids(ids, count=2):

@@ -2,7 +2,11 @@
 
 import importlib
 import itertools
+import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -472,3 +476,30 @@ def test_each_operation_takes_one_launch(launches):
         "consistency_loss_kernel",
         "consistency_loss_backward_kernel",
     ]
+
+
+# Machine code
+
+
+@pytest.mark.slow
+def test_kernels_do_not_spill_and_a_batch_of_another_size_is_no_other_kernel():
+    """Compiled without a GPU."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.family_kernels"),
+            *("--arch", "90", "--classes", "10"),
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert len({row["kernel"] for row in rows}) == 8
+    for row in rows:
+        assert row["stack"] == row["local_accesses"] == 0, row
+        assert row["variants"] == 1, row
+        assert row["registers"] <= 96, row

@@ -110,7 +110,12 @@ class KeyedAugment(NormalizedViews):
         check_pixels("images", images)
         images = images.permute(0, 3, 1, 2) if nhwc else images
         if cut and cut.size:
-            tall, wide = view_size(cut._replace(area=None), height, width)
+            tall, wide = cut.size
+            if tall > height or wide > width:
+                raise ValueError(
+                    f"images must be at least as large as views, {tall} x {wide} pixels, since "
+                    f"evaluation takes the centre, got {height} x {width}: resize them before"
+                )
             top, left = (height - tall) // 2, (width - wide) // 2
             images = images[..., top : top + tall, left : left + wide]
         return self.normalize_nchw(images)

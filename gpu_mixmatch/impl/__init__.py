@@ -189,7 +189,8 @@ class Implementation(Protocol):
             y: ``[B]`` integers or ``[B, L]`` distributions.
             out: ``[4 + 3·L]`` int64: M, B, then, of the guesses p = softmax(logits) in float32, in
                 2^-32 and cut off after it: the sum of max p and of its square; of every class the
-                sum of p, how often it is argmax p (the first of equals), and the sum of y.
+                sum of p, how often it is argmax p (the first of equals), and the sum of y. A guess
+                that is not a number adds to M alone.
         """
 
     def update_averages(
@@ -265,7 +266,8 @@ class Implementation(Protocol):
         Args:
             y: ``[B]`` integers or ``[B, L]`` distributions.
             logits: Of the weak views, ``[M, L]``, floating point, of any strides.
-            weighting: What becomes of guesses. The first of equals is the largest.
+            weighting: What becomes of guesses. The first of equals is the largest. Where σ² is 0,
+                "soft" gives 1 to what is at least μ and 0 to the others.
             label_smoothing: Share of the uniform distribution in the labelled rows.
             out: ``[B + S·M, L]`` float32 targets, the guesses once per strong view, and
                 ``[B + S·M]`` float32 weights, 1 for x.

@@ -67,6 +67,8 @@ class BatchBuilder(nn.Module):
         step: Number of batches built, a 0-d int64 tensor on the CPU; the draws of the next batch
             depend on it.
         switches: Names of the attributes that say how a method differs from its defaults.
+        guesses_in_loss: Whether batches may be built without a model: the loss then guesses, by the
+            logits of the batch itself.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -74,6 +76,7 @@ class BatchBuilder(nn.Module):
     """
 
     switches: ClassVar[tuple[str, ...]] = ("num_classes",)
+    guesses_in_loss: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -150,6 +153,14 @@ class BatchBuilder(nn.Module):
     def teacher(self) -> nn.Module | None:
         """The model that guesses, or None where the model of the call does."""
         return self._teacher[0]
+
+    def for_loss(self, outputs: Any) -> Any:
+        """Take what the method's loss compares with a batch out of the model's outputs: the logits.
+
+        Raises:
+            TypeError: If there are none.
+        """
+        return get_logits(outputs, self.logits_getter)
 
     def register_guess_hook(self, hook: Callable[[Tensor], None]) -> RemovableHandle:
         """Call ``hook(logits)`` with the logits of all views, ``[K, M, L]``, of every guess.
@@ -337,7 +348,7 @@ class BatchBuilder(nn.Module):
     ) -> None:
         mine = {prefix + "seed", prefix + "step"}
         missing_keys.extend(sorted(mine - state_dict.keys()))
-        for key in state_dict.keys() - mine:
+        for key in sorted(state_dict.keys() - mine):
             first = key.removeprefix(prefix).split(".", 1)
             if key.startswith(prefix) and (len(first) == 1 or first[0] not in self._modules):
                 unexpected_keys.append(key)

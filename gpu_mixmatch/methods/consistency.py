@@ -8,7 +8,12 @@ from torch import Tensor, nn
 
 from gpu_mixmatch import _ranks, _unchecked
 from gpu_mixmatch._keys import CountedKey
-from gpu_mixmatch._validation import check_device, check_same_images
+from gpu_mixmatch._validation import (
+    as_smoothing,
+    as_temperature,
+    check_device,
+    check_same_images,
+)
 from gpu_mixmatch.methods.alignment import DistributionAlignment
 from gpu_mixmatch.methods.base import as_ids_of_rows
 from gpu_mixmatch.methods.passes import GuessBatchNorm, Model, check_model
@@ -54,6 +59,7 @@ class Consistency(WeakStrongBuilder):
     """
 
     switches = (*("num_classes", "num_strong", "temperature", "guess_bn", "label_smoothing"),)
+    guesses_in_loss = True
 
     def __init__(
         self,
@@ -92,7 +98,7 @@ class Consistency(WeakStrongBuilder):
             seed=seed,
             impl=impl,
         )
-        threshold.bind(self.num_classes)
+        threshold.begin("threshold", self.num_classes)
         self.threshold = threshold
         self._finish()
 
@@ -216,11 +222,12 @@ class Consistency(WeakStrongBuilder):
         if self.alignment is not None:
             assert sums is not None
             ratio = self.alignment.ratio(sums, self.impl)
-        temperature = 0.0 if self.temperature is None else self.temperature
+        temperature = 0.0 if self.temperature is None else as_temperature(self.temperature)
         base = Weighting(temperature, ratio=ratio)
         weighting = self.threshold.weighting(sums, base, self.impl)
+        smoothing = as_smoothing(self.label_smoothing)
         targets, weights = _unchecked.consistency_targets(
-            y, logits, weighting, self.label_smoothing, self.num_strong, self.impl
+            y, logits, weighting, smoothing, self.num_strong, self.impl
         )
         if self.threshold.needs_ids:
             assert ids_u is not None
@@ -262,7 +269,7 @@ class PendingGuess:
                 "second one for the same batch: keep `logits, batch = batch.complete(logits)` and "
                 "give these to the loss"
             )
-        self.was_made = True
         self.builder.look_at_guess(logits)
         check_device("y", self.y, "logits", logits)
+        self.was_made = True
         return self.builder.label(self.y, logits, self.ids_u)

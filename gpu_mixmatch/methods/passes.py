@@ -19,6 +19,7 @@ from gpu_mixmatch._validation import (
     check_groups,
 )
 from gpu_mixmatch.methods.layers import buffers_kept, check_guessable, norm_flags
+from gpu_mixmatch.methods.state import GuessState
 from gpu_mixmatch.types import ConsistencyBatch, MixMatchBatch, ReMixMatchBatch
 
 Model = nn.Module | Callable[[Tensor], Any]
@@ -165,7 +166,10 @@ def guess_mode(model: Model, guess_bn: GuessBatchNorm) -> Iterator[None]:
 
 
 def modules_of(model: Model) -> list[nn.Module]:
-    """Return all modules behind what is called, as far as they can be seen; a function has none."""
+    """Return all modules behind what is called, as far as they can be seen; a function has none.
+
+    What a builder has learnt, where the model holds the builder, is no part of the model.
+    """
     while isinstance(model, functools.partial):
         model = model.func
     owner = getattr(model, "__self__", model)  # of a bound method, such as model.forward
@@ -176,7 +180,7 @@ def modules_of(model: Model) -> list[nn.Module]:
     left: list[nn.Module | None] = [owner]
     while left:
         module = left.pop()
-        if module is not None and module not in found:
+        if module is not None and module not in found and not isinstance(module, GuessState):
             found[module] = None
             left.extend(reversed(module._modules.values()))
     return list(found)
@@ -197,6 +201,7 @@ def get_logits(output: Any, logits_getter: Callable[[Any], Tensor] | None) -> Te
     return logits
 
 
-def first_of_pair(output: Any) -> Any:
-    """Take logits out of what a model returns that may be a pair, with those of what rows show."""
-    return output[0] if isinstance(output, tuple) and output else output
+def first_of_pair(output: Any, getter: Callable[[Any], Any] | None = None) -> Any:
+    """Take logits out of what a model returns that may be a pair, with those of quarter turns."""
+    found = getter(output) if getter else output
+    return found[0] if isinstance(found, tuple) and found else found

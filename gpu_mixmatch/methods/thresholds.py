@@ -1,12 +1,21 @@
 """What guesses weigh: by a fixed threshold, or by what was learnt of the guesses before."""
 
+from numbers import Real
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpu_mixmatch import _ranks
-from gpu_mixmatch._validation import MOST_SAMPLES, as_integer, as_labels, as_number
+from gpu_mixmatch._validation import (
+    MOST_SAMPLES,
+    as_flag,
+    as_integer,
+    as_labels,
+    as_number,
+    came,
+)
 from gpu_mixmatch.impl.library import running
 from gpu_mixmatch.methods.state import GuessState, unit_momentum
 from gpu_mixmatch.types import Impl, Weighting
@@ -94,8 +103,8 @@ class SoftThreshold(Threshold):
         super().__init__()
         self.momentum = unit_momentum(momentum)
         self.spread = as_number("spread", spread, above=0)
-        self.uniform = uniform
-        self.aligns = uniform
+        self.uniform = as_flag("uniform", uniform)
+        self.aligns = self.uniform
 
     def bind(self, num_classes: int) -> None:
         """Begin with no confidence, of a variance of 1; see `GuessState`."""
@@ -221,8 +230,20 @@ class FlexThreshold(Threshold):
         classes, ids = _ranks.gathered(classes), _ranks.gathered(ids.to(logits.device))
         run.update_labels(classes, ids, self.classes, self.counts)
 
-    def _load_from_state_dict(self, *args: object) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **options: Any
+    ) -> None:
+        most, classes = len(self.counts) - 2, state_dict.get(prefix + "classes")
+        if isinstance(classes, Tensor) and classes.numel():
+            low, high = (int(value) for value in classes.aminmax())
+            if low < -1 or high > most:
+                *_, errors = args
+                errors.append(
+                    f"{prefix}classes must be in -1 .. num_classes - 1 = {most}, got {low} .. "
+                    f"{high}: they are of another number of classes"
+                )
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args, **options)
         classes = self.classes.long().remainder(len(self.counts))
         self.counts.copy_(torch.bincount(classes, minlength=len(self.counts)))
 
@@ -238,4 +259,11 @@ def as_threshold(threshold: Any) -> Threshold:
         TypeError: If it is none of these.
         ValueError: If the number is not in (0, 1].
     """
-    return threshold if isinstance(threshold, Threshold) else FixedThreshold(threshold)
+    if isinstance(threshold, Threshold):
+        return threshold
+    if isinstance(threshold, bool) or not isinstance(threshold, Real | NoneType):
+        raise TypeError(
+            "threshold must be a number in (0, 1], an object such as FreeThreshold(), or None, got "
+            f"{came(threshold)}"
+        )
+    return FixedThreshold(None if threshold is None else float(threshold))

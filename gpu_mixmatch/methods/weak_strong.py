@@ -53,7 +53,7 @@ class WeakStrongBuilder(BatchBuilder):
             check_kind(
                 "alignment", alignment, DistributionAlignment, "a DistributionAlignment or None"
             )
-            alignment.bind(self.num_classes)
+            alignment.begin("alignment", self.num_classes)
         self.alignment = alignment
 
     @property
@@ -68,7 +68,8 @@ class WeakStrongBuilder(BatchBuilder):
 
     @property
     def _views(self) -> WeakAndStrong:
-        return WeakAndStrong(self.weak, self.strong, self.num_strong, self.strong_x)
+        num_strong = as_integer("num_strong", self.num_strong, least=1, most=MOST_VIEW - 1)
+        return WeakAndStrong(self.weak, self.strong, num_strong, self.strong_x)
 
     def _build(
         self, x: Tensor, u: Tensor, ids: tuple[Any, Any], key: Tensor | CountedKey | None

@@ -44,7 +44,9 @@ def confidence_weights(probs: Tensor, weighting: Weighting) -> Tensor:
     if rule == "soft":
         mean, variance = state[:2]
         below = (confidence - mean).clamp(max=0)
-        return torch.exp(-below.square() / (2 * variance / spread**2))
+        # of no variance: what lies at the mean weighs 1, what lies below 0
+        width = (2 * variance / spread**2).clamp(min=torch.finfo(torch.float32).tiny)
+        return torch.exp(-below.square() / width)
     if rule == "free":
         mean_probs = state[2 : 2 + probs.shape[1]]
         thresholds = state[0] * mean_probs / mean_probs.max()

@@ -41,8 +41,8 @@ def _weights(probs, cls, state_ptr, num_classes, threshold, variances, RULE: tl.
 
 
 # A batch of another size must not be another kernel: its counts may be 1 or divisible by 16, and
-# labels, logits and states, slices often, may begin anywhere. The strides are the layout's.
-_ANYWHERE = ["y_ptr", "logits_ptr", "state_ptr", "ratio_ptr", "weights_ptr"]
+# what it reads and writes, slices often, may begin anywhere. The strides are the layout's.
+_ANYWHERE = ["out_ptr", "weights_ptr", "y_ptr", "logits_ptr", "state_ptr", "ratio_ptr"]
 
 
 @triton.jit(do_not_specialize=["num_x", "num_u"], do_not_specialize_on_alignment=_ANYWHERE)
@@ -107,8 +107,8 @@ def consistency_targets_kernel(
         stored = (place < num_x + num_u) & ((place >= num_x) | (view == 0))
         views_row = place + view * num_u
         tl.store(weights_ptr + views_row, weights, mask=stored)
-        at = out_ptr + views_row.to(tl.int64)[:, None] * num_classes + cls
-        tl.store(at, targets, mask=stored[:, None] & (cls < num_classes))
+        target_ptr = out_ptr + views_row.to(tl.int64)[:, None] * num_classes + cls
+        tl.store(target_ptr, targets, mask=stored[:, None] & (cls < num_classes))
 
 
 def consistency_targets(

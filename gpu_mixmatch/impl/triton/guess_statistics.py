@@ -154,10 +154,11 @@ def _factors(wanted, guessed):
 
 
 # Several processes add up their sums, which may lie in what they exchange.
-_ANYWHERE = ["sums_ptr", "averages_ptr", "target_ptr", "labels_ptr", "position_ptr"]
+_STATE = ["out_ptr", "sums_ptr", "averages_ptr", "target_ptr"]
+_WINDOW = ["out_ptr", "sums_ptr", "window_ptr", "position_ptr", "labels_ptr"]
 
 
-@triton.jit(do_not_specialize_on_alignment=_ANYWHERE[:3])
+@triton.jit(do_not_specialize_on_alignment=_STATE)
 def update_averages_kernel(
     out_ptr,
     averages_ptr,
@@ -222,7 +223,7 @@ def update_averages(
     )
 
 
-@triton.jit(do_not_specialize_on_alignment=_ANYWHERE)
+@triton.jit(do_not_specialize_on_alignment=_WINDOW)
 def update_window_kernel(
     out_ptr,
     window_ptr,
@@ -287,7 +288,7 @@ def update_window(
 # Classes of samples
 
 
-@triton.jit(do_not_specialize=["num_u"], do_not_specialize_on_alignment=["logits_ptr"])
+@triton.jit(do_not_specialize=["num_u"], do_not_specialize_on_alignment=["out_ptr", "logits_ptr"])
 def confident_classes_kernel(
     out_ptr,
     logits_ptr,
