@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import schema
+from benchmarks import drawings, methods, report, schema, tables
 from gpu_mixmatch.cli import app
 from gpu_mixmatch.recipes import ablate, compare
 from gpu_mixmatch.recipes.train import TrainConfig, TrainRun, train
@@ -118,3 +118,29 @@ def test_headline_names_the_least_error_and_that_of_the_labels_alone():
     assert compare.headline({"supervised only": 2.0, "UDA": 5.0}) == (
         "Least test error: supervised only, 2.00 %"
     )
+
+
+def test_results_of_several_sets_become_one_table_and_a_chart_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "SETS", {"digits": SHORT})
+    monkeypatch.setattr(methods, "SEEDS", (0, 1))
+    rows = compare.choose_methods("supervised,freematch")
+    path = methods.train("digits", rows, "", tmp_path / "runs", tmp_path)
+    content = schema.load(path)
+    assert path.name == f"digits-compare--{content['machine']}.json"
+    supervised, freematch = content["rows"]
+    ((_, table),) = tables.compare_tables(content)
+    error = f"{freematch['mean']:.2f} ± {freematch['deviation']:.2f}"
+    assert f"| {error} | {freematch['kept']:.2f} |" in table
+    whole = report.methods(tmp_path)
+    assert whole.splitlines()[0].startswith("| method | augmentation | state")
+    assert f"| {supervised['mean']:.2f} ± {supervised['deviation']:.2f} |" in whole
+    if methods.kernels("freematch"):
+        assert freematch["kernels"] == [2, 5]
+        assert f"| FreeMatch | weak and strong | 2L + 1 averages | 2 + 5 | {error} |" in whole
+    assert "4 steps of 8 labelled images, seconds of the CPU" in whole
+    drawings.DRAWINGS["compare"](content, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_method_has_its_line_in_the_table():
+    assert set(tables.METHODS) == set(compare.NAMES)
