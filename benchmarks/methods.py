@@ -5,7 +5,8 @@ its folder is ``--fashion``. Seconds are those of the CPU, so that other tenants
 less. No setting was chosen with the test images of these runs.
 
 Runs lie in ``--runs`` and go on where they were: a killed command is given again. Results go to
-``SET-compare--MACHINE.json``.
+``SET-compare--MACHINE.json``, with the kernels of this package that a step would launch on CUDA;
+those of torch are not counted.
 """
 
 import argparse
@@ -13,16 +14,19 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks import schema
-from benchmarks.common import RESULTS, ROOT, commit
+from benchmarks.common import RESULTS, ROOT, Skipped, commit, need
+from benchmarks.launches import recording
 from gpu_mixmatch.recipes import ablate, compare
+from gpu_mixmatch.recipes.choices import choose_guess, choose_preset
 from gpu_mixmatch.recipes.train import TrainConfig
 
 SEEDS = (0, 1, 2)
 SETS = {
     "digits": TrainConfig(steps=800),
-    "fashion-mnist": TrainConfig("fashion-mnist", labels=100, steps=1000, batch_size=32),
+    "fashion-mnist": TrainConfig("fashion-mnist", labels=100, steps=800, batch_size=32),
 }
 
 
@@ -50,9 +54,42 @@ def train(name: str, rows: list[ablate.Row], fashion: str, runs: Path, out: Path
     command = f"python -m benchmarks.methods {name}"
     path = compare.save_comparison(results, config, SEEDS, command, folder / "compare.json")
     content = schema.load(path) | {"commit": commit()}
+    for row in content["rows"]:
+        counted = None if row["key"] == ablate.SUPERVISED.key else kernels(row["key"])
+        if counted is not None:
+            row["kernels"] = list(counted)
     path = out / f"{name}-compare--{content['machine']}.json"
     schema.dump(content, path)
     return path
+
+
+def kernels(method: str) -> tuple[int, int] | None:
+    """How many kernels of ours a batch and its loss launch, forward and backward.
+
+    Returns:
+        The numbers, or None where Triton is not installed.
+    """
+    try:
+        need("triton")
+    except Skipped:
+        return None
+    preset = choose_preset("fast", "cifar10", method)
+    num_x, num_u = 8, 8 * preset.ratio
+    x, u = (torch.zeros(count, 3, 32, 32, dtype=torch.uint8) for count in (num_x, num_u))
+    more = {"num_unlabelled": num_u} if method == "flexmatch" else {}
+
+    def model(images: Tensor) -> Tensor:
+        return torch.zeros(len(images), 10)
+
+    with recording() as of_batch:
+        builder = preset.build(10, weak=preset.augment(impl="triton"), impl="triton", **more)
+        guesser = model if choose_guess(method, None) == "first" else None
+        y, ids_u = torch.zeros(num_x, dtype=torch.int64), torch.arange(num_u)
+        batch = builder(x, y, u, guesser, ids_u=ids_u)
+    with recording() as of_loss:
+        logits = model(batch.inputs).requires_grad_()
+        preset.criterion(impl="triton")(logits, batch).loss.backward()
+    return len(of_batch), len(of_loss)
 
 
 def tell(row: ablate.Row, seed: int) -> None:

@@ -9,8 +9,8 @@ to ``FOLDER/NAME/``.
 
 NAME is that of a file, NAME--MACHINE.json; or ``speed``, the few rows of ``augment`` that README
 shows, and ``strong-speed``, its row of ``strong``; or ``kernels-each``, ``kernels-goals`` and
-``kernels-model``, further tables of ``kernels``; or ``machines``, what was measured where, and what
-was not.
+``kernels-model``, further tables of ``kernels``; or ``methods``, all comparisons of methods in one
+table; or ``machines``, what was measured where, and what was not.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from benchmarks.tables import (
     Tables,
     kernel_goals,
     kernel_table,
+    methods_table,
     model_table,
     number,
     pivot,
@@ -115,6 +116,20 @@ def speed(folder: Path = RESULTS) -> str:
     return "\n".join(parts)
 
 
+def methods(folder: Path = RESULTS) -> str:
+    """The methods beside each other, with the errors of every comparison of them."""
+    files = sorted(folder.glob("*-compare--*.json"))
+    if not files:
+        raise FileNotFoundError(f"no results *-compare--*.json in {folder}")
+    contents = {}
+    for file in files:
+        content = schema.load(file)
+        config = content["config"]
+        contents[f"{config['dataset']}, {config['labels']} labels"] = content
+    sources = "\n".join(_source(content, content["rows"]) for content in contents.values())
+    return f"{methods_table(contents)}\n{sources}"
+
+
 def machines(folder: Path = RESULTS) -> str:
     """What the results in a folder were measured on, and whether there is a GPU among it."""
     contents = [schema.load(file) for file in sorted(folder.glob("*--*.json"))]
@@ -135,6 +150,8 @@ def rendered(text: str, folder: Path = ROOT, results: Path = RESULTS) -> str:
         name = match["name"]
         if name == "machines":
             return match[1] + machines(results) + match[4]
+        if name == "methods":
+            return match[1] + methods(results) + match[4]
         wanted = "augment" if name == "speed" else FURTHER[name][0] if name in FURTHER else name
         files = sorted(results.glob(f"{wanted}--*.json"))
         if not files:
@@ -196,9 +213,13 @@ def _source(content: Content, rows: list[Row], remark: str = "", *, brief: bool 
     if content["suite"] in schema.TRAINED:
         config = content["config"]
         labels = "all" if config["labels"] is None else config["labels"]
-        batch = f"{config['batch_size']} + {config['batch_size']}"
+        batch = f"{config['batch_size']} + {config['batch_size']} images"
+        seconds = ""
+        if content["suite"] == "compare":
+            batch = f"{config['batch_size']} labelled images"
+            seconds = f"seconds of the {'GPU' if content['gpu'] else 'CPU'}, "
         return (
-            f"{start}{labels} labels, {config['steps']} steps of {batch} images, model "
+            f"{start}{labels} labels, {config['steps']} steps of {batch}, {seconds}model "
             f"`{config['model']}`, {place(content)}, {threads(rows[0])}, {content['date']}, "
             f"torch {versions['torch']}.\n"
         )

@@ -16,7 +16,7 @@ from typing import Any
 from gpu_mixmatch._machine import UNKNOWN
 
 SUITES = ("ops", "augment", "strong", "batch", "loader", "scaling")
-TRAINED = ("demo", "ablation", "compare")  # written by the package's own commands
+TRAINED = ("demo", "ablation", "compare")  # in the form of the package's own commands
 LEARNING = "learning"  # many short runs
 # what is promised, the parts of `make gpu`, what the host takes, what is predicted of kernels
 # and what they then took

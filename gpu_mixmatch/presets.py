@@ -155,7 +155,7 @@ class Preset(NamedTuple):
             num_classes: L.
             weak: Engine of the weak views, or of all; None takes `augment`.
             strong: Engine of the strong ones, for a method that has any; None takes
-                `strong_augment`.
+                `strong_augment` behind ``weak``.
             more: Further arguments of the method, such as ``seed``. `MeanTeacher` and `ICT` need
                 their ``teacher``, `FlexMatch` its ``num_unlabelled``.
         """
@@ -170,7 +170,8 @@ class Preset(NamedTuple):
         if "window" in options:
             alignment = DistributionAlignment(window=options.pop("window"))
             options.setdefault("alignment", alignment)
-        strong = self.strong_augment() if strong is None else strong
+        if strong is None:
+            strong = self.strong_augment(weak if isinstance(weak, WeakAugment) else None)
         apart: BatchBuilder = _STRONG_METHODS[self.method](weak, strong, num_classes, **options)
         return apart
 

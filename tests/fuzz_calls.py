@@ -629,6 +629,13 @@ CALLS: dict[str, Call] = {
     "paper": Call(presets.paper, lambda: {"dataset": "svhn"}),
     "yu1ut": Call(presets.yu1ut, lambda: {"dataset": "svhn"}),
     "usb": Call(presets.usb, lambda: {"dataset": "svhn"}),
+    **{
+        name: Call(getattr(presets, name), lambda: {"dataset": "svhn"})
+        for name in (
+            *("fixmatch", "uda", "softmatch", "freematch", "flexmatch", "mean_teacher"),
+            *("pi_model", "ict", "ict_reference", "remixmatch"),
+        )
+    },
     # data
     "SemiSupervisedLoader": Call(
         lambda **arguments: first_batch(gm.SemiSupervisedLoader(**arguments)),
@@ -791,6 +798,7 @@ NOT_CALLED = {
     "ReMixMatchBatch",
     "ReMixMatchLossOutput",
     "SemiSupervisedBatch",
+    "WeighedGuessQuality",
     "Words",
     "__version__",
     "functional",

@@ -1,5 +1,6 @@
 """The command line, through the entry point that a user calls."""
 
+import dataclasses
 import json
 import os
 import re
@@ -13,11 +14,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from gpu_mixmatch import __version__
+from gpu_mixmatch import ICT, __version__
 from gpu_mixmatch.cli import app, doctor, terminal
 from gpu_mixmatch.data.images import file_list
 from gpu_mixmatch.recipes import ablate
-from gpu_mixmatch.recipes.train import Summary, TrainConfig, TrainRun
+from gpu_mixmatch.recipes.train import Summary, TrainConfig, TrainRun, resolved
 from tests.image_files import broken_images, write_folder
 
 RUNNER = CliRunner()
@@ -503,6 +504,13 @@ def test_ablation_rows_change_what_they_say():
     assert changes["ema"] == {"ema_teacher": True}
     for mix in ("none", "labelled", "unlabelled", "separate"):
         assert changes[mix]["builder"] == {"mix": mix}
+    ict = resolved(dataclasses.replace(TrainConfig(preset="usb"), **changes["ict"]))
+    run = TrainRun(dataclasses.replace(ict, batch_size=4))
+    assert isinstance(run.builder, ICT)
+    assert run.builder.teacher is run.ema
+    assert run.builder.partner == "reversed"
+    assert run.criterion.loss_u == "mse"
+    assert ablate.ABLATION[-1].paper == (38.60, 6.81)
 
 
 def test_missing_extra_is_named():

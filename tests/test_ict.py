@@ -144,6 +144,22 @@ def test_labelled_rows_are_mixed_by_its_authors_and_not_by_fixmatchs():
     assert ((mixed > 0).sum(dim=1) > 1).any()
 
 
+def test_partners_of_rows_are_the_rows_from_the_last_on_in_each_part():
+    x, y, u = data_of()
+    still = engine_of(padding=0, flip=0.0, mean=0.0, std=1.0)
+    builder = builder_of(engine=still, partner="reversed", alpha=1000.0)  # λ near a half
+    lam = drawn(builder, 0)[1]
+    batch = builder(x, y, u)
+    for rows, part, weight in ((x, slice(NUM_X), lam[0]), (u, slice(NUM_X, None), lam[NUM_X])):
+        rows = rows.double() / 255
+        wanted = weight * rows + (1 - weight) * rows.flip(0)
+        assert_near(batch.inputs[part], wanted.numpy(), 1e-6)
+    # a row that is not mixed is its own partner: what is wrong with another does not spoil it
+    params = sampling.draw_mixup(5, 0, NUM_X, NUM_U, num_augmentations=1, mix="unlabelled")
+    index = builder_of(ICT.fixmatch)._params(params, NUM_X).index.tolist()
+    assert index == [*range(NUM_X), *reversed(range(NUM_X, NUM_X + NUM_U))]
+
+
 def test_logits_are_mixed_before_the_softmax_and_probabilities_after_it():
     x, y, u = data_of()
     by_logits, by_probs = (builder_of(blend=blend)(x, y, u) for blend in ("logits", "probs"))

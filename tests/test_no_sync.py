@@ -8,12 +8,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_mixmatch import (
+    ICT,
     ColorJitter,
+    ConsistencyLoss,
     MixMatch,
     MixMatchBatch,
     MixMatchLoss,
     MixUpParams,
     RandAugment,
+    ReMixMatch,
+    ReMixMatchLoss,
     WeakAugment,
     _validation,
     functional,
@@ -298,6 +302,28 @@ def test_step_reads_nothing_back_for_any_policy(policy):
     for guard in (contextlib.nullcontext(), NoSync(builder.step)):  # first the constants
         with guard:
             train_step(builder, MixMatchLoss(), lambda images: model(images.float()), *data())
+
+
+@pytest.mark.parametrize("preset", [ICT.reference, ICT.fixmatch], ids=["reference", "fixmatch"])
+@pytest.mark.usefixtures("unchecked_labels")
+def test_step_of_ict_reads_nothing_back(preset):
+    builder = preset(WeakAugment(), NUM_CLASSES, teacher=net())
+    with NoSync(builder.step):
+        train_step(builder, ConsistencyLoss(loss_u="mse"), net(), *data())
+
+
+class PairNet(ConvNet):
+    def forward(self, images):
+        logits = super().forward(images)
+        return logits, logits[:, :4]
+
+
+@pytest.mark.usefixtures("unchecked_labels")
+def test_step_of_remixmatch_reads_nothing_back():
+    weak = WeakAugment()
+    builder = ReMixMatch(weak, weak, NUM_CLASSES, num_strong=1, rotation=True)
+    with NoSync(builder.step):
+        train_step(builder, ReMixMatchLoss(lambda_rot=0.5), PairNet(NUM_CLASSES), *data())
 
 
 @pytest.mark.usefixtures("unchecked_labels")

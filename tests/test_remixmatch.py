@@ -385,6 +385,22 @@ def test_a_pair_goes_from_the_model_to_the_loss_in_one_pass_and_interleaved():
     assert model.turns.dense.weight.grad.abs().sum() > 0
 
 
+def test_what_takes_a_pair_out_of_outputs_serves_the_guess_and_the_loss():
+    class DictNet(PairNet):
+        def forward(self, images):
+            return {"both": super().forward(images)}
+
+    x, y, u = data_of()
+    builder = builder_of(rotation=True, logits_getter=lambda output: output["both"])
+    model = DictNet()
+    batch = builder(x, y, u, model)
+    assert torch.equal(batch.targets, builder_of(rotation=True)(x, y, u, PairNet()).targets)
+    pair = builder.for_loss(model(batch.inputs))
+    assert ReMixMatchLoss(lambda_rot=0.5)(pair, batch).loss_rot > 0
+    plain = builder_of(logits_getter=lambda output: output["both"][0])
+    assert plain.for_loss(model(batch.inputs)).shape == pair[0].shape
+
+
 # Bad input
 
 

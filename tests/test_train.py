@@ -1,6 +1,7 @@
 """A training run learns, logs, and resumes to the last bit."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -22,7 +23,14 @@ from gpu_mixmatch.data.formats.common import ImageData
 from gpu_mixmatch.insight import GuessWatch
 from gpu_mixmatch.recipes import train as recipe
 from gpu_mixmatch.recipes.checkpoint import read_checkpoint, write_checkpoint
-from gpu_mixmatch.recipes.choices import AUGMENTS, LOADERS, PRESET_NAMES, make_augment
+from gpu_mixmatch.recipes.choices import (
+    AUGMENTS,
+    LOADERS,
+    METHODS,
+    PRESET_NAMES,
+    make_augment,
+    make_strong,
+)
 from gpu_mixmatch.recipes.models import SmallCNN, build_model, wideresnet28
 from gpu_mixmatch.recipes.train import DivergenceError, TrainConfig, TrainRun, resolved, train
 from tests import pillow
@@ -99,13 +107,19 @@ def kill_and_resume(out: Path, pauses: tuple[float, ...], **fields) -> int:
 @pytest.mark.filterwarnings("ignore:step .* guesses are .* sure:UserWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("loader", "augment", "pauses"),
-    [("resident", "weak", (0.2, 0.05)), ("dataloader", "kornia", (0.1,)), ("dali", "dali", (0.1,))],
+    ("method", "loader", "augment", "pauses"),
+    [
+        ("mixmatch", "resident", "weak", (0.2, 0.05)),
+        ("mixmatch", "dataloader", "kornia", (0.1,)),
+        ("mixmatch", "dali", "dali", (0.1,)),
+        ("freematch", "resident", "weak", (0.1,)),
+        ("flexmatch", "resident", "weak", (0.1,)),
+    ],
 )
 def test_run_killed_at_any_moment_resumes_to_the_last_bit(
-    tmp_path, folder, loader, augment, pauses
+    tmp_path, folder, method, loader, augment, pauses
 ):
-    fields = {**SLOW, "loader": loader, "augment": augment}
+    fields = {**SLOW, "method": method, "loader": loader, "augment": augment}
     if loader != "resident":
         fields |= {"dataset": "folder", "root": str(folder), "size": 16, "labels": None}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -131,6 +145,161 @@ def test_every_loader_and_engine_resumes_to_the_last_bit(folder, loader, augment
     second.load_state_dict(state)
     assert state["loader"].items() >= {"seed": 0, "step": 2}.items()
     assert digest(take_steps(second, 2)) == digest(whole)
+
+
+def labelling(run: TrainRun) -> dict[str, torch.Tensor]:
+    """What the builder has learnt of its guesses."""
+    return {name: value.clone() for name, value in run.builder.state_dict().items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_resumes_to_the_last_bit_with_what_it_has_learnt(tmp_path, method):
+    config = replace(SHORT, method=method, eval_every=4)
+    if method == "flexmatch":  # so that a few steps have confident guesses
+        config = replace(config, builder={"threshold": 0.2})
+    whole = take_steps(TrainRun(config), 6)
+    train(replace(config, steps=4, planned_steps=6), tmp_path / "run")
+    state = read_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    run = TrainRun(config)
+    run.load_state_dict(state)
+    assert digest(take_steps(run, 2)) == digest(whole)
+    learnt, begun = labelling(whole), labelling(TrainRun(config))
+    assert learnt.keys() == begun.keys()
+    assert all(torch.equal(value, learnt[name]) for name, value in labelling(run).items())
+    moved = {name for name, value in learnt.items() if not torch.equal(value, begun[name])}
+    assert moved == {
+        "step",
+        *{
+            "softmatch": {"threshold.averages"},
+            "freematch": {"threshold.averages"},
+            "flexmatch": {"threshold.classes"},
+            "remixmatch": {"alignment.guesses", "alignment.labels"},
+        }.get(method, set()),
+    }
+
+
+def test_what_a_method_has_learnt_must_fit_the_checkpoint():
+    state = TrainRun(replace(SHORT, method="flexmatch")).state_dict()
+    state["mixmatch"]["threshold.classes"] = torch.zeros(5, dtype=torch.int16)
+    with pytest.raises(ValueError, match=r"mixmatch must hold .*'threshold\.classes' must be"):
+        TrainRun(replace(SHORT, method="flexmatch")).load_state_dict(state)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_trains_and_says_what_it_keeps(method):
+    summary = train(replace(SHORT, method=method))
+    last = summary.metrics[-1]
+    assert [entry["step"] for entry in summary.metrics] == [2, 4, 6]
+    assert last["error"] == summary.error
+    assert 0.1 <= summary.confidence <= 1
+    weighs = method not in ("mixmatch", "remixmatch")
+    assert ("kept" in last) is ("mean_weight" in last) is weighs
+    if weighs:
+        assert 0 <= last["mean_weight"] <= last["kept"] <= 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_guess_as_their_references_do_and_may_be_told_otherwise(method):
+    first = {"mixmatch", "remixmatch", "mean_teacher", "ict", "pi_model"}
+    config = resolved(TrainConfig(method=method))
+    assert config.guess == ("first" if method in first else "loss")
+    if method in first - {"pi_model"}:
+        with pytest.raises(ValueError, match=f"guess must be 'first' for the method {method}, .*"):
+            TrainRun(TrainConfig(method=method, guess="loss"))
+        return
+    runs = [TrainRun(replace(SHORT, method=method, guess=guess)) for guess in ("first", "loss")]
+    rows = []
+    for run in runs:
+        run.model.register_forward_pre_hook(lambda _, images: rows.append(len(images[0])))
+        take_steps(run, 1)
+    ratio = runs[0].config.ratio
+    # x, strong and weak views: the weak ones before, or with the others
+    assert rows == [8 * ratio, 8 * (1 + ratio), 8 * (1 + 2 * ratio)]
+
+
+def test_a_teacher_is_the_average_of_the_model():
+    for method in ("mean_teacher", "ict"):
+        run = TrainRun(replace(SHORT, method=method))
+        assert run.builder.teacher is run.ema
+        assert set(run.builder.state_dict()) == {"seed", "step"}
+    assert TrainRun(replace(SHORT, method="pi_model")).builder.teacher is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"method": "fixmatch"}, {"ratio": 2, "lambda_u": 1.0, "rampup_steps": 0, "lr": 0.002}),
+        ({"method": "fixmatch", "ratio": 5}, {"ratio": 5}),
+        ({"method": "fixmatch", "preset": "paper"}, {"ratio": 7, "lr": 0.03, "ema_decay": 0.98}),
+        ({"method": "softmatch"}, {"builder": {"momentum": 0.98}}),
+        ({"method": "softmatch", "steps": 20_000}, {"builder": {"momentum": 0.999}}),
+        ({"method": "softmatch", "builder": {"momentum": 0.5}}, {"builder": {"momentum": 0.5}}),
+        ({"method": "mean_teacher", "steps": 4096}, {"lambda_u": 25.0, "rampup_steps": 2048}),
+        ({"method": "ict", "steps": 512}, {"lambda_u": 12.5, "rampup_steps": 256, "ratio": 1}),
+        ({"method": "remixmatch"}, {"lambda_u": 1.5, "rampup_steps": 250, "ratio": 1}),
+        ({}, {"ratio": 1, "rampup_steps": 250}),
+    ],
+)
+def test_numbers_of_a_method_are_its_papers_or_follow_the_length_of_the_run(fields, expected):
+    config = resolved(TrainConfig(**{"steps": 500, **fields}))
+    for name, value in expected.items():
+        wanted = value if isinstance(value, dict) else pytest.approx(value, rel=1e-4)
+        assert getattr(config, name) == wanted, name
+
+
+def test_remixmatch_has_a_short_window_and_few_views_in_a_short_run():
+    builder = TrainRun(TrainConfig(steps=500, method="remixmatch")).builder
+    assert (builder.num_strong, builder.alignment.window, builder.rotation) == (2, 50, False)
+    builder = TrainRun(TrainConfig(steps=5000, method="remixmatch", preset="paper")).builder
+    assert (builder.num_strong, builder.alignment.window) == (8, 128)
+
+
+def test_strong_views_are_of_the_preset_and_fit_small_images():
+    for preset, factory in (("fast", "fixmatch"), ("paper", "usb")):
+        run = TrainRun(TrainConfig(method="softmatch", preset=preset))
+        expected = make_strong(run.weak, 8, 8, factory).chain
+        assert run.builder.strong.chain == expected
+        assert run.builder.strong.weak is run.weak
+
+
+def test_learning_rate_of_a_papers_run_falls_and_is_resumed():
+    config = TrainConfig(steps=6, batch_size=8, method="fixmatch", preset="paper", ratio=1)
+    run = TrainRun(config)
+    rates = []
+    for batch in islice(run.loader, 3):
+        rates += {group["lr"] for group in run.optimizer.param_groups}
+        run.train_step(batch)
+    angles = [7 / 16 * math.pi * step / 6 for step in range(3)]
+    assert rates == pytest.approx([0.03 * math.cos(angle) for angle in angles])
+    again = TrainRun(config)
+    again.load_state_dict(run.state_dict())
+    assert digest(take_steps(again, 3)) == digest(take_steps(TrainRun(config), 6))
+
+
+def test_a_checkpoint_from_before_there_were_methods_goes_on():
+    state = TrainRun(SHORT).state_dict()
+    for name in ("method", "ratio", "guess"):
+        del state["config"][name]
+    run = TrainRun(SHORT)
+    run.load_state_dict(state)
+    other = TrainRun(replace(SHORT, method="fixmatch"))
+    with pytest.raises(ValueError, match=r"method: 'mixmatch' in the checkpoint, 'fixmatch' now"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "vat"}, r"method must be one of \['mixmatch', .*\], got 'vat'"),
+        ({"guess": "never"}, r"guess must be one of \['first', 'loss', None\], got 'never'"),
+        ({"ratio": 0}, r"ratio must be at least 1, got 0"),
+        ({"method": "uda", "preset": "yu1ut"}, r"preset must be 'fast' or 'paper' for .* uda, got"),
+        ({"method": "uda", "augment": "strong"}, r"augment must be 'weak', 'kornia' or 'dali' for"),
+    ],
+)
+def test_a_method_refuses_what_does_not_fit_it(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TrainRun(TrainConfig(**fields))
 
 
 def test_batches_in_memory_and_from_workers_train_alike(folder):

@@ -1,6 +1,6 @@
 """What stands on the page of a preview: its heading, the guesses, and the mixed pairs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,18 +53,32 @@ class Views(NamedTuple):
 
 def place_views(mixmatch: MixMatch, step: NextStep, originals: Tensor) -> Views:
     """Find room for images with their views, and for all that is written below these."""
-    views = mixmatch.num_augmentations
+    sizes = originals.shape[-2:], step.images.shape[-2:]
+
+    def caption_of(number: int, view: int, width: int) -> str:
+        row = step.batch.num_labelled + view * len(step.means) + number
+        return caption(step.draws, row, mixmatch.augment, *sizes, width)
+
+    return placed(mixmatch.num_augmentations, len(originals), caption_of)
+
+
+def placed(views: int, images: int, caption_of: Callable[[int, int, int], str]) -> Views:
+    """Find room for rows of an image with its views.
+
+    Args:
+        views: Of an image.
+        images: How many there are.
+        caption_of: Says what stands below a view, of image, view and the characters of a line.
+    """
     columns = min(views, MOST_VIEWS) + 1
     gap = min(IMAGE_GAP, max(0.12, (ROW_WIDTH - IMAGE_SIDE * columns) / (columns - 1)))
     side = min(IMAGE_SIDE, (ROW_WIDTH - gap * (columns - 1)) / columns)
     width = int((side + gap - 0.06) / CHARACTER_WIDTH)
-    sizes = originals.shape[-2:], step.images.shape[-2:]
-    captions = [[""] * views for _ in originals]
+    captions = [[""] * views for _ in range(images)]
     if columns <= MOST_CAPTIONED:
         for number, of_image in enumerate(captions):
             for view in range(views):
-                row = step.batch.num_labelled + view * len(step.means) + number
-                of_image[view] = caption(step.draws, row, mixmatch.augment, *sizes, width)
+                of_image[view] = caption_of(number, view, width)
     lines = max(text.count("\n") for of_image in captions for text in of_image)
     pitch = max(ROW_PITCH, side + TO_CAPTION + lines * LINE_HEIGHT + 0.11)
     return Views(side, gap, pitch, captions)
@@ -135,14 +149,14 @@ def draw_guesses(
                       color=GREY)  # fmt: skip
         for view, left in enumerate(lefts[1:]):
             row = num_labelled + view * num_unlabelled + number
-            page.picture(_displayable(step.images[row], mixmatch.augment), left, y, side,
+            page.picture(displayable(step.images[row], mixmatch.augment), left, y, side,
                          captions[number][view])  # fmt: skip
         sharpened = step.targets[num_labelled + number]
         scale = number == 0
         page.bars([(step.means[number], GUESS_COLOR)], BARS_LEFT[0], y, names, scale=scale)
         page.bars([(sharpened, SHARPENED_COLOR)], BARS_LEFT[1], y, None, scale=scale)
         for left, values in zip(BARS_LEFT, (step.means[number], sharpened), strict=True):
-            largest = f"largest: {_largest_class(values, names)}"
+            largest = f"largest: {largest_class(values, names)}"
             page.text(left, y + IMAGE_SIDE + TO_CAPTION, largest, 8)
 
 
@@ -184,10 +198,10 @@ def draw_pairs(
         y = body + number * ROW_PITCH
         partner, weight = int(index[row]), float(lam[row])
         for left, source, color in ((lefts[0], row, ROW_COLOR), (lefts[1], partner, PARTNER_COLOR)):
-            image = _displayable(step.images[source], mixmatch.augment)
+            image = displayable(step.images[source], mixmatch.augment)
             page.picture(image, left, y, IMAGE_SIDE, _row_caption(step, source, names), color)
         part = "X'" if row < step.batch.num_labelled else "U'"
-        mixed = _displayable(step.batch.inputs[row], mixmatch.augment)
+        mixed = displayable(step.batch.inputs[row], mixmatch.augment)
         page.picture(mixed, lefts[2], y, IMAGE_SIDE, f"row {row} of the batch, in {part}", INK)
         for middle, factor, sign, color in (
             (middles[0], weight, "+", ROW_COLOR),
@@ -205,7 +219,7 @@ def draw_pairs(
             page.text(BARS_LEFT[1] + 0.55, y + 0.57 + 0.3 * line, names[label], 13)
 
 
-def _displayable(image: Tensor, augment: Any) -> Tensor:
+def displayable(image: Tensor, augment: Any) -> Tensor:
     """Undo the normalisation of ``image``, ``[C, H, W]``; if it is unknown, stretch to [0, 1]."""
     normalisation = complete(augment).normalisation
     if normalisation is None:
@@ -220,12 +234,13 @@ def _row_caption(step: NextStep, row: int, names: Sequence[str]) -> str:
     target = step.targets[row]
     if row < step.batch.num_labelled:
         certain = float(target.max()) == 1
-        label = names[int(target.argmax())] if certain else _largest_class(target, names)
+        label = names[int(target.argmax())] if certain else largest_class(target, names)
         return f"labelled {row}\nlabel: {label}"
     view, number = divmod(row - step.batch.num_labelled, len(step.means))
-    return f"unlabelled {number}, view {view + 1}\nguess: {_largest_class(target, names)}"
+    return f"unlabelled {number}, view {view + 1}\nguess: {largest_class(target, names)}"
 
 
-def _largest_class(values: Tensor, names: Sequence[str]) -> str:
+def largest_class(values: Tensor, names: Sequence[str]) -> str:
+    """Name the most probable class, and how probable it is."""
     label = int(values.argmax())
     return f"{names[label]} ({float(values[label]):.2f})"

@@ -271,6 +271,7 @@ def insight_callback(
                 truth=truth,
                 class_names=class_names,
                 rows=rows,
+                model=module,
             )
         )
 

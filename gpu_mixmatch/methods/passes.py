@@ -201,6 +201,7 @@ def get_logits(output: Any, logits_getter: Callable[[Any], Tensor] | None) -> Te
     return logits
 
 
-def first_of_pair(output: Any) -> Any:
-    """Take logits out of what a model returns that may be a pair, with those of what rows show."""
-    return output[0] if isinstance(output, tuple) and output else output
+def first_of_pair(output: Any, getter: Callable[[Any], Any] | None = None) -> Any:
+    """Take logits out of what a model returns that may be a pair, with those of quarter turns."""
+    found = getter(output) if getter else output
+    return found[0] if isinstance(found, tuple) and found else found

@@ -1,6 +1,7 @@
 """ReMixMatch: guess on a weak view, align and sharpen, then mix weak and strong views."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from gpu_mixmatch._keys import CountedKey
 from gpu_mixmatch._validation import as_flag, as_plan, check_choice, check_device
 from gpu_mixmatch.impl.constants import constant
 from gpu_mixmatch.methods.alignment import DistributionAlignment
-from gpu_mixmatch.methods.passes import GuessBatchNorm, Model, first_of_pair
+from gpu_mixmatch.methods.passes import GuessBatchNorm, Model, first_of_pair, get_logits
 from gpu_mixmatch.methods.weak_strong import WeakStrongBuilder
 from gpu_mixmatch.types import DrawPlan, Impl, LamMode, MixUpParams, ReMixMatchBatch, Weighting
 
@@ -47,7 +48,7 @@ class ReMixMatch(WeakStrongBuilder):
         guess_bn: BatchNorm while guessing; see `BatchBuilder`, like the next six.
         teacher: See there.
         label_smoothing: See there.
-        logits_getter: See there; with ``rotation`` None takes the first of a pair.
+        logits_getter: See there; with ``rotation`` it takes out the pair.
         reuse_buffers: See there.
         seed: See there.
         impl: See there.
@@ -99,7 +100,7 @@ class ReMixMatch(WeakStrongBuilder):
             guess_bn=guess_bn,
             teacher=teacher,
             label_smoothing=label_smoothing,
-            logits_getter=first_of_pair if rotation and logits_getter is None else logits_getter,
+            logits_getter=logits_getter,
             reuse_buffers=reuse_buffers,
             seed=seed,
             impl=impl,
@@ -109,6 +110,9 @@ class ReMixMatch(WeakStrongBuilder):
         self.alpha = plan.alpha
         self.lam = lam
         self.rotation = rotation
+        self._pair_getter = logits_getter
+        if rotation:  # the guess is of classes alone
+            self.logits_getter = partial(first_of_pair, getter=logits_getter)
         self._finish()
 
     @property
@@ -154,6 +158,19 @@ class ReMixMatch(WeakStrongBuilder):
             if mixup is None:  # engines drew their views by themselves
                 _, mixup = self._draw(self.plan, ids, None, self.device)
             return self._guess_and_mix(images, len(u), y, guesser, mixup)
+
+    def for_loss(self, outputs: Any) -> Any:
+        """Take the logits out of the model's outputs, and with ``rotation`` the pair.
+
+        Raises:
+            TypeError: If there are none.
+        """
+        if not self.rotation:
+            return super().for_loss(outputs)
+        found = outputs if self._pair_getter is None else self._pair_getter(outputs)
+        if not isinstance(found, tuple):
+            return get_logits(found, None)
+        return tuple(get_logits(logits, None) for logits in found)
 
     def _guess_and_mix(
         self, images: Tensor, num_u: int, y: Tensor, guesser: Model, mixup: MixUpParams
