@@ -38,6 +38,7 @@ from gpu_mixmatch.types import (
     OpName,
     Outside,
     PaddingMode,
+    ReMixMatchBatch,
     Scaling,
     Weighting,
     WeightRule,
@@ -69,8 +70,10 @@ def came(value: object) -> str:
         return f"{_shown(value)}"
     if isinstance(value, type):
         return f"the class {value.__name__}"
+    if isinstance(value, tuple) and any(isinstance(part, Tensor) for part in value):
+        return f"a {type(value).__name__}"  # whose values would fill the page, read from a device
     try:
-        text = repr(value)
+        text = " ".join(map(str.strip, repr(value).splitlines()))  # of a module, one line
     except Exception:  # of an object that is broken in more than one way
         return f"an object of type {type(value).__name__}"
     text = text if len(text) <= 80 else f"{text[:77]}..."
@@ -234,7 +237,7 @@ def as_pair(
     """
     low, high = (
         as_number(f"{name}[{place}]", number, least=least, most=most, above=above)
-        for place, number in enumerate(_two(name, value, "numbers"))
+        for place, number in enumerate(_two(name, value, "numbers, least and most"))
     )
     if low > high:
         raise ValueError(f"{name} must be two numbers, least <= most, got {value}")
@@ -245,7 +248,7 @@ def as_integer_pair(name: str, value: Any, *, least: int = 0, most: int) -> tupl
     """`as_pair` for whole numbers."""
     low, high = (
         as_integer(f"{name}[{place}]", number, least=least, most=most)
-        for place, number in enumerate(_two(name, value, "integers"))
+        for place, number in enumerate(_two(name, value, "integers, least and most"))
     )
     if low > high:
         raise ValueError(f"{name} must be two integers, least <= most, got {value}")
@@ -254,7 +257,7 @@ def as_integer_pair(name: str, value: Any, *, least: int = 0, most: int) -> tupl
 
 def _two(name: str, value: Any, kind: str) -> Sequence[Any]:
     if not isinstance(value, list | tuple) or len(value) != 2:
-        raise TypeError(f"{name} must be two {kind}, least and most, got {came(value)}")
+        raise TypeError(f"{name} must be two {kind}, got {came(value)}")
     return value
 
 
@@ -563,7 +566,7 @@ def _check_magnitudes(op: Op) -> None:
     for magnitude in op.magnitudes:
         as_number(f"the magnitude of {op.name}", magnitude, least=least, most=most)
         if op.name == "posterize" and magnitude != int(magnitude):
-            raise ValueError(f"posterize must keep whole bits, got {magnitude}")
+            raise ValueError(f"the magnitude of posterize must be whole bits, got {magnitude}")
     if (least, most) == (0, 0) and len(op.magnitudes) > 1:
         raise ValueError(
             f"the magnitudes of {op.name} must be the one number 0, got {len(op.magnitudes)}"
@@ -805,6 +808,39 @@ def check_weights(weights: Any, logits: Tensor) -> None:
     check_device("weights", weights, "logits", logits)
 
 
+def check_tsa(tsa: Any, logits: Tensor) -> None:
+    """Raise if the probability from which labelled rows are left out is no 0-d float."""
+    check_tensor("tsa", tsa)
+    if tsa.dim() or not tsa.is_floating_point():
+        raise ValueError(f"tsa must be a 0-d floating point tensor, got {came(tsa)}")
+    if tsa.device.type != "cpu":
+        check_device("tsa", tsa, "logits", logits)
+    check_scalar("tsa", tsa)
+
+
+def check_fairness(fairness: Any, logits: Tensor) -> None:
+    """Raise if there is not a floating point share for each class of logits ``[N, L]``."""
+    check_tensor("fairness", fairness)
+    if logits.dim() != 2 or fairness.shape != logits.shape[1:]:
+        raise ValueError(
+            f"fairness must be [L] like logits [N, L], got {list(fairness.shape)} and "
+            f"{list(logits.shape)}"
+        )
+    check_float("fairness", fairness)
+    check_device("fairness", fairness, "logits", logits)
+
+
+def check_ids_of(name: str, ids: Tensor, count_name: str, count: int) -> None:
+    """Raise if ids are not those of ``count`` samples. On a device that cannot be told at once."""
+    if not _is_seen(ids) or not ids.numel():
+        return
+    low, high = (int(end) for end in ids.aminmax())
+    if low < 0 or high >= count:
+        raise ValueError(
+            f"{name} must be in 0 .. {count_name} - 1 = {count - 1}, got {low} .. {high}"
+        )
+
+
 def as_weighting(weighting: Any, logits: Tensor) -> Weighting:
     """Return a weighting of which every field fits logits ``[M, L]``."""
     check_kind("weighting", weighting, Weighting, "a Weighting")
@@ -821,6 +857,11 @@ def as_weighting(weighting: Any, logits: Tensor) -> Weighting:
         check_tensor(name, tensor)
         if tuple(tensor.shape) != (length,):
             raise ValueError(f"{name} must be [{length}] for {rule!r}, got {list(tensor.shape)}")
+        wanted = torch.int32 if name == "state" and rule == "flex" else torch.float32
+        if tensor.dtype != wanted:
+            raise ValueError(
+                f"{name} must be {dtype_name(wanted)} for {rule!r}, got {dtype_name(tensor.dtype)}"
+            )
         check_device(name, tensor, "logits", logits)
     return Weighting(
         as_number("temperature", temperature, least=0),
@@ -870,9 +911,31 @@ def check_consistency_batch(batch: Any) -> None:
     for name in ("inputs", "targets", "step"):
         check_tensor(f"batch.{name}", getattr(batch, name))
     as_integer("batch.num_labelled", batch.num_labelled)
-    as_integer("batch.num_weak", batch.num_weak, most=len(batch.inputs))
     if batch.guess is None:
         check_tensor("batch.weights", batch.weights)
+        return
+    check_callable("batch.guess", batch.guess, "what labels a batch, or None")
+    as_integer("batch.num_weak", batch.num_weak, least=1, most=len(batch.inputs))
+
+
+def check_remixmatch_batch(batch: Any) -> None:
+    """Raise if ``batch`` is no `ReMixMatchBatch` whose parts are tensors and numbers of rows."""
+    check_kind("batch", batch, ReMixMatchBatch, "a ReMixMatchBatch")
+    for name in ("inputs", "targets", "weights", "step"):
+        check_tensor(f"batch.{name}", getattr(batch, name))
+    rows = as_integer("batch.num_mixed", batch.num_mixed, most=len(batch.targets))
+    as_integer("batch.num_labelled", batch.num_labelled, most=rows)
+
+
+def check_any_batch(batch: Any) -> None:
+    """Raise if ``batch`` is that of no method."""
+    if isinstance(batch, ConsistencyBatch):
+        check_consistency_batch(batch)
+    elif isinstance(batch, ReMixMatchBatch):
+        check_remixmatch_batch(batch)
+    else:
+        check_kind("batch", batch, MixMatchBatch, "a batch of a method, such as a MixMatchBatch")
+        check_batch(batch)
 
 
 # Dtype and length of a row of the fields of AugmentParams
@@ -975,7 +1038,8 @@ def check_augment(
         check_device(name, factor, "images", first)
     shape = (rows, channels, *view_size(geometry.cut, height, width))
     if geometry.chain:
-        check_chain_images(first, geometry.chain, shape)
+        name = "x" if len(sources) == 2 else "images"
+        check_chain_images(name, first, geometry.chain, shape)
     if out is not None:
         check_tensor("out", out)
         if tuple(out.shape) != shape or out.dtype != dtype:
@@ -1044,20 +1108,22 @@ def view_size(cut: Cut | None, height: int, width: int) -> tuple[int, int]:
 _OF_COLORS = ("color", "contrast", "hue")
 
 
-def check_chain_images(images: Tensor, chain: Chain, shape: tuple[int, int, int, int]) -> None:
+def check_chain_images(
+    name: str, images: Tensor, chain: Chain, shape: tuple[int, int, int, int]
+) -> None:
     """Raise if a chain cannot run on images that become views of ``shape``."""
     _, channels, height, width = shape
     if images.dtype != torch.uint8:
         raise ValueError(
-            "images must be uint8 where operations such as equalize follow, which are defined on "
-            f"bytes, got {dtype_name(images.dtype)}: images.byte() makes them of 0 .. 255, "
-            "images.mul(255).round().byte() of [0, 1]"
+            f"{name} must be uint8 where operations such as equalize follow, which are defined on "
+            f"bytes, got {dtype_name(images.dtype)}: {name}.byte() makes them of 0 .. 255, "
+            f"{name}.mul(255).round().byte() of [0, 1]"
         )
     of_colors: list[str] = [op.name for op in chain.ops if op.name in _OF_COLORS]
     of_colors += ["gray"] if chain.gray else []
     if of_colors and channels not in (1, 3):
         raise ValueError(
-            f"images must have 1 or 3 channels for {of_colors[0]}, which reads colours, "
+            f"{name} must have 1 or 3 channels for {of_colors[0]}, which reads colours, "
             f"got {channels}"
         )
     if isinstance(chain.cutout, int) and chain.cutout > min(height, width):
@@ -1285,7 +1351,9 @@ def check_same_images(x: Any, weak: Any, strong: Any, num_strong: int) -> Tensor
         raise ValueError(
             f"weak must be [M, C, H, W] with {list(x.shape[1:])} like x, got {list(weak.shape)}"
         )
-    check_not_empty(x, weak)
+    for name, images in (("x", x), ("weak", weak)):
+        if len(images) == 0:
+            raise ValueError(f"{name} must hold at least one image, got {list(images.shape)}")
     flat: Tensor = strong.flatten(0, 1) if strong.dim() == 5 else strong
     views = strong.shape[0] if strong.dim() == 5 else 1
     if views != num_strong or flat.shape != (views * len(weak), *weak.shape[1:]):

@@ -1,4 +1,4 @@
-"""MixMatch (Berthelot et al. 2019, arXiv 1905.02249) in numpy float64, written from the paper.
+"""MixMatch (Berthelot et al. 2019) and its kin in numpy float64, written from the papers.
 
 The ground truth of the tests: plain loops, no speed. Images are [C, H, W] with pixels in 0..255.
 """
@@ -302,3 +302,259 @@ def mixmatch(
         if is_mixed[i]:
             inputs[i], targets[i] = mixed_inputs[i], mixed_targets[i]
     return inputs, targets
+
+
+# Guesses that are weighed: distribution alignment
+
+
+def normalise_rows(values: ArrayLike) -> Array:
+    """Divide the rows of [M, L] by their sums."""
+    values = np.asarray(values, dtype=np.float64)
+    return values / values.sum(axis=-1, keepdims=True)
+
+
+class WindowAlignment:
+    """ReMixMatch's: p (1e-6 + p_data) / (1e-6 + p_model), normalised.
+
+    p_model is the mean of the last batch means, uniform to begin with, before this batch is in it;
+    p_data is given, or an average of the labels likewise.
+    """
+
+    def __init__(self, num_classes: int, window: int, target: ArrayLike | None = None) -> None:
+        uniform = np.full(num_classes, 1 / num_classes)
+        self.means = [uniform] * window
+        self.known = target is not None
+        self.labels = np.asarray(target, dtype=np.float64) if target is not None else uniform
+
+    def __call__(self, probs: Array, labels: Array) -> Array:
+        """Align probs [M, L], then take them and the labels [B, L] in."""
+        guessed = np.mean(self.means, axis=0)
+        aligned = normalise_rows(probs * (1e-6 + self.labels) / (1e-6 + guessed))
+        self.means = [*self.means[1:], probs.mean(axis=0)]
+        if not self.known:
+            self.labels = 0.999 * self.labels + 0.001 * labels.mean(axis=0)
+        return aligned
+
+
+class MomentumAlignment:
+    """USB's: p_model is an average over steps, this batch in it, and p_data one of the labels."""
+
+    def __init__(self, num_classes: int, momentum: float, target: ArrayLike | None = None) -> None:
+        self.momentum = momentum
+        self.guessed = np.full(num_classes, 1 / num_classes)
+        self.known = target is not None
+        self.labels = np.array(self.guessed if target is None else target, dtype=np.float64)
+
+    def __call__(self, probs: Array, labels: Array) -> Array:
+        """Take probs [M, L] and labels [B, L] in, then align probs."""
+        m = self.momentum
+        self.guessed = m * self.guessed + (1 - m) * probs.mean(axis=0)
+        if not self.known:
+            self.labels = m * self.labels + (1 - m) * labels.mean(axis=0)
+        return normalise_rows(probs * (1e-6 + self.labels) / (1e-6 + self.guessed))
+
+
+# Guesses that are weighed: thresholds. `weigh` gives the weights of guesses as they are, p, whose
+# alignment is q; `of_labels` is what they are labelled by.
+
+
+class FixedThreshold:
+    """FixMatch, eq. 4: 1 where the largest probability is at least tau."""
+
+    def __init__(self, tau: float) -> None:
+        self.tau = tau
+
+    def weigh(self, p: Array, q: Array, ids: Sequence[int]) -> Array:
+        """Return the weights, [M]."""
+        return np.array([1.0 if max(row) >= self.tau else 0.0 for row in q])
+
+
+class SoftThreshold:
+    """SoftMatch, eq. 6-9: a Gaussian of how far the confidence lies below its mean.
+
+    Mean and (unbiased) variance are averages over steps, of guesses as they are. What is weighed is
+    the guess aligned to uniform classes by the average guess.
+    """
+
+    def __init__(self, num_classes: int, momentum: float = 0.999, spread: float = 2.0) -> None:
+        self.momentum, self.spread = momentum, spread
+        self.mean, self.variance = 1 / num_classes, 1.0
+        self.guessed = np.full(num_classes, 1 / num_classes)
+
+    def weigh(self, p: Array, q: Array, ids: Sequence[int]) -> Array:
+        """Take guesses in, then return their weights, [M]."""
+        m, confidence = self.momentum, p.max(axis=1)
+        variance = np.var(confidence, ddof=1) if len(confidence) > 1 else 0.0
+        self.mean = m * self.mean + (1 - m) * confidence.mean()
+        self.variance = m * self.variance + (1 - m) * float(variance)
+        self.guessed = m * self.guessed + (1 - m) * p.mean(axis=0)
+        uniform = 1 / p.shape[1]
+        aligned = normalise_rows(p * (uniform + 1e-6) / (self.guessed + 1e-6))
+        weights = np.ones(len(p))
+        for row, largest in enumerate(aligned.max(axis=1)):
+            if largest < self.mean:
+                scale = 2 * self.variance / self.spread**2
+                weights[row] = np.exp(-((largest - self.mean) ** 2) / scale)
+        return weights
+
+
+class FreeThreshold:
+    """FreeMatch, eq. 5-8: the mean confidence, times the mean guess of the class over the largest.
+
+    All are averages over steps, this one's in them, of guesses as they are; they begin uniform.
+    """
+
+    def __init__(self, num_classes: int, momentum: float = 0.999) -> None:
+        self.momentum, self.confidence = momentum, 1 / num_classes
+        self.guessed = np.full(num_classes, 1 / num_classes)
+        self.share = np.full(num_classes, 1 / num_classes)
+
+    def weigh(self, p: Array, q: Array, ids: Sequence[int]) -> Array:
+        """Take guesses in, then return their weights, [M]."""
+        m, num_classes = self.momentum, p.shape[1]
+        share = np.bincount(p.argmax(axis=1), minlength=num_classes) / len(p)
+        self.confidence = m * self.confidence + (1 - m) * p.max(axis=1).mean()
+        self.guessed = m * self.guessed + (1 - m) * p.mean(axis=0)
+        self.share = m * self.share + (1 - m) * share
+        thresholds = self.confidence * self.guessed / self.guessed.max()
+        return np.array([1.0 if max(row) >= thresholds[row.argmax()] else 0.0 for row in q])
+
+    def fairness(self) -> Array:
+        """Return norm(p / h), [L], of eq. 10: a class that is never guessed has no part in it."""
+        wanted = np.zeros_like(self.guessed)
+        for c, share in enumerate(self.share):
+            if share > 0:
+                wanted[c] = self.guessed[c] / share
+        return wanted / wanted.sum()
+
+
+class FlexThreshold:
+    """FlexMatch, eq. 5-7 and 10: tau times beta / (2 - beta), by how many images a class has.
+
+    Images keep the class of their last guess above tau; weights read what earlier steps left.
+    """
+
+    def __init__(self, num_classes: int, num_unlabelled: int, tau: float) -> None:
+        self.tau, self.num_classes = tau, num_classes
+        self.classes = [-1] * num_unlabelled
+
+    def counts(self) -> list[int]:
+        """Return how many images each class has, and how many have none, [L + 1]."""
+        return [self.classes.count(c) for c in (*range(self.num_classes), -1)]
+
+    def weigh(self, p: Array, q: Array, ids: Sequence[int]) -> Array:
+        """Return the weights, [M], then take guesses in by their ids."""
+        counts = self.counts()
+        weights = np.zeros(len(p))
+        for row, probs in enumerate(q):
+            beta = counts[probs.argmax()] / max(counts)
+            weights[row] = float(probs.max() >= self.tau * beta / (2 - beta))
+        for row, probs in enumerate(p):
+            if probs.max() > self.tau:
+                self.classes[ids[row]] = int(probs.argmax())
+        return weights
+
+
+def consistency_targets(
+    y: ArrayLike,
+    logits: ArrayLike,
+    threshold: Any,
+    temperature: float | None = None,
+    alignment: Callable[[Array, Array], Array] | None = None,
+    smoothing: float = 0.0,
+    num_strong: int = 1,
+    ids: Sequence[int] = (),
+) -> tuple[Array, Array]:
+    """Return targets [B + S M, L] and weights [B + S M] from labels [B, L] and weak logits [M, L].
+
+    Guesses are aligned, then weighed as they are, then sharpened or made one-hot (None).
+    """
+    y = np.asarray(y, dtype=np.float64)
+    probs = softmax(logits)
+    aligned = probs if alignment is None else alignment(probs, y)
+    weights = threshold.weigh(probs, aligned, ids)
+    guesses = np.zeros_like(probs)
+    for row, guess in enumerate(aligned):
+        if temperature is None:
+            guesses[row, guess.argmax()] = 1
+        else:
+            guesses[row] = softmax(np.log(guess) / temperature)
+    targets = [smooth(y, smoothing), *[guesses] * num_strong]
+    return np.concatenate(targets), np.concatenate([np.ones(len(y)), *[weights] * num_strong])
+
+
+# Their loss
+
+
+def tsa_threshold(kind: str, step: int, num_steps: int, num_classes: int) -> float:
+    """Return what a labelled row may be sure of at a step (UDA, section 3.2)."""
+    t = linear_rampup(step, num_steps)
+    alpha = {"linear": t, "exp": np.exp((t - 1) * 5), "log": 1 - np.exp(-t * 5)}[kind]
+    return float(alpha * (1 - 1 / num_classes) + 1 / num_classes)
+
+
+def consistency_loss(
+    logits: ArrayLike,
+    targets: ArrayLike,
+    weights: ArrayLike,
+    num_labelled: int,
+    weight_u: float,
+    loss_u: str = "ce",
+    tsa: float | None = None,
+) -> tuple[float, float, float, float, float]:
+    """Return (L, L_X, L_U, share of u's rows that count, their mean weight).
+
+    L_U divides by all rows of u. L_X divides by the rows of x that do not know their label with
+    more than a probability of `tsa`.
+    """
+    log_probs, targets = log_softmax(logits), np.asarray(targets, dtype=np.float64)
+    weights = np.asarray(weights, dtype=np.float64)
+    total_x, rows_x = 0.0, 0
+    for row in range(num_labelled):
+        if tsa is None or targets[row] @ np.exp(log_probs[row]) <= tsa:
+            total_x -= targets[row] @ log_probs[row]
+            rows_x += 1
+    total_u, rows_u = 0.0, len(targets) - num_labelled
+    for row in range(num_labelled, len(targets)):
+        target = targets[row]
+        of_row = -target @ log_probs[row]
+        if loss_u == "kl":
+            of_row += sum(p * np.log(p) for p in target if p > 0)
+        elif loss_u == "mse":
+            of_row = ((np.exp(log_probs[row]) - target) ** 2).mean()
+        total_u += weights[row] * of_row
+    loss_x, of_u = total_x / max(rows_x, 1), total_u / max(rows_u, 1)
+    kept = (weights[num_labelled:] > 0).sum() / max(rows_u, 1)
+    mean_weight = weights[num_labelled:].sum() / max(rows_u, 1)
+    loss = loss_x + weight_u * of_u
+    return float(loss), float(loss_x), float(of_u), float(kept), float(mean_weight)
+
+
+def fairness_loss(logits: ArrayLike, weights: ArrayLike, fairness: ArrayLike) -> float:
+    """Return FreeMatch's eq. 11 as its code minimises it; 0 where no strong view counts."""
+    weights = np.asarray(weights)
+    probs = softmax(logits)[weights > 0]
+    if len(probs) == 0:
+        return 0.0
+    mean = probs.mean(axis=0)
+    share = np.bincount(probs.argmax(axis=1), minlength=probs.shape[1]) / len(probs)
+    of_class = np.zeros_like(mean)
+    for c in range(len(mean)):
+        if share[c] > 0:
+            of_class[c] = mean[c] / share[c]
+    of_class = of_class / of_class.sum()
+    return float((np.asarray(fairness) * np.log(of_class + 1e-12)).sum())
+
+
+def gradient(function: Callable[[Array], float], values: ArrayLike, width: float = 1e-6) -> Array:
+    """Return the gradient of a function of an array by central differences."""
+    values = np.array(values, dtype=np.float64)
+    slopes = np.zeros_like(values)
+    for place in np.ndindex(values.shape):
+        ends = []
+        for sign in (1, -1):
+            moved = values.copy()
+            moved[place] += sign * width
+            ends.append(function(moved))
+        slopes[place] = (ends[0] - ends[1]) / (2 * width)
+    return slopes

@@ -189,7 +189,8 @@ class Implementation(Protocol):
             y: ``[B]`` integers or ``[B, L]`` distributions.
             out: ``[4 + 3·L]`` int64: M, B, then, of the guesses p = softmax(logits) in float32, in
                 2^-32 and cut off after it: the sum of max p and of its square; of every class the
-                sum of p, how often it is argmax p (the first of equals), and the sum of y.
+                sum of p, how often it is argmax p (the first of equals), and the sum of y. A guess
+                that is not a number adds to M alone.
         """
 
     def update_averages(
@@ -265,7 +266,8 @@ class Implementation(Protocol):
         Args:
             y: ``[B]`` integers or ``[B, L]`` distributions.
             logits: Of the weak views, ``[M, L]``, floating point, of any strides.
-            weighting: What becomes of guesses. The first of equals is the largest.
+            weighting: What becomes of guesses. The first of equals is the largest. Where σ² is 0,
+                "soft" gives 1 to what is at least μ and 0 to the others.
             label_smoothing: Share of the uniform distribution in the labelled rows.
             out: ``[B + S·M, L]`` float32 targets, the guesses once per strong view, and
                 ``[B + S·M]`` float32 weights, 1 for x.
@@ -282,6 +284,7 @@ class Implementation(Protocol):
         loss_u: UnlabelledLoss,
         tsa: Tensor | None,
         out: Tensor,
+        count_x: Tensor | None = None,
     ) -> None:
         """Write the loss of labelled rows, x, and of two parts of unlabelled ones, u and v.
 
@@ -302,6 +305,8 @@ class Implementation(Protocol):
             out: ``[6]`` float32, or float64 for float64 logits: the loss x + λ_U·(u + share_v·v),
                 its parts x, u, v, the share of u's and v's rows whose weight is above 0, and their
                 mean weight.
+            count_x: How many rows of x are not left out, 0-d, dtype of ``out``; None where nobody
+                asks. The gradient does, where there is ``tsa``.
         """
 
     def consistency_loss_backward(
@@ -315,6 +320,7 @@ class Implementation(Protocol):
         share_v: float,
         loss_u: UnlabelledLoss,
         tsa: Tensor | None,
+        count_x: Tensor | None,
         out: Tensor,
     ) -> None:
         """Write the gradient of the logits.
@@ -322,6 +328,7 @@ class Implementation(Protocol):
         Args:
             grads: Of the results of `consistency_loss`, ``[6]``; those of shares of rows count not.
             logits, targets, weights, parts, weight_u, share_v, loss_u, tsa: As there.
+            count_x: What it wrote; None without ``tsa``.
             out: ``[N, L]``, contiguous, dtype of ``logits``.
         """
 

@@ -1,8 +1,6 @@
 """What stands on the page of a preview of weak and strong views: guesses, targets and weights."""
 
-import textwrap
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -10,28 +8,25 @@ from gpu_mixmatch.augment.base import complete
 from gpu_mixmatch.insight.canvas import (
     BARS_LEFT,
     BARS_WIDTH,
-    CHARACTER_WIDTH,
     GREY,
     GUESS_COLOR,
     IMAGE_GAP,
     IMAGE_SIDE,
-    LINE_HEIGHT,
     MARGIN,
     MOST_VIEWS,
     PARTNER_COLOR,
     ROW_COLOR,
     ROW_PITCH,
-    ROW_WIDTH,
     SHARPENED_COLOR,
     TO_CAPTION,
     TO_HEADS,
     TO_ROWS,
     Page,
 )
+from gpu_mixmatch.insight.captions import caption
 from gpu_mixmatch.insight.next_step import NextViews
-from gpu_mixmatch.insight.page import displayable, draws_in_words, largest_class
+from gpu_mixmatch.insight.page import Views, displayable, largest_class, placed
 from gpu_mixmatch.methods.consistency import Consistency
-from gpu_mixmatch.types import Draws
 
 
 def draw_heading_of_views(page: Page, builder: Consistency, views: NextViews) -> None:
@@ -53,11 +48,26 @@ def draw_heading_of_views(page: Page, builder: Consistency, views: NextViews) ->
     page.text(MARGIN, 0.8, "   ·   ".join(facts), 10, color=GREY)
 
 
+def place_weak_and_strong(builder: Consistency, views: NextViews, originals: Tensor) -> Views:
+    """Find room for images with their weak view and their strong ones, and for the captions."""
+    sizes = originals.shape[-2:], views.images.shape[-2:]
+    num_u = len(views.guesses)
+
+    def caption_of(number: int, view: int, width: int) -> str:
+        if view == 0:
+            return caption(views.weak_draws, number, builder.weak, *sizes, width)
+        row = (view - 1) * num_u + number
+        return caption(views.strong_draws, row, builder.strong, *sizes, width)
+
+    return placed(builder.num_strong + 1, len(originals), caption_of)
+
+
 def draw_views(
     page: Page,
     builder: Consistency,
     originals: Tensor,
     views: NextViews,
+    places: Views,
     names: Sequence[str],
     *,
     top: float,
@@ -71,8 +81,7 @@ def draw_views(
         "stays in the mean, with weight 0.",
     )
     columns = min(strong + 1, MOST_VIEWS) + 1
-    gap = min(IMAGE_GAP, max(0.12, (ROW_WIDTH - IMAGE_SIDE * columns) / (columns - 1)))
-    side = min(IMAGE_SIDE, (ROW_WIDTH - gap * (columns - 1)) / columns)
+    side, gap, pitch, captions = places
     lefts = [MARGIN + number * (side + gap) for number in range(columns)]
     head, body = top + TO_HEADS, top + TO_HEADS + TO_ROWS
     page.head(lefts[0], head, "original")
@@ -84,19 +93,17 @@ def draw_views(
     last_strong = views.num_labelled + strong * num_u
 
     for number in range(len(originals)):
-        y = body + number * ROW_PITCH
+        y = body + number * pitch
         original = originals[number].float().clamp(0, 1).cpu()
         page.picture(original, lefts[0], y, side, f"unlabelled {number}")
         # in the order of the columns: the weak view stands behind the strong ones in the batch
         rows = [last_strong + number]
         rows += [views.num_labelled + view * num_u + number for view in range(columns - 2)]
         engines = [builder.weak] + [builder.strong] * (columns - 2)
-        drawn = [(views.weak_draws, number)]
-        drawn += [(views.strong_draws, view * num_u + number) for view in range(columns - 2)]
-        for left, row, engine, (draws, of) in zip(lefts[1:], rows, engines, drawn, strict=True):
-            caption = _caption(draws, of, engine, side, gap) if columns <= 5 else ""
-            color = ROW_COLOR if row == rows[0] else PARTNER_COLOR
-            page.picture(displayable(views.images[row], engine), left, y, side, caption, color)
+        for view, (left, row, engine) in enumerate(zip(lefts[1:], rows, engines, strict=True)):
+            color = PARTNER_COLOR if view else ROW_COLOR
+            image = displayable(views.images[row], engine)
+            page.picture(image, left, y, side, captions[number][view], color)
         row = views.num_labelled + number
         weight, target = float(views.weights[row]), views.targets[row]
         scale = number == 0
@@ -149,11 +156,3 @@ def draw_labelled(
 def _bar_heads(page: Page, head: float, first: str, second: str) -> None:
     for left, text in zip(BARS_LEFT, (first, second), strict=True):
         page.head(left, head, text)
-
-
-def _caption(draws: Draws | None, row: int, engine: Any, side: float, gap: float) -> str:
-    """Say what was drawn for a view, in as many lines as there is room for."""
-    drawn = draws_in_words(draws, row, engine)
-    width = int((side + gap) / CHARACTER_WIDTH) - 1
-    lines = 3 + int((IMAGE_SIDE - side) / LINE_HEIGHT)
-    return "\n".join(textwrap.wrap(drawn, width, max_lines=lines, placeholder=" …"))

@@ -12,8 +12,13 @@ from gpu_mixmatch._validation import as_flag, as_integer, came, check_images_ali
 from gpu_mixmatch.augment.base import complete, float_images
 from gpu_mixmatch.insight.canvas import DPI, MOST_NAMED, ROW_PITCH, TO_HEADS, TO_ROWS, WIDTH, Page
 from gpu_mixmatch.insight.next_step import next_step, next_views
-from gpu_mixmatch.insight.page import draw_guesses, draw_heading, draw_pairs
-from gpu_mixmatch.insight.page_of_views import draw_heading_of_views, draw_labelled, draw_views
+from gpu_mixmatch.insight.page import draw_guesses, draw_heading, draw_pairs, place_views
+from gpu_mixmatch.insight.page_of_views import (
+    draw_heading_of_views,
+    draw_labelled,
+    draw_views,
+    place_weak_and_strong,
+)
 from gpu_mixmatch.methods.consistency import Consistency
 from gpu_mixmatch.methods.mixmatch import MixMatch
 from gpu_mixmatch.types import MixMatchBatch
@@ -93,9 +98,9 @@ def draw_preview(
     style = matplotlib.style.context(["default", {"text.parse_math": False}])
     section = TO_HEADS + TO_ROWS + 0.35
 
-    def page_of(first: int, second: int) -> tuple[Page, tuple[float, float]]:
+    def page_of(first: int, second: int, pitch: float) -> tuple[Page, tuple[float, float]]:
         """A page with room for so many rows in each of its two sections, and where these begin."""
-        tops = 1.25, 1.25 + section + ROW_PITCH * first
+        tops = 1.25, 1.25 + section + pitch * first
         height = tops[1] + TO_HEADS + TO_ROWS + ROW_PITCH * second + 0.1
         return Page(Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")), tops
 
@@ -104,9 +109,11 @@ def draw_preview(
         shown_u, shown_x = min(rows, len(views.guesses)), min(rows, views.num_labelled)
         path.parent.mkdir(parents=True, exist_ok=True)
         with style:
-            page, (top, next_top) = page_of(shown_u, shown_x)
+            originals = float_images(u[:shown_u], layout)
+            places = place_weak_and_strong(mixmatch, views, originals)
+            page, (top, next_top) = page_of(shown_u, shown_x, places.pitch)
             draw_heading_of_views(page, mixmatch, views)
-            draw_views(page, mixmatch, float_images(u[:shown_u], layout), views, names, top=top)
+            draw_views(page, mixmatch, originals, views, places, names, top=top)
             images = float_images(x[:shown_x], layout)
             draw_labelled(page, mixmatch, images, views, names, top=next_top)
             page.figure.savefig(path, format="png")
@@ -116,9 +123,11 @@ def draw_preview(
     with style:
         guess_rows = min(rows, len(step.means))
         mixed_rows = _rows_to_show(step.batch, rows)
-        page, (top, next_top) = page_of(guess_rows, len(mixed_rows))
+        originals = float_images(u[:guess_rows], layout)
+        places = place_views(mixmatch, step, originals)
+        page, (top, next_top) = page_of(guess_rows, len(mixed_rows), places.pitch)
         draw_heading(page, mixmatch, step)
-        draw_guesses(page, mixmatch, float_images(u[:guess_rows], layout), step, names, top=top)
+        draw_guesses(page, mixmatch, originals, step, places, names, top=top)
         draw_pairs(page, mixmatch, step, mixed_rows, names, top=next_top)
         page.figure.savefig(path, format="png")
     return path

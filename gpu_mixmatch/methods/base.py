@@ -24,13 +24,21 @@ from gpu_mixmatch._validation import (
     came,
     check_callable,
     check_choice,
+    check_images_alike,
+    check_key_tensor,
     check_kind,
     check_labels,
     is_integer,
 )
 from gpu_mixmatch.impl import implementation, resolve_impl
 from gpu_mixmatch.methods.looks import Looks
-from gpu_mixmatch.methods.passes import GuessBatchNorm, Model, get_logits, guess_mode
+from gpu_mixmatch.methods.passes import (
+    GuessBatchNorm,
+    Model,
+    check_model,
+    get_logits,
+    guess_mode,
+)
 from gpu_mixmatch.types import DrawPlan, Draws, Impl, MixUpParams
 
 
@@ -178,6 +186,38 @@ class BatchBuilder(nn.Module):
         self._looks.images("x", x)
         self._looks.images("u", u)
 
+    def _taken_in(
+        self,
+        x: Tensor,
+        y: Any,
+        u: Tensor,
+        ids: tuple[Tensor | None, Tensor | None],
+        key: Tensor | CountedKey | None,
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | int, Tensor | int]]:
+        """Check what a call was given: images and labels on this module's device, and ids."""
+        check_images_alike(x, u)
+        if key is None:  # what is built while a graph is captured is made of any images
+            self.look_at(x, u)
+        elif not isinstance(key, CountedKey):
+            check_key_tensor(key)
+        device = self.device
+        x, u = self._moved("x", x, device), self._moved("u", u, device)
+        y = self._labels(y, x.shape[0], device)
+        return x, y, u, as_ids_of_rows(*ids, x.shape[0], u.shape[0])
+
+    def _guesser(self, model: Model | None) -> Model:
+        """The model that guesses, of a method that cannot leave it to the loss."""
+        if model is not None:
+            check_model(model)
+        if self.teacher is not None:
+            return self.teacher
+        if model is None:
+            raise TypeError(
+                f"model must be given, since {type(self).__name__} guesses before it mixes, got "
+                "None: pass the model to the call, or teacher= to the builder"
+            )
+        return model
+
     def _draw(
         self,
         plan: DrawPlan,
@@ -308,7 +348,7 @@ class BatchBuilder(nn.Module):
     ) -> None:
         mine = {prefix + "seed", prefix + "step"}
         missing_keys.extend(sorted(mine - state_dict.keys()))
-        for key in state_dict.keys() - mine:
+        for key in sorted(state_dict.keys() - mine):
             first = key.removeprefix(prefix).split(".", 1)
             if key.startswith(prefix) and (len(first) == 1 or first[0] not in self._modules):
                 unexpected_keys.append(key)

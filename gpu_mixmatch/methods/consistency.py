@@ -6,29 +6,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpu_mixmatch import _ranks, _streams, _unchecked
+from gpu_mixmatch import _ranks, _unchecked
 from gpu_mixmatch._keys import CountedKey
 from gpu_mixmatch._validation import (
-    MOST_VIEW,
-    as_integer,
+    as_smoothing,
     as_temperature,
     check_device,
-    check_images_alike,
-    check_key_tensor,
-    check_kind,
+    check_float,
     check_same_images,
 )
 from gpu_mixmatch._writes import count_of_writes
-from gpu_mixmatch.augment import as_augment
 from gpu_mixmatch.methods.alignment import DistributionAlignment
-from gpu_mixmatch.methods.base import BatchBuilder, as_ids_of_rows
+from gpu_mixmatch.methods.base import as_ids_of_rows
 from gpu_mixmatch.methods.passes import GuessBatchNorm, Model, check_model
 from gpu_mixmatch.methods.thresholds import Threshold, as_threshold
-from gpu_mixmatch.methods.views import WeakAndStrong
-from gpu_mixmatch.types import ConsistencyBatch, DrawPlan, Guess, Impl, Weighting
+from gpu_mixmatch.methods.weak_strong import WeakStrongBuilder
+from gpu_mixmatch.types import ConsistencyBatch, Guess, Impl, Weighting
 
 
-class Consistency(BatchBuilder):
+class Consistency(WeakStrongBuilder):
     """Build batches of weak and strong views, whose guesses are weighed and never mixed.
 
     Views → guess → targets and weights: `FixMatch`, `UDA`, `SoftMatch`, `FreeMatch`, `FlexMatch`
@@ -46,7 +42,8 @@ class Consistency(BatchBuilder):
             all views are drawn and built together.
         num_classes: L, at least 2.
         num_strong: S, strong views per unlabelled image.
-        threshold: A number in [0, 1], or an object such as `FreeThreshold()`.
+        threshold: A number in (0, 1], an object such as `FreeThreshold()`, or None: every guess
+            counts.
         temperature: T of the sharpening of guesses; None takes their class as a one-hot target.
         alignment: A `DistributionAlignment` of the guesses, before they are sharpened and weighed;
             None aligns nothing.
@@ -65,7 +62,6 @@ class Consistency(BatchBuilder):
 
     switches = (*("num_classes", "num_strong", "temperature", "guess_bn", "label_smoothing"),)
     guesses_in_loss = True
-    strong_x = False
 
     def __init__(
         self,
@@ -74,7 +70,7 @@ class Consistency(BatchBuilder):
         num_classes: int,
         *,
         num_strong: int = 1,
-        threshold: float | Threshold = 0.95,
+        threshold: float | Threshold | None = 0.95,
         temperature: float | None = None,
         alignment: DistributionAlignment | None = None,
         guess_bn: GuessBatchNorm = "batch",
@@ -85,8 +81,17 @@ class Consistency(BatchBuilder):
         seed: int = 0,
         impl: Impl = "auto",
     ) -> None:
+        threshold = as_threshold(threshold)
+        if alignment is not None and threshold.aligns:
+            raise ValueError(
+                "alignment must be None for a threshold that aligns guesses itself, got "
+                f"{alignment} beside {threshold}"
+            )
         super().__init__(
-            num_classes,
+            *(weak, strong, num_classes),
+            num_strong=num_strong,
+            temperature=temperature,
+            alignment=alignment,
             guess_bn=guess_bn,
             teacher=teacher,
             label_smoothing=label_smoothing,
@@ -95,45 +100,15 @@ class Consistency(BatchBuilder):
             seed=seed,
             impl=impl,
         )
-        self.num_strong = as_integer("num_strong", num_strong, least=1, most=MOST_VIEW - 1)
-        self.temperature = None if temperature is None else as_temperature(temperature)
-        self.weak = as_augment(weak)
-        self.strong = as_augment(strong)
-        self.threshold = as_threshold(threshold)
-        if alignment is not None:
-            check_kind(
-                "alignment", alignment, DistributionAlignment, "a DistributionAlignment or None"
-            )
-            if self.threshold.aligns:
-                raise ValueError(
-                    "alignment must be None for a threshold that aligns guesses itself, got "
-                    f"{alignment} beside {self.threshold}"
-                )
-        self.alignment = alignment
-        for part in (self.threshold, alignment):
-            if part is not None:
-                part.bind(self.num_classes)
+        threshold.begin("threshold", self.num_classes)
+        self.threshold = threshold
         self._finish()
-
-    @property
-    def plan(self) -> DrawPlan:
-        """What is drawn for a batch, here and not by two engines."""
-        return self._views.plan
-
-    @property
-    def engines(self) -> dict[str, Any]:
-        """The engines, as "weak" and "strong"."""
-        return {"weak": self.weak, "strong": self.strong}
 
     @property
     def learns(self) -> bool:
         """Whether guesses change what later ones weigh."""
         threshold = self.threshold
         return threshold.needs_sums or threshold.needs_ids or self.alignment is not None
-
-    @property
-    def _views(self) -> WeakAndStrong:
-        return WeakAndStrong(self.weak, self.strong, self.num_strong, self.strong_x)
 
     def forward(
         self,
@@ -167,20 +142,13 @@ class Consistency(BatchBuilder):
             TypeError: If an argument is of the wrong kind.
             ValueError: If images, labels, ids or the model's logits do not fit each other.
         """
-        check_images_alike(x, u)
         if model is not None:
             check_model(model)
-        if key is None:  # what is built while a graph is captured is made of any images
-            self.look_at(x, u)
-        elif not isinstance(key, CountedKey):
-            check_key_tensor(key)
-        device = self.device
-        x, u = self._moved("x", x, device), self._moved("u", u, device)
-        y = self._labels(y, x.shape[0], device)
-        ids = as_ids_of_rows(ids_x, ids_u, x.shape[0], u.shape[0])
+        x, y, u, ids = self._taken_in(x, y, u, (ids_x, ids_u), key)
         with torch.no_grad():
-            images = self._build(x, u, ids, key)
-            return self._batch(images, len(u), y, self._ids_to_remember(ids_u, device), model)
+            images, _ = self._build(x, u, ids, key)
+            remembered = self._ids_to_remember(ids_u, self.device)
+            return self._batch(images, len(u), y, remembered, model)
 
     def from_views(
         self,
@@ -221,30 +189,6 @@ class Consistency(BatchBuilder):
             images = torch.cat((x, strong, weak))
             return self._batch(images, len(weak), y, self._ids_to_remember(ids_u, device), model)
 
-    def _build(
-        self, x: Tensor, u: Tensor, ids: tuple[Any, Any], key: Tensor | CountedKey | None
-    ) -> Tensor:
-        """All views: x, the strong ones, then the weak ones."""
-        views = self._views
-        joint = views.joint
-        if joint is None:
-            if key is not None:
-                raise TypeError(
-                    "key must be None for engines that draw on the host, got one; with a strong "
-                    "engine that is the weak one with a chain the draws are made on the device"
-                )
-            _streams.refuse_capture(
-                self.device,
-                "a CUDA graph would repeat draws that are made on the host: make strong of weak, "
-                "as RandAugment.fixmatch(weak)",
-            )
-            return views.by_two(x, u, ids, self.seed, int(self.step))
-        draws, _ = self._draw(views.plan, ids, key, self.device)
-        assert draws is not None
-        workspace = self._workspaces[int(self.step) % 2] if self._workspaces else None
-        # an alias: whoever asks it for a gradient does not ask the buffer
-        return joint.build(x, u, draws, self.num_strong + 1, workspace).detach()
-
     def _batch(
         self, images: Tensor, num_u: int, y: Tensor, ids: Tensor | None, model: Model | None
     ) -> ConsistencyBatch:
@@ -280,11 +224,12 @@ class Consistency(BatchBuilder):
         if self.alignment is not None:
             assert sums is not None
             ratio = self.alignment.ratio(sums, self.impl)
-        temperature = 0.0 if self.temperature is None else self.temperature
+        temperature = 0.0 if self.temperature is None else as_temperature(self.temperature)
         base = Weighting(temperature, ratio=ratio)
         weighting = self.threshold.weighting(sums, base, self.impl)
+        smoothing = as_smoothing(self.label_smoothing)
         targets, weights = _unchecked.consistency_targets(
-            y, logits, weighting, self.label_smoothing, self.num_strong, self.impl
+            y, logits, weighting, smoothing, self.num_strong, self.impl
         )
         if self.threshold.needs_ids:
             assert ids_u is not None
@@ -328,7 +273,6 @@ class PendingGuess:
     def _count_of_writes(self) -> list[int | None]:
         return [count_of_writes(held) for held in (self.y, self.ids_u) if held is not None]
 
-    @torch.no_grad()
     def __call__(self, logits: Tensor) -> Guess:
         """Make targets and weights of all rows from the logits of the weak views, ``[M, L]``.
 
@@ -348,7 +292,9 @@ class PendingGuess:
                 "second one for the same batch: keep `logits, batch = batch.complete(logits)` and "
                 "give these to the loss"
             )
-        self.was_made = True
-        self.builder.look_at_guess(logits)
-        check_device("y", self.y, "logits", logits)
-        return self.builder.label(self.y, logits, self.ids_u)
+        check_float("logits", logits)
+        with torch.no_grad():  # as a decorator it is nothing that a compiler can trace
+            self.builder.look_at_guess(logits)
+            check_device("y", self.y, "logits", logits)
+            self.was_made = True
+            return self.builder.label(self.y, logits, self.ids_u)

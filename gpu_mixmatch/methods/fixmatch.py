@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from gpu_mixmatch._validation import came
-from gpu_mixmatch.augment.weak import WeakAugment
+from gpu_mixmatch._validation import came, check_kind
 from gpu_mixmatch.methods.consistency import Consistency
 from gpu_mixmatch.methods.thresholds import FlexThreshold, FreeThreshold, SoftThreshold
-from gpu_mixmatch.methods.views import WeakAndStrong
+from gpu_mixmatch.methods.views import builds_by_policy
 
 
 class FixMatch(Consistency):
@@ -23,15 +22,25 @@ class FixMatch(Consistency):
         Confidence", NeurIPS 2020; google-research/fixmatch.
     """
 
-    @property
-    def _views(self) -> WeakAndStrong:
-        if isinstance(self.strong, WeakAugment):
+    def _check_engines(self) -> None:
+        if self.strong is self.weak or _changes_little(self.strong):
             raise ValueError(
                 "strong must change images more than weak does, as RandAugment.fixmatch(weak) "
                 f"does, got {came(self.strong)}: a model that agrees with itself on weak views "
                 "learns nothing from them"
             )
-        return super()._views
+
+
+def _changes_little(engine: Any) -> bool:
+    """Whether an engine is known to make weak views."""
+    if not builds_by_policy(engine):
+        return False
+    chain = engine.policy.chain
+    return chain is None or (
+        not chain.gray
+        and chain.cutout in (0, (0, 0))
+        and (not chain.num_slots or not chain.prob or {op.name for op in chain.ops} == {"identity"})
+    )
 
 
 class UDA(FixMatch):
@@ -93,6 +102,7 @@ class SoftMatch(FixMatch):
         **options: Any,
     ) -> None:
         threshold = SoftThreshold() if threshold is None else threshold
+        check_kind("threshold", threshold, SoftThreshold, "a SoftThreshold or None")
         super().__init__(weak, strong, num_classes, threshold=threshold, **options)
 
 
@@ -124,6 +134,7 @@ class FreeMatch(FixMatch):
         **options: Any,
     ) -> None:
         threshold = FreeThreshold() if threshold is None else threshold
+        check_kind("threshold", threshold, FreeThreshold, "a FreeThreshold or None")
         super().__init__(weak, strong, num_classes, threshold=threshold, **options)
 
 

@@ -16,18 +16,31 @@ class GuessState(nn.Module):
     host.
     """
 
+    def begin(self, name: str, num_classes: int) -> None:
+        """Make what is remembered, for the one builder that has this as its argument ``name``.
+
+        Raises:
+            ValueError: If another builder has it: what both guess would meet in it.
+        """
+        if self._buffers:
+            raise ValueError(
+                f"{name} must be a new object for every method, since it remembers what one "
+                f"guesses, got one that another has: {self}"
+            )
+        self.bind(num_classes)
+
     def bind(self, num_classes: int) -> None:
-        """Make what is remembered, for L classes; the builder calls it."""
+        """Make what is remembered, for L classes."""
 
     def keep(self, name: str, start: Tensor) -> None:
         """Remember a tensor, from ``start`` on."""
         with torch.inference_mode(False):
-            self.register_buffer(name, start.clone())
+            self.register_buffer(name, _of_its_own(start))
 
     def constant(self, name: str, value: Tensor) -> None:
         """Hold a tensor that follows to other devices and is not saved."""
         with torch.inference_mode(False):
-            self.register_buffer(name, value.clone(), persistent=False)
+            self.register_buffer(name, _of_its_own(value), persistent=False)
 
     def __getattr__(self, name: str) -> Any:
         """Return a buffer; without this the type would be that of a module too."""
@@ -41,6 +54,11 @@ class GuessState(nn.Module):
             if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(moved.device)
         return self
+
+
+def _of_its_own(tensor: Tensor) -> Tensor:
+    """A copy; floats are float32, whatever torch's default is."""
+    return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
 def unit_momentum(momentum: float) -> float:

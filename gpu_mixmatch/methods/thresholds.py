@@ -1,12 +1,22 @@
 """What guesses weigh: by a fixed threshold, or by what was learnt of the guesses before."""
 
+from numbers import Real
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpu_mixmatch import _ranks
-from gpu_mixmatch._validation import MOST_SAMPLES, as_integer, as_labels, as_number
+from gpu_mixmatch._validation import (
+    MOST_SAMPLES,
+    as_flag,
+    as_integer,
+    as_labels,
+    as_number,
+    came,
+    check_ids_of,
+)
 from gpu_mixmatch.impl.library import running
 from gpu_mixmatch.methods.state import GuessState, unit_momentum
 from gpu_mixmatch.types import Impl, Weighting
@@ -51,19 +61,19 @@ class FixedThreshold(Threshold):
     """Guesses count whose confidence, the largest probability, is at least ``value``.
 
     Args:
-        value: In [0, 1]; 0 lets every guess count.
+        value: In (0, 1]; None lets every guess count.
 
     References:
         Sohn et al. 2020 (FixMatch), eq. 4.
     """
 
-    def __init__(self, value: float = 0.95) -> None:
+    def __init__(self, value: float | None = 0.95) -> None:
         super().__init__()
-        self.value = as_number("threshold", value, least=0, most=1)
+        self.value = None if value is None else as_number("threshold", value, above=0, most=1)
 
     def weighting(self, sums: Tensor | None, base: Weighting, impl: Impl) -> Weighting:
         """The same at every step; see `Threshold`."""
-        return base._replace(rule="fixed", threshold=self.value)
+        return base._replace(rule="fixed", threshold=self.value or 0.0)
 
     def extra_repr(self) -> str:
         """Show the value."""
@@ -79,7 +89,7 @@ class SoftThreshold(Threshold):
 
     Args:
         momentum: Of the averages, which begin at 1/L and 1.
-        spread: The deviation of the Gaussian is 1/spread of σ.
+        spread: The deviation of the Gaussian is 1/spread of σ; at most 1000.
         uniform: Whether guesses are aligned for their weights.
 
     References:
@@ -93,9 +103,9 @@ class SoftThreshold(Threshold):
     ) -> None:
         super().__init__()
         self.momentum = unit_momentum(momentum)
-        self.spread = as_number("spread", spread, above=0)
-        self.uniform = uniform
-        self.aligns = uniform
+        self.spread = as_number("spread", spread, above=0, most=1000)
+        self.uniform = as_flag("uniform", uniform)
+        self.aligns = self.uniform
 
     def bind(self, num_classes: int) -> None:
         """Begin with no confidence, of a variance of 1; see `GuessState`."""
@@ -200,13 +210,7 @@ class FlexThreshold(Threshold):
     def check_ids(self, ids: Any) -> Tensor:
         """Return sample ids that are in the table; on a device they are not looked at."""
         found = as_labels("ids_u", ids)
-        if found.device.type == "cpu" and len(found):
-            low, high = found.aminmax()
-            if low < 0 or high >= self.num_unlabelled:
-                raise ValueError(
-                    f"ids_u must be in 0 .. num_unlabelled - 1 = {self.num_unlabelled - 1}, got "
-                    f"{int(low)} .. {int(high)}"
-                )
+        check_ids_of("ids_u", found, "num_unlabelled", self.num_unlabelled)
         return found
 
     def weighting(self, sums: Tensor | None, base: Weighting, impl: Impl) -> Weighting:
@@ -221,8 +225,20 @@ class FlexThreshold(Threshold):
         classes, ids = _ranks.gathered(classes), _ranks.gathered(ids.to(logits.device))
         run.update_labels(classes, ids, self.classes, self.counts)
 
-    def _load_from_state_dict(self, *args: object) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **options: Any
+    ) -> None:
+        most, classes = len(self.counts) - 2, state_dict.get(prefix + "classes")
+        if isinstance(classes, Tensor) and classes.numel():
+            low, high = (int(value) for value in classes.aminmax())
+            if low < -1 or high > most:
+                *_, errors = args
+                errors.append(
+                    f"{prefix}classes must be in -1 .. num_classes - 1 = {most}, got {low} .. "
+                    f"{high}: they are of another number of classes"
+                )
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args, **options)
         classes = self.classes.long().remainder(len(self.counts))
         self.counts.copy_(torch.bincount(classes, minlength=len(self.counts)))
 
@@ -231,11 +247,18 @@ class FlexThreshold(Threshold):
         return f"num_unlabelled={self.num_unlabelled}, value={self.value}"
 
 
-def as_threshold(threshold: object) -> Threshold:
-    """Return a threshold: as it is, or a number as a `FixedThreshold`.
+def as_threshold(threshold: Any) -> Threshold:
+    """Return a threshold: as it is, or a number or None as a `FixedThreshold`.
 
     Raises:
-        TypeError: If it is neither.
-        ValueError: If the number is not in [0, 1].
+        TypeError: If it is none of these.
+        ValueError: If the number is not in (0, 1].
     """
-    return threshold if isinstance(threshold, Threshold) else FixedThreshold(threshold)  # type: ignore[arg-type]
+    if isinstance(threshold, Threshold):
+        return threshold
+    if isinstance(threshold, bool) or not isinstance(threshold, Real | NoneType):
+        raise TypeError(
+            "threshold must be a number in (0, 1], an object such as FreeThreshold(), or None, got "
+            f"{came(threshold)}"
+        )
+    return FixedThreshold(threshold)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """Weak and strong views of a batch: by one engine in one pass where it can be, else by two."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class WeakAndStrong(NamedTuple):
     def joint(self) -> KeyedAugment | None:
         """The engine that makes all views: the strong one, if it is the weak one with a chain."""
         weak, strong = self.weak, self.strong
-        if not isinstance(weak, KeyedAugment) or not isinstance(strong, KeyedAugment):
+        if not builds_by_policy(weak) or not builds_by_policy(strong):
             return None
         if weak is strong:
             return strong
@@ -82,6 +82,19 @@ class WeakAndStrong(NamedTuple):
         return torch.cat((first, strong, weak))
 
 
+def builds_by_policy(engine: Any) -> TypeGuard[KeyedAugment]:
+    """Whether an engine's views are its policy's, and not what a class of the user's makes."""
+    if not isinstance(engine, KeyedAugment):
+        return False
+    kind, plain = type(engine), KeyedAugment
+    return (
+        kind.build is plain.build
+        and kind.apply is plain.apply
+        and kind.draw is plain.draw
+        and kind.draw_batch is plain.draw_batch
+    )
+
+
 def _views(
     engine: Any,
     x: Tensor,
@@ -95,7 +108,7 @@ def _views(
 ) -> tuple[Tensor | None, Tensor]:
     """View 0 of x, where it is asked for, and some views of u, by one engine."""
     ids_x, ids_u = ids
-    if isinstance(engine, KeyedAugment):
+    if builds_by_policy(engine):
         of_x = engine.apply(x, engine.draw(seed, step, ids_x, 0)) if with_x else None
         return of_x, engine.apply(u, engine.draw(seed, step, ids_u, tuple(views)))
     whole = complete(engine)

@@ -17,7 +17,8 @@ def consistency_targets(
 ) -> None:
     targets, weights = out
     num_u, num_classes = logits.shape
-    known, guessed = targets[: len(y)], targets[len(y) :].view(-1, num_u, num_classes)
+    num_strong = (len(targets) - len(y)) // max(num_u, 1)
+    known, guessed = targets[: len(y)], targets[len(y) :].view(num_strong, num_u, num_classes)
     label_targets(y, label_smoothing, known)
     probs = F.softmax(wide(logits), dim=-1)
     aligned = probs if weighting.ratio is None else align(probs, weighting.ratio)
@@ -27,7 +28,7 @@ def consistency_targets(
     else:
         guessed.copy_(sharpen(shown, weighting.temperature))
     weights[: len(y)].fill_(1)
-    weights[len(y) :].view(-1, num_u).copy_(confidence_weights(aligned, weighting))
+    weights[len(y) :].view(num_strong, num_u).copy_(confidence_weights(aligned, weighting))
 
 
 def align(probs: Tensor, ratio: Tensor) -> Tensor:
@@ -44,7 +45,9 @@ def confidence_weights(probs: Tensor, weighting: Weighting) -> Tensor:
     if rule == "soft":
         mean, variance = state[:2]
         below = (confidence - mean).clamp(max=0)
-        return torch.exp(-below.square() / (2 * variance / spread**2))
+        # of no variance: what lies at the mean weighs 1, what lies below 0
+        width = (2 * variance / spread**2).clamp(min=torch.finfo(torch.float32).tiny)
+        return torch.exp(-below.square() / width)
     if rule == "free":
         mean_probs = state[2 : 2 + probs.shape[1]]
         thresholds = state[0] * mean_probs / mean_probs.max()

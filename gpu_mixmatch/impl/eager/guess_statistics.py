@@ -21,7 +21,7 @@ def guess_statistics(logits: Tensor, y: Tensor, out: Tensor) -> None:
     out[3] = _whole(confidence.square()).sum()
     sums, counts, labels = out[4:].view(3, num_classes)
     torch.sum(_whole(probs), dim=0, out=sums)
-    torch.sum(one_hot(guessed, num_classes), dim=0, out=counts)
+    torch.sum(one_hot(guessed, num_classes) & ~probs.isnan(), dim=0, out=counts)
     torch.sum(_whole(of_y.float()), dim=0, out=labels)
 
 
@@ -73,4 +73,4 @@ def update_labels(classes: Tensor, ids: Tensor, table: Tensor, counts: Tensor) -
 
 
 def _whole(values: Tensor) -> Tensor:
-    return (values * UNIT).long()
+    return (values.nan_to_num(nan=0.0) * UNIT).long()
