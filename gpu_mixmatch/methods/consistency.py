@@ -15,6 +15,7 @@ from gpu_mixmatch._validation import (
     check_float,
     check_same_images,
 )
+from gpu_mixmatch._writes import count_of_writes
 from gpu_mixmatch.methods.alignment import DistributionAlignment
 from gpu_mixmatch.methods.base import as_ids_of_rows
 from gpu_mixmatch.methods.passes import GuessBatchNorm, Model, check_model
@@ -235,7 +236,12 @@ class Consistency(WeakStrongBuilder):
             self.threshold.remember(logits, ids_u, self.impl)
         return Guess(targets, weights, self.threshold.fairness(self.num_classes))
 
-    def _ids_to_remember(self, ids_u: Any, device: torch.device) -> Tensor | None:
+    def check_ids(self, ids_u: Any) -> Tensor | None:
+        """Return the sample ids by which guesses are remembered, None where they are not.
+
+        Raises:
+            ValueError: If there must be some and are none, or, on a CPU, they are out of range.
+        """
         if not self.threshold.needs_ids:
             return None
         if ids_u is None:
@@ -243,8 +249,11 @@ class Consistency(WeakStrongBuilder):
                 "ids_u must be given where guesses are remembered by sample ids, got None: take "
                 "them from the loader's batch"
             )
-        ids = self.threshold.check_ids(ids_u)
-        return self._moved("ids_u", ids, device)
+        return self.threshold.check_ids(ids_u)
+
+    def _ids_to_remember(self, ids_u: Any, device: torch.device) -> Tensor | None:
+        ids = self.check_ids(ids_u)
+        return None if ids is None else self._moved("ids_u", ids, device)
 
 
 class PendingGuess:
@@ -255,14 +264,28 @@ class PendingGuess:
         self.y = y
         self.ids_u = ids_u
         self.was_made = False
+        self._writes = self._count_of_writes()
+
+    def anew(self) -> "PendingGuess":
+        """The guess of another batch, whose labels and ids lie in the same memory."""
+        return PendingGuess(self.builder, self.y, self.ids_u)
+
+    def _count_of_writes(self) -> list[int | None]:
+        return [count_of_writes(held) for held in (self.y, self.ids_u) if held is not None]
 
     def __call__(self, logits: Tensor) -> Guess:
         """Make targets and weights of all rows from the logits of the weak views, ``[M, L]``.
 
         Raises:
             ValueError: If the logits are not of as many classes.
-            RuntimeError: If it was made before, by a builder that learns of guesses.
+            RuntimeError: If it was made before, by a builder that learns of guesses, or if labels
+                or ids were overwritten since, as by the next batch of a captured builder.
         """
+        if self._count_of_writes() != self._writes:
+            raise RuntimeError(
+                "a guess must be made while its labels and ids are there, got ones that were "
+                "overwritten since: give a batch to the loss before the next is built"
+            )
         if self.was_made and self.builder.learns:
             raise RuntimeError(
                 "a guess must be made once, since thresholds and alignments take it in, got a "
