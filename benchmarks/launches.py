@@ -212,7 +212,8 @@ def _words_of_draws(launch: Launch) -> int:
     named = launch.named | launch.options
     rows = next(named[name].shape[0] for name in ("out_ptr", "table_ptr") if name in named)
     blurs = any(named.get(name) for name in ("BLUR_RADIUS", "RADIUS"))
-    return int(rows) * (3 + 4 * bool(named.get("ZOOM")) + blurs)
+    zooms = named.get("ZOOM") or named.get("CUT") == 3
+    return int(rows) * (3 + 4 * bool(zooms) + blurs)
 
 
 def moved(launch: Launch) -> int:

@@ -185,7 +185,7 @@ def impl_of(
 ) -> Impl:
     """Return what draws a policy, or applies what its views have in common, in place of ``impl``.
 
-    Triton's kernels draw all and apply all but a few cuts and chains: for those "auto" takes plain
+    Triton's kernels draw all and apply all but a blur after a chain: for that "auto" takes plain
     torch on CUDA. For Numba numpy draws.
 
     Args:
@@ -213,9 +213,7 @@ def impl_of(
 
 def _missing_in_kernels(geometry: Geometry) -> str | None:
     """What Triton's kernels cannot do of a cut or a chain."""
-    if geometry.chain is None:
-        return "random crops to a size without operations after them"
-    if geometry.blur_radius:
+    if geometry.chain and geometry.blur_radius:
         return "a blur after operations drawn per view"
     return None
 

@@ -23,8 +23,10 @@ from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch._chain import columns, slots_of
 from gpu_mixmatch.impl.tables import Kind, chain_tables, kind_of, kinds_of, root_of_area
 from gpu_mixmatch.impl.triton.launch import blocks, launch
-from gpu_mixmatch.impl.triton.mixup import mixup as mix_rows
+from gpu_mixmatch.impl.triton.mixup import blend
 from gpu_mixmatch.impl.triton.rows import (
+    cut_kind,
+    cut_out,
     image_of,
     inverse,
     normalisation,
@@ -102,7 +104,7 @@ def _view_of(
     CUT: tl.constexpr, ROOT: tl.constexpr,
     SLOTS: tl.constexpr, FIRST_SLOT: tl.constexpr, DRAWN: tl.constexpr,
 ):  # fmt: skip
-    """Read the draws of a row. CUT: 0 none, 1 of the views' size, 2 by area, 3 a zoom."""
+    """Read the draws of a row. CUT is a `cut_kind`."""
     from_x, place = image_of(row, num_x, num_u, inverse_u)
     image_ptr = u_ptr + place * stride_u.to(tl.int64)
     if from_x:
@@ -122,16 +124,9 @@ def _view_of(
         cut_height = tl.maximum(IN_HEIGHT - cut_top - tl.load(zoom_ptr + 1), 1)
         cut_width = tl.maximum(IN_WIDTH - cut_left - tl.load(zoom_ptr + 3), 1)
     elif CUT > 0:
-        cut_height, cut_width = HEIGHT, WIDTH
-        if CUT == 2:
-            height = (tl.load(chain_ptr).to(tl.int64) * ROOT + (1 << 23)) >> 24
-            width = (tl.load(chain_ptr + 1).to(tl.int64) * ROOT + (1 << 23)) >> 24
-            cut_height = tl.minimum(tl.maximum(height.to(tl.int32), 1), IN_HEIGHT)
-            cut_width = tl.minimum(tl.maximum(width.to(tl.int32), 1), IN_WIDTH)
-        room = IN_HEIGHT - cut_height + 1
-        cut_top = ((tl.load(chain_ptr + 2).to(tl.int64) * room) >> 24).to(tl.int32)
-        room = IN_WIDTH - cut_width + 1
-        cut_left = ((tl.load(chain_ptr + 3).to(tl.int64) * room) >> 24).to(tl.int32)
+        cut_top, cut_left, cut_height, cut_width = cut_out(
+            chain_ptr, IN_HEIGHT, IN_WIDTH, HEIGHT, WIDTH, CUT == 2, ROOT
+        )
     if CUT > 0 and flip > 0:  # windows are mirrored first, and what is cut out of them with them
         cut_left = IN_WIDTH - cut_left - cut_width
     return _View(
@@ -732,7 +727,7 @@ def augment(
         return
     target = out
     if mixup is not None:  # two rows of values are read faster than two rows are built
-        target = _like(out, scratch)
+        target = scratch.empty("unmixed", tuple(out.shape), out.dtype, device)
 
     slots, count = slots_of(chain), height * width
     kinds = kinds_of(chain)
@@ -762,7 +757,7 @@ def augment(
         "HEIGHT": height,
         "WIDTH": width,
         "CHANNELS": channels,
-        "CUT": (2 if cut.area else 1) if cut else 3 if geometry.zoom else 0,
+        "CUT": cut_kind(geometry),
         "ROOT": root_of_area(in_height, in_width),
         "STRIDE_CHANNEL": first.stride(1),
         "STRIDE_LINE": first.stride(2),
@@ -802,17 +797,7 @@ def augment(
         **compiled,
     )  # fmt: skip
     if mixup is not None:
-        no_targets = torch.empty((num_rows, 0), dtype=torch.float32, device=device)
-        mix_rows(target, no_targets, mixup, out, torch.empty_like(no_targets))
-
-
-def _like(out: Tensor, scratch: Workspace) -> Tensor:
-    """Scratch memory for views, in the memory format of ``out``."""
-    rows, channels, height, width = out.shape
-    if out.is_contiguous():
-        return scratch.empty("unmixed", tuple(out.shape), out.dtype, out.device)
-    shape = (rows, height, width, channels)
-    return scratch.empty("unmixed", shape, out.dtype, out.device).permute(0, 3, 1, 2)
+        blend(target, mixup, out)
 
 
 def _alike(sources: tuple[Tensor, ...], channels_last_in: bool) -> tuple[Tensor, Tensor]:
