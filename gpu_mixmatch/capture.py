@@ -11,7 +11,6 @@ from gpu_mixmatch._keys import CountedKey
 from gpu_mixmatch._ranks import positions
 from gpu_mixmatch._validation import as_labels, check_images_alike, check_kind, check_labels
 from gpu_mixmatch._writes import count_of_writes
-from gpu_mixmatch.impl import impl_of
 from gpu_mixmatch.methods.layers import buffers_kept
 from gpu_mixmatch.methods.mixmatch import MixMatch
 from gpu_mixmatch.methods.passes import Model, check_model, modules_of
@@ -221,12 +220,6 @@ def check_capturable(mixmatch: MixMatch) -> None:
         raise RuntimeError(
             "capture needs the kernels, whose draws are made on the device: "
             f"got impl={mixmatch.impl!r}, which runs eager here"
-        )
-    running = impl_of(mixmatch.impl, mixmatch.plan.policy, mixmatch.device)
-    if running != mixmatch.impl:
-        raise RuntimeError(
-            "capture needs an engine whose draws are made on the device: got one whose draws "
-            f"{running} makes, {type(mixmatch.augment).__name__}"
         )
     if mixmatch.plan.policy is None:
         raise TypeError(
