@@ -61,6 +61,8 @@ _OUTSIDE = tl.constexpr(1 << 24)
 _PIXELS = 1024  # of a tile
 _MOST_IN_ONE = 2048  # pixels of a tile that may hold a whole view
 _TILES = 4  # that a program runs an event on, at most: fewer counts to add up
+# NVIDIA's assembler, if it may choose how few registers events have, takes 48 or 64 and spills some
+_OF_EVENTS = {} if torch.version.hip else {"maxnreg": 255}
 _MOST_SIZE = 2**14 - 1  # coordinates in 16.16 are int32
 _MOST_CHANNELS = 3
 
@@ -773,7 +775,8 @@ def augment(
     if num_rows == 0:
         return
     target = out
-    if mixup is not None:  # two rows of values are read faster than two rows are built
+    # two rows of values are read as fast as two rows are built: see `mixing_rows` of benchmarks
+    if mixup is not None:
         target = scratch.empty("unmixed", tuple(out.shape), out.dtype, device)
         target = target.as_strided(out.shape, out.stride())
 
@@ -827,7 +830,7 @@ def augment(
         for number in range(events):
             launch(
                 event_kernel, num_rows * parts, device, made, stage, counts, *read, number,
-                **shape, TILES=blocks(tiles, parts), num_warps=8, **compiled,
+                **shape, TILES=blocks(tiles, parts), num_warps=8, **compiled, **_OF_EVENTS,
             )  # fmt: skip
     scale, bias, per_channel = normalisation(scaling, channels, device)
     color = chain.cutout_color
