@@ -1,9 +1,9 @@
-"""What the kernels of chains compile to: facts that need no GPU, as JSON.
+"""What the kernels of chains and of cuts compile to: facts that need no GPU, as JSON.
 
 ``python -m benchmarks.chain_kernels`` lets `functional.augment` and `functional.draw_batch` launch
-all their kernels for some chains on CPU tensors, with the launch replaced, and compiles them. What
+all their kernels for some of them on CPU tensors, with the launch replaced, and compiles them. What
 rows execute, by their draws, is for `benchmarks.kernels` to say; what is listed here is what must
-hold for all code, of more chains.
+hold for all code, and for more of them.
 """
 
 import argparse
@@ -32,6 +32,13 @@ CASES: dict[str, tuple[Callable[[], KeyedAugment], int, torch.dtype, bool]] = {
         torch.bfloat16,
         True,
     ),
+    "crop of 256 px": (
+        lambda: WeakAugment(padding=0, size=224),
+        256,
+        torch.bfloat16,
+        True,
+    ),
+    "resized crop of 256 px": (WeakAugment.imagenet, 256, torch.bfloat16, True),
     "jitter, 224 px": (ColorJitter, 224, torch.bfloat16, True),
     "blur, 96 px": (
         lambda: RandAugment.fixmatch(WeakAugment(blur_sigma=(0.1, 2.0))),

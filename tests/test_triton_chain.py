@@ -350,6 +350,7 @@ def test_kernels_of_chains_keep_their_branches_and_round_what_eager_rounds():
         [
             *(sys.executable, "-m", "benchmarks.chain_kernels", "--arch", "80", "90", "100"),
             *("--case", "fixmatch, 32 px", "fixmatch, 224 px", "blur, 96 px"),
+            *("crop of 256 px", "resized crop of 256 px"),
         ],
         env=environment,
         capture_output=True,
