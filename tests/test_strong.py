@@ -11,7 +11,6 @@ from torch.nn.functional import interpolate, pad
 
 from gpu_mixmatch import ColorJitter, MixMatch, RandAugment, WeakAugment, sampling
 from gpu_mixmatch._chain import columns, entries, slots_of
-from gpu_mixmatch.impl import impl_of
 from gpu_mixmatch.impl.eager.chain import run_slots
 from gpu_mixmatch.impl.tables import chain_tables
 from gpu_mixmatch.types import AugmentParams, Chain, ChainParams, Cut, DrawPlan, Op
@@ -545,20 +544,6 @@ def test_ids_and_steps_key_the_views_of_an_engine_alone():
     assert torch.equal(engine(images[order], ids=ids[order], step=4), views[order])
     assert not torch.equal(engine(images, ids=ids, step=5), views)
     assert torch.equal(engine(images), engine(images, ids=torch.arange(6)))
-
-
-def test_engines_say_where_a_chain_and_a_cut_run_and_refuse_the_rest():
-    for engine in (RandAugment.fixmatch(), ColorJitter()):
-        assert "impl='auto')" in repr(engine)
-        assert impl_of("auto", engine.geometry, torch.device("cuda")) == "auto"
-    crops = WeakAugment.imagenet()
-    assert repr(crops).endswith("impl='auto' -> eager on cuda)")
-    assert impl_of("auto", crops.geometry, torch.device("cuda")) == "eager"
-    assert impl_of("auto", crops.policy, torch.device("cuda")) == "auto"
-    with pytest.raises(RuntimeError, match=r'impl="triton" cannot run random crops.*impl="eager"'):
-        WeakAugment(size=8, impl="triton")
-    with pytest.raises(RuntimeError, match='impl="triton" cannot run a blur after operations'):
-        RandAugment.fixmatch(WeakAugment(blur_sigma=(0, 1), impl="triton"))
 
 
 def test_repr_shows_the_whole_policy():

@@ -30,7 +30,7 @@ from gpu_mixmatch._validation import (
     view_size,
 )
 from gpu_mixmatch.augment.base import BuiltViews, MakeTargets, NormalizedViews, Views
-from gpu_mixmatch.impl import impl_of, resolve_impl
+from gpu_mixmatch.impl import resolve_impl
 from gpu_mixmatch.types import (
     AugmentParams,
     AugmentPolicy,
@@ -387,13 +387,3 @@ class _ViewsOfBytes(NamedTuple):
             check_out(out, images=x, u=u)
         targets = make_targets(params)
         return self.write(self.images, self.draws, params, out), targets
-
-
-def shown_impl(impl: Impl, geometry: Geometry) -> str:
-    """Show the implementation of an engine, and what runs in its place on a GPU.
-
-    Raises:
-        RuntimeError: If it cannot run what the views have in common.
-    """
-    running = impl_of(impl, geometry, torch.device("cuda"))
-    return f"impl={impl!r}" if running == impl else f"impl={impl!r} -> {running} on cuda"
