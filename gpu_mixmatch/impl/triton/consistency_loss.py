@@ -163,6 +163,12 @@ def consistency_loss_backward_kernel(
         row[:, None], cls, mask, logits_ptr, targets_ptr, stride_row, stride_class,
         stride_targets_row, stride_targets_class, num_classes,
     )  # fmt: skip
+    unknown = _unknown(probs, targets, tsa_ptr, tsa, HAS_TSA)
+    grad = probs * tl.sum(targets, axis=1)[:, None] - targets
+    if LOSS_U == "mse":
+        missed = tl.where(cls < num_classes, probs - targets, 0.0)
+        of_squares = probs * (missed - tl.sum(missed * probs, axis=1)[:, None])
+        grad = tl.where((row < num_x)[:, None], grad, 2.0 / num_classes * of_squares)
     weights = tl.load(weights_ptr + row.to(tl.int64) * stride_weights, mask=row < num_rows, other=0)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr)
@@ -173,18 +179,13 @@ def consistency_loss_backward_kernel(
     count_x = tl.maximum(num_x, 1).to(probs.dtype)
     if HAS_TSA:
         count_x = tl.maximum(tl.load(count_x_ptr), 1.0).to(probs.dtype)
-    of_x = grad_x / count_x * _unknown(probs, targets, tsa_ptr, tsa, HAS_TSA)
+    of_x = grad_x / count_x * unknown
     of_u = tl.where(
         row < end_u,
         grad_u / tl.maximum(end_u - num_x, 1).to(probs.dtype),
         grad_v / tl.maximum(num_rows - end_u, 1).to(probs.dtype),
     )
     factors = weights * tl.where(row < num_x, of_x, of_u)
-    grad = probs * tl.sum(targets, axis=1)[:, None] - targets
-    if LOSS_U == "mse":
-        missed = tl.where(cls < num_classes, probs - targets, 0.0)
-        of_squares = probs * (missed - tl.sum(missed * probs, axis=1)[:, None])
-        grad = tl.where((row < num_x)[:, None], grad, 2.0 / num_classes * of_squares)
     at = grad_logits_ptr + row.to(tl.int64)[:, None] * num_classes + cls
     grad = factors[:, None] * grad
     tl.store(at, grad.to(grad_logits_ptr.dtype.element_ty), mask=mask)
