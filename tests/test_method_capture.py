@@ -17,6 +17,7 @@ from gpu_mixmatch import (
     MeanTeacher,
     MixMatch,
     RandAugment,
+    ReMixMatch,
     SoftMatch,
     WeakAugment,
     capture,
@@ -109,6 +110,28 @@ def test_every_replay_equals_the_eager_call_and_learns_as_it_does(captured, kind
     if kind is not MeanTeacher and kind is not FixMatch:
         assert any(not torch.equal(value, fresh[name]) for name, value in mine.state_dict().items()
                    if name not in ("seed", "step"))  # fmt: skip
+
+
+@pytest.mark.parametrize("rotation", [False, True])
+def test_views_that_are_mixed_and_turned_are_replayed_too(captured, rotation):
+    weak = WeakAugment(padding=2, impl="auto" if CUDA else "eager")
+    strong = RandAugment.fixmatch(weak, cutout=4)
+
+    def model(images):
+        logits = net_of_all(images)
+        return (logits, logits[:, :4]) if rotation else logits
+
+    net_of_all = net()
+    mine, theirs = (
+        ReMixMatch(weak, strong, NUM_CLASSES, num_strong=1, rotation=rotation, impl=weak.impl)
+        for _ in range(2)
+    )
+    mine, theirs = mine.to(DEVICE), theirs.to(DEVICE)
+    build = captured(mine, model)
+    for step in range(2):
+        x, y, u = data(seed=step)
+        assert_same(build(x, y, u), theirs(x, y, u, model))
+    assert_same_state(mine, theirs)
 
 
 @pytest.mark.parametrize("kind", [FreeMatch, FlexMatch])

@@ -13,6 +13,7 @@ from gpu_mixmatch import (
     FreeMatch,
     MeanTeacher,
     RandAugment,
+    ReMixMatch,
     SoftMatch,
     WeakAugment,
 )
@@ -195,6 +196,19 @@ def test_training_goes_on_as_without_insight_to_the_last_bit(kind, guess_first):
     ]  # fmt: skip
     for name in ("confidence", "accuracy", "kept", "mean_weight", "kept_accuracy"):
         assert [step for written, step in writer.scalars if written == f"{tag}/{name}"] == [2, 3]
+
+
+def test_of_a_method_that_mixes_weak_and_strong_views_the_guesses_are_watched_alone():
+    builder, writer = ReMixMatch(*engines(), NUM_CLASSES, num_strong=1), Writer()
+    insight = TensorBoardInsight(builder, writer, 1, truth=truth_of())
+    x, y, u = data()
+    for step in range(2):
+        builder(x, y, u, ConvNet(NUM_CLASSES), ids_u=ids_of(step))
+    insight.close()
+    assert not writer.images
+    assert list(writer.scalars) == [
+        (f"remixmatch/{name}", step) for step in (1, 2) for name in ("confidence", "accuracy")
+    ]
 
 
 def test_a_preview_in_one_pass_needs_a_model():

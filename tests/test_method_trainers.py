@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gpu_mixmatch import (
+    ICT,
     UDA,
     ConsistencyLoss,
     FixMatch,
@@ -26,6 +27,8 @@ from gpu_mixmatch import (
     MixMatch,
     MixMatchLoss,
     RandAugment,
+    ReMixMatch,
+    ReMixMatchLoss,
     ResidentLoader,
     SemiSupervisedLoader,
     SoftMatch,
@@ -67,14 +70,31 @@ def method_of(kind, **options):
         return FlexMatch(*engines, **options), ConsistencyLoss()
     if kind == "pi":
         return MeanTeacher(weak, NUM_CLASSES, **options), ConsistencyLoss(50.0, loss_u="mse")
+    if kind == "ict":
+        return ICT.fixmatch(weak, NUM_CLASSES, **options), ConsistencyLoss(50.0, loss_u="mse")
+    if kind == "remixmatch":
+        options = {"num_strong": 2, "rotation": True, **options}
+        return ReMixMatch(*engines, **options), ReMixMatchLoss(lambda_rot=0.5, rampup_steps=3)
     assert kind == "mixmatch"
     return MixMatch(weak, NUM_CLASSES, **options), MixMatchLoss(10.0, 3)
 
 
-def network(seed=0):
+class TurnedNet(nn.Module):
+    """Also tells by how many quarters an image was turned."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = build_model("cnn", NUM_CLASSES + 4, 1)
+
+    def forward(self, images):
+        logits = self.net(images)
+        return logits[:, :NUM_CLASSES], logits[:, NUM_CLASSES:]
+
+
+def network(seed=0, kind=None):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_model("cnn", NUM_CLASSES, 1)
+        return TurnedNet() if kind == "remixmatch" else build_model("cnn", NUM_CLASSES, 1)
 
 
 def loader_of(kind=SemiSupervisedLoader, **options):
@@ -102,14 +122,14 @@ class Run(NamedTuple):
 
 def plain_loop(kind, steps=STEPS, *, guess_first=None, with_ids=True, clip=False):
     """The training that all trainers must do."""
-    model, (method, criterion) = network(), method_of(kind)
+    model, (method, criterion) = network(kind=kind), method_of(kind)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     if guess_first is None:
-        guess_first = kind == "mixmatch"
+        guess_first = not method.guesses_in_loss
     outputs = []
     for x, y, u, _, ids_u in batches_of(loader_of(), steps):
         batch = method(x, y, u, model if guess_first else None, ids_u=ids_u if with_ids else None)
-        outputs.append(criterion(model(batch.inputs), batch))
+        outputs.append(criterion(method.for_loss(model(batch.inputs)), batch))
         outputs[-1].loss.backward()
         if clip:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -161,7 +181,7 @@ class Classifier(integration.MixMatchMixin, L.LightningModule):
 
     def __init__(self, kind, *, guess_first=None, seed=0, **options):
         super().__init__()
-        self.model = network(seed)
+        self.model = network(seed, kind)
         self.method, self.criterion = method_of(kind, **options)
         self.guess_first = guess_first
 
@@ -190,7 +210,8 @@ def fit(module, loader=None, ckpt_path=None, **options):
 @pytest.mark.parametrize(
     ("kind", "guess_first"),
     [("fixmatch", None), ("fixmatch", True), ("uda", False), ("softmatch", True),
-     ("freematch", None), ("flexmatch", None), ("flexmatch", True), ("pi", None)],
+     ("freematch", None), ("flexmatch", None), ("flexmatch", True), ("pi", None), ("ict", None),
+     ("remixmatch", None)],
 )  # fmt: skip
 def test_lightning_trains_by_any_method_as_a_plain_loop_to_the_last_bit(kind, guess_first):
     module, run = (
@@ -204,7 +225,8 @@ def test_lightning_trains_by_any_method_as_a_plain_loop_to_the_last_bit(kind, gu
     logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
     wanted = {name: value.item() for name, value in run.outputs[-1]._asdict().items()}
     assert logged == pytest.approx(wanted, rel=1e-6)
-    assert {"loss_x", "loss_u", "kept", "mean_weight"} <= set(logged)
+    parts = {"loss_kl", "loss_rot"} if kind == "remixmatch" else {"kept", "mean_weight"}
+    assert {"loss_x", "loss_u", *parts} <= set(logged)
 
 
 def test_orders_of_guessing_differ_where_there_is_batch_norm():

@@ -16,6 +16,7 @@ from gpu_mixmatch.insight.guesses import (
 )
 from gpu_mixmatch.insight.preview import MOST_PREVIEWED, as_class_names, draw_preview
 from gpu_mixmatch.methods.base import BatchBuilder
+from gpu_mixmatch.methods.consistency import Consistency
 from gpu_mixmatch.methods.mixmatch import MixMatch
 
 
@@ -26,8 +27,9 @@ class TensorBoardInsight:
     ``mixmatch/preview``, drawn by `draw_preview`, and the scalars ``mixmatch/confidence`` and
     ``mixmatch/accuracy`` of all guesses since the last time. For another method its name stands
     before the slash, as in ``fixmatch/preview``; where guesses are weighed there are also
-    ``fixmatch/kept``, ``fixmatch/mean_weight`` and ``fixmatch/kept_accuracy``. Other steps do not
-    wait for the device. Training goes on as without it, to the last bit.
+    ``fixmatch/kept``, ``fixmatch/mean_weight`` and ``fixmatch/kept_accuracy``. Of methods that
+    `draw_preview` does not draw, `ReMixMatch` and `ICT`, there are scalars alone. Other steps do
+    not wait for the device. Training goes on as without it, to the last bit.
 
     A preview calls the model: where its forward pass communicates (DDP, SyncBatchNorm), every rank
     needs one of these, with a writer of its own.
@@ -91,9 +93,11 @@ class TensorBoardInsight:
         if self._watch.paused or int(self.mixmatch.step) % self.every_n_steps:
             return
         self._write_quality()
+        if not isinstance(self.mixmatch, MixMatch | Consistency):
+            return
         self._watch.paused = True
         try:
-            self._write_preview(call_arguments(self.mixmatch, args, kwargs))
+            self._write_preview(self.mixmatch, call_arguments(self.mixmatch, args, kwargs))
         finally:
             self._watch.paused = False
 
@@ -110,7 +114,7 @@ class TensorBoardInsight:
             if value is not None:
                 self.writer.add_scalar(f"{self._tag}/{name}", value, step)
 
-    def _write_preview(self, call: dict[str, Any]) -> None:
+    def _write_preview(self, mixmatch: MixMatch | Consistency, call: dict[str, Any]) -> None:
         call.pop("key", None)
         if call.get("model") is None:
             call |= {"model": self.model or self.mixmatch.teacher, "one_pass": True}
@@ -121,7 +125,7 @@ class TensorBoardInsight:
                 )
         with tempfile.TemporaryDirectory() as folder:
             path = draw_preview(
-                self.mixmatch,  # type: ignore[arg-type]  # which is looked at there
+                mixmatch,
                 path=Path(folder, "preview.png"),
                 class_names=self.class_names,
                 rows=self.rows,
