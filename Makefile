@@ -50,6 +50,7 @@ results: $(VENV)/.installed
 	mkdir -p runs/results/digits-preview
 	$(RUN)/gpu-mixmatch preview --out runs/results/digits-preview/preview.png
 	$(RUN)/python -m benchmarks.report --collect runs/results
+	$(RUN)/python -m benchmarks.op_grid
 
 # Many short runs, hours of them: what the defaults of short runs were chosen by. Each finished run
 # is kept in runs/learning and not trained again.
@@ -68,7 +69,7 @@ gpu: $(VENV)/.installed
 # What the documents show of speed, and what they promise of it; suites set their own threads.
 .PHONY: benchmarks
 benchmarks: $(VENV)/.installed
-	for suite in augment batch loader scaling ops claims kernels; do $(RUN)/python -m benchmarks.$$suite || exit 1; done
+	for suite in augment strong batch loader scaling ops claims kernels; do $(RUN)/python -m benchmarks.$$suite || exit 1; done
 	$(RUN)/python -m benchmarks.report
 
 # The kernels under the oldest Triton that they are held to. Its interpreter needs a numpy before

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.common import ROOT, Row
+from benchmarks.costs import OVERHEAD_US
+from benchmarks.launches import NUM_AUGMENTATIONS, OPERATIONS
 
 BUDGETS = ROOT / "benchmarks" / "budgets.json"
 SLACK = 1.03  # of a budget over what was counted
@@ -65,6 +67,10 @@ GOALS = (
     Goal(_HALF, "zoom and blur", "instructions", None, 45),
     Goal(_FLOAT, "zoom and blur", "us", None, 300),
     Goal(_HALF, "zoom and blur", "us", None, 150),
+    Goal("32 px float32 contiguous", OPERATIONS, "us", None, 30),
+    Goal(_HALF, OPERATIONS, "us", None, 170),
+    Goal(_HALF, OPERATIONS, "instructions", None, 34),
+    Goal(_HALF, OPERATIONS, "registers", None, 96),
 )
 
 
@@ -100,6 +106,42 @@ def goal_rows(rows: list[Row]) -> list[Row]:
                 "note": "met" if value <= goal.most else "not met",
                 "value": value,
                 "goal": goal.most,
+            }
+        )
+    return found
+
+
+def mixing_rows(rows: list[Row]) -> list[Row]:
+    """What MixUp of views with operations is predicted to take, in two ways.
+
+    Views are written and read back in pairs, which is what is done; or those of u are written for
+    the guess, events and all, and then all rows and their partners made anew. For the second the
+    least is taken: twice what keeps `chain_kernel` busy, and not a byte more to read. Events of all
+    rows are part of both and left out.
+    """
+    found = []
+    share_of_u = NUM_AUGMENTATIONS / (1 + NUM_AUGMENTATIONS)
+    kernels = [row for row in kernels_of(rows) if row["effects"] == OPERATIONS]
+    for regime, gpu in dict.fromkeys((row["regime"], row["gpu"]) for row in kernels):
+        of_batch = [row for row in kernels if (row["regime"], row["gpu"]) == (regime, gpu)]
+        chain, mixup = (
+            next(row for row in of_batch if row["kernel"] == name)
+            for name in ("chain_kernel", "mixup_kernel")
+        )
+        anew = OVERHEAD_US + max(
+            us * (1 if part in ("L2", "DRAM") else 2) for part, us in chain["us_of"].items()
+        )
+        for row in of_batch:
+            if row["kernel"] in ("event_kernel", "chain_kernel"):
+                anew += OVERHEAD_US + share_of_u * max(row["us_of"].values())
+        found.append(
+            {
+                "case": f"mixing: {regime}, {OPERATIONS}",
+                "contender": gpu,
+                "threads": 1,
+                "note": "views written, then mixed; or made anew in pairs",
+                "read_back_us": rounded(chain["predicted_us"] + mixup["predicted_us"]),
+                "anew_us": rounded(anew),
             }
         )
     return found

@@ -1,9 +1,9 @@
-"""What the kernels of chains compile to: facts that need no GPU, as JSON.
+"""What the kernels of chains and of cuts compile to: facts that need no GPU, as JSON.
 
 ``python -m benchmarks.chain_kernels`` lets `functional.augment` and `functional.draw_batch` launch
-all their kernels for some chains on CPU tensors, with the launch replaced, and compiles them. Data
-decides over nearly all branches of these kernels, so that instructions of a way through them say
-little; what is listed is what must hold on every way.
+all their kernels for some of them on CPU tensors, with the launch replaced, and compiles them. What
+rows execute, by their draws, is for `benchmarks.kernels` to say; what is listed here is what must
+hold for all code, and for more of them.
 """
 
 import argparse
@@ -31,6 +31,20 @@ CASES: dict[str, tuple[Callable[[], KeyedAugment], int, torch.dtype, bool]] = {
         256,
         torch.bfloat16,
         True,
+    ),
+    "crop of 256 px": (
+        lambda: WeakAugment(padding=0, size=224),
+        256,
+        torch.bfloat16,
+        True,
+    ),
+    "resized crop of 256 px": (WeakAugment.imagenet, 256, torch.bfloat16, True),
+    "jitter, 224 px": (ColorJitter, 224, torch.bfloat16, True),
+    "blur, 96 px": (
+        lambda: RandAugment.fixmatch(WeakAugment(blur_sigma=(0.1, 2.0))),
+        96,
+        torch.float32,
+        False,
     ),
 }
 

@@ -118,8 +118,8 @@ ASSUMED: dict[str, Assumption] = {
     "draw_kernel": Assumption(turns=0.5),
     # one program adds up the sums of all
     "mixmatch_loss_kernel": Assumption(goes_on=lambda programs: 1 / programs),
-    # of FixMatch's rows, statistics or sharpness are in 4 of 28 slots
-    "event_kernel": Assumption(goes_on=lambda programs: 1 / 7),
+    # of the programs that count a view's pixels, three at 96 px, the last makes its tables
+    "event_kernel": Assumption(goes_on=lambda programs: 1 / 3),
 }
 
 _NAMES = {

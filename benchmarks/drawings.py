@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import schema
 from benchmarks.common import Row
 from benchmarks.tables import BOUNDS, SWEEP_TITLES, Content, machine_name, number, threads
-from gpu_mixmatch.recipes import ablate, plots
+from gpu_mixmatch.recipes import ablate, compare, plots
 
 OURS = ("ours", "SemiSupervisedLoader", "ResidentLoader", "DaliLoader")
 OUR_ENGINES = ("WeakAugment", "DaliAugment", "KorniaAugment")
@@ -226,6 +226,18 @@ def draw_trained(content: Content, path: Path) -> None:
     ablate.draw_bars(_results(content), title, path, with_paper=with_paper)
 
 
+def compared_headline(content: Content) -> str:
+    """The method of the least error."""
+    return compare.headline({row["contender"]: row["mean"] for row in content["rows"]})
+
+
+def draw_compared(content: Content, path: Path) -> None:
+    """Test errors of methods over steps and over seconds."""
+    config = content["config"]
+    title = f"{config['dataset']}, {config['labels']} labels, mean of {len(content['seeds'])} seeds"
+    compare.draw_comparison(content["rows"], title, path)
+
+
 def _results(content: Content) -> list[ablate.Result]:
     """The package's own form of the rows."""
     return [
@@ -278,6 +290,7 @@ HEADLINES: dict[str, Callable[[Content], str]] = {
     "scaling": scaling_headline,
     "demo": trained_headline,
     "ablation": trained_headline,
+    "compare": compared_headline,
 }
 DRAWINGS: dict[str, Callable[[Content, Path], None]] = {
     "augment": draw_views,
@@ -287,6 +300,7 @@ DRAWINGS: dict[str, Callable[[Content, Path], None]] = {
     "scaling": draw_sweeps,
     "demo": draw_trained,
     "ablation": draw_trained,
+    "compare": draw_compared,
 }
 
 

@@ -30,7 +30,14 @@ from gpu_mixmatch._machine import header, machine
 
 SECONDS = 540.0  # for everything
 FACTS_SECONDS = 90.0  # no part of the facts begins later
-SUITE_SECONDS = {"ops": 60, "batch": 40, "augment": 50, "scaling": 25, "loader": 30}
+SUITE_SECONDS = {
+    "ops": 50,
+    "augment": 40,
+    "strong": 70,  # some of it goes image by image
+    "batch": 35,
+    "loader": 25,
+    "scaling": 20,
+}
 HAZARD_TESTS = ("test_buffers", "test_capture")  # what a device alone shows, and corrupts
 KERNEL_TESTS = (
     "test_triton",
@@ -106,11 +113,11 @@ def parts(out: Path) -> list[Part]:
             [python, "-m", "benchmarks.facts", "--seconds", str(FACTS_SECONDS), "--out", str(out)],
             FACTS_SECONDS + 20,
         ),
-        Part("hazards", [*run, "-m", "gpu", *hazards], 40),
-        Part("tests marked gpu", [*run, "-m", "gpu", f"--junitxml={xml}", *passed], 45),
-        Part("kernel tests on the device", [*run, "-m", "not gpu", *tests], 50),
-        Part("memcheck", [*sanitizer, "--tool", "memcheck", *workload, "short"], 25, no_cache),
-        Part("racecheck", [*sanitizer, "--tool", "racecheck", *workload, "short"], 25),
+        Part("hazards", [*run, "-m", "gpu", *hazards], 35),
+        Part("tests marked gpu", [*run, "-m", "gpu", f"--junitxml={xml}", *passed], 40),
+        Part("kernel tests on the device", [*run, "-m", "not gpu", *tests], 45),
+        Part("memcheck", [*sanitizer, "--tool", "memcheck", *workload, "short"], 20, no_cache),
+        Part("racecheck", [*sanitizer, "--tool", "racecheck", *workload, "short"], 20),
         *(
             Part(
                 f"suite {suite}",
@@ -122,9 +129,9 @@ def parts(out: Path) -> list[Part]:
         Part(
             "Nsight Compute",
             ["ncu", "--csv", "--metrics", ",".join(COUNTERS), *heaviest, *workload, "heavy"],
-            25,
+            20,
         ),
-        Part("plots", [python, "-m", "benchmarks.report", "--draw", str(out)], 15),
+        Part("plots", [python, "-m", "benchmarks.report", "--draw", str(out)], 10),
     ]
 
 

@@ -28,6 +28,7 @@ from benchmarks.budgets import (
     batches_of,
     goal_rows,
     kernels_of,
+    mixing_rows,
     rounded,
     write_budgets,
 )
@@ -36,6 +37,7 @@ from benchmarks.launches import (
     BATCH_SIZE,
     EFFECTS,
     NUM_AUGMENTATIONS,
+    OPERATIONS,
     REGIMES,
     Launch,
     Regime,
@@ -46,6 +48,7 @@ from benchmarks.launches import (
 )
 
 ARCHS = (80, 89, 90, 100)
+_DRAWN = ("chain_ptr", "records_ptr")  # which operations a row has, which decides what is executed
 LAST_SIZES = (1, 2, 15, 16, 17, 64)  # what the last batch of an epoch may hold
 
 # Compilation
@@ -97,11 +100,19 @@ def compiled(launch: Launch, arch: int, *, is_here: bool = False) -> Compiled:
     kernel = _warmed_up(launch, None if is_here else arch)
     machine = sass.disassembled(kernel.asm["cubin"])
     given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.options
-    arguments = list(_of_the_launch(kernel.src.signature.items(), given))
+    memory = [
+        (tensor.data_ptr(), tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+        for name, tensor in launch.named.items()
+        if name in _DRAWN and isinstance(tensor, Tensor)
+    ]
+    arguments = [
+        argument.data_ptr() if isinstance(argument, Tensor) else argument
+        for argument in _of_the_launch(kernel.src.signature.items(), given)
+    ]
     bank = sass.constants(kernel.asm["ptx"], arguments, launch.programs, arch)
     layouts = byte_loads(kernel.asm["ttgir"])
     try:
-        routes = sass.trace(machine, bank, launch.programs, costs.ASSUMED.get(launch.name))
+        routes = sass.trace(machine, bank, launch.programs, costs.ASSUMED.get(launch.name), memory)
     except ValueError as error:
         raise ValueError(f"{launch.name}, sm_{arch}: {error}; see costs.ASSUMED") from error
     count = costs.counted(machine, routes, layouts)
@@ -237,7 +248,7 @@ def run(archs: Iterable[int], tell: Tell) -> list[Row]:
     gpus = [costs.GPUS[arch] for arch in archs]
     rows: list[Row] = []
     for regime in REGIMES:
-        for effects in EFFECTS:
+        for effects in (*EFFECTS, OPERATIONS):
             launches, of_loss = launches_of(regime, effects)
             tell(f"{regime}, {effects}, other sizes")
             rows.append(_size_row(regime, effects, gpus[0].arch))
@@ -250,7 +261,7 @@ def run(archs: Iterable[int], tell: Tell) -> list[Row]:
                     rows += _labelled(
                         [kernel_row(launch, gpu) for launch in of_loss], regime, "loss"
                     )
-    return rows + goal_rows(rows) + [_model_row(gpu) for gpu in gpus]
+    return rows + mixing_rows(rows) + goal_rows(rows) + [_model_row(gpu) for gpu in gpus]
 
 
 def run_resources(archs: Iterable[int], tell: Tell) -> list[Row]:
@@ -259,7 +270,7 @@ def run_resources(archs: Iterable[int], tell: Tell) -> list[Row]:
     for arch in archs:
         seen: set[int] = set()
         for regime in REGIMES:
-            for effects in EFFECTS:
+            for effects in (*EFFECTS, OPERATIONS):
                 tell(f"{regime}, {effects}, sm_{arch}")
                 launches, of_loss = launches_of(regime, effects)
                 found = []
@@ -382,12 +393,24 @@ def shown(content: dict[str, Any]) -> str:
         for row in content["rows"]
         if "goal" in row
     ]
+    mixing = [
+        [
+            row["case"].removeprefix("mixing: "),
+            row["contender"],
+            row["read_back_us"],
+            row["anew_us"],
+        ]
+        for row in content["rows"]
+        if "anew_us" in row
+    ]
+    of_mixing = ["MixUp of views", "gpu", "written and read back, us", "made anew, us at least"]
     versions = content["versions"]
     return (
         f"Triton {versions['triton']}, torch {versions['torch']}; compiled, not run: times are "
         f"predictions\n\n{in_columns([heading, *rows])}\n\n"
         f"A batch of {BATCH_SIZE} + {NUM_AUGMENTATIONS} x {BATCH_SIZE} views, without the model\n\n"
         f"{in_columns([of_batches, *batches])}\n\n"
+        f"{in_columns([of_mixing, *mixing])}\n\n"
         f"{in_columns([['goal on sm_90', 'counted', 'at most', ''], *goals])}"
     )
 

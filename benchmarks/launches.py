@@ -1,7 +1,8 @@
 """What a batch launches, recorded with the arguments, and the bytes that each launch moves.
 
 `launches_of` lets `MixMatch` and the loss launch all their kernels on CPU tensors, with the launch
-replaced; on a CUDA device they run as well.
+replaced; on a CUDA device they run as well. Nothing is drawn where nothing runs, but for the
+operations of a view, which decide what its programs do: those are the host's draws.
 
 Bytes: each value that a launch reads or writes counts once for that launch, and a view's pixel once
 for each view that is made of it. Caches do not enter.
@@ -18,7 +19,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from gpu_mixmatch import MixMatch, WeakAugment, functional, impl
+from gpu_mixmatch import MixMatch, RandAugment, WeakAugment, functional, impl, sampling
+from gpu_mixmatch.augment.keyed import KeyedAugment
+from gpu_mixmatch.impl.tables import Kind
+from gpu_mixmatch.types import DrawPlan
 
 CPU = torch.device("cpu")
 NUM_AUGMENTATIONS = 2
@@ -29,6 +33,7 @@ EFFECTS: dict[str, dict[str, Any]] = {
     "zoom": {"padding": 4, "zoom_px": (0, 16)},
     "zoom and blur": {"padding": 4, "zoom_px": (0, 16), "blur_sigma": (0.0, 3.0)},
 }
+OPERATIONS = "RandAugment"  # FixMatch's, after a shift
 
 
 class Regime(NamedTuple):
@@ -57,6 +62,17 @@ REGIMES = (
     Regime(224, torch.float32, False, 1000),
     Regime(224, torch.bfloat16, True, 1000),
 )
+
+
+def engine_of(effects: str, regime: Regime) -> KeyedAugment:
+    """The engine of a name in `EFFECTS`, or of `OPERATIONS`."""
+    weak = WeakAugment(
+        **EFFECTS["shift" if effects == OPERATIONS else effects],
+        dtype=regime.dtype,
+        channels_last=regime.channels_last,
+        impl="triton",
+    )
+    return RandAugment.fixmatch(weak) if effects == OPERATIONS else weak
 
 
 class Launch(NamedTuple):
@@ -126,14 +142,11 @@ def launches_of(
         return logits.to(views)
 
     with recording(device) as launches:
-        augment = WeakAugment(
-            **EFFECTS[effects],
-            dtype=regime.dtype,
-            channels_last=regime.channels_last,
-            impl="triton",
-        )
         mixmatch = MixMatch(
-            augment, regime.num_classes, num_augmentations=NUM_AUGMENTATIONS, impl="triton"
+            engine_of(effects, regime),
+            regime.num_classes,
+            num_augmentations=NUM_AUGMENTATIONS,
+            impl="triton",
         ).to(device)
         batch = mixmatch(x, y, u, model, **ids)
     with recording(device) as of_loss:
@@ -157,9 +170,18 @@ def recording(device: torch.device = CPU) -> Iterator[list[Launch]]:
         if device != CPU:
             run(kernel, programs, *arguments, **options)
 
+    draw_batch = kernels.draw_batch
+
+    def draw_too(key: Any, ids_x: Any, ids_u: Any, plan: DrawPlan, out: Tensor) -> None:
+        draw_batch(key, ids_x, ids_u, plan, out)
+        if plan.policy and plan.policy.chain:
+            counts = (ids if isinstance(ids, int) else len(ids) for ids in (ids_x, ids_u))
+            out.copy_(sampling.pack(*sampling.draw_batch(0, 0, *counts, plan)))
+
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(launch, "run", take_down))
         if device == CPU:
+            patches.enter_context(mock.patch.object(kernels, "draw_batch", draw_too))
             for name, answer in (("implementation", kernels), ("resolve_impl", "triton")):
                 for module in _holders(name):
                     patches.enter_context(mock.patch.object(module, name, return_value=answer))
@@ -194,25 +216,55 @@ def traffic(launch: Launch) -> Traffic:
     tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
     total = distinct = 0
     rows_per_row = 2 if launch.mixes else 1
+    of_images = sum(tensors[name].nbytes for name in ("x_ptr", "u_ptr") if name in tensors)
+    pixels = tensors["out_ptr"].numel() * rows_per_row if of_images and "out_ptr" in tensors else 0
+    if "records_ptr" in tensors:
+        pixels, total = _of_chain(launch)
+        distinct = total
     for name, tensor in tensors.items():
-        if name in ("x_ptr", "u_ptr"):
-            distinct += tensor.nbytes
+        if name in ("x_ptr", "u_ptr", "made_ptr", "stage_ptr", "counts_ptr"):
             continue
         touched = _words_of_draws(launch) * 4 if name == "draws_ptr" else tensor.nbytes
         read_in_pairs = name in ("inputs_ptr", "targets_ptr", "logits_ptr", "y_ptr")
         total += touched * (rows_per_row if read_in_pairs else 1)
         distinct += touched
-    if "x_ptr" in tensors:  # bytes, though kernels may read them as words
-        total += tensors["out_ptr"].numel() * rows_per_row
-    return Traffic(total, distinct)
+    # bytes, though kernels may read them as words
+    return Traffic(total + pixels, distinct + min(of_images, pixels))
+
+
+def _of_chain(launch: Launch) -> tuple[int, int]:
+    """The bytes of images that a launch for a chain reads, and those of what events leave."""
+    named = launch.named | launch.options
+    first, channels, count = (named[name] for name in ("FIRST_SLOT", "CHANNELS", "HEIGHT"))
+    count *= named["WIDTH"]
+    slots = named["chain_ptr"][:, first : first + named["SLOTS"]]
+    kinds = named["records_ptr"][:, 0][slots.long()]
+    sharp = kinds == Kind.SHARPNESS
+    events = (kinds >= Kind.CONTRAST) & (kinds <= Kind.EQUALIZE)
+    numbers = events.cumsum(1) - 1
+    tables, stage = 256 * channels, 4 * count
+    if launch.name == "event_kernel":
+        now = events & (numbers == named["number"])
+        staged = (sharp & (numbers < named["number"])).any(1)
+        sharp_now, has = (now & sharp).any(1), now.any(1)
+        counts = 2 * 4 * (tables + 1)  # added to, and read by who adds last
+        left = int((has & staged).sum() + sharp_now.sum()) * stage
+        left += int((has & ~sharp_now).sum()) * (tables + counts)
+        return int((has & ~staged).sum()) * channels * count, left
+    passes = 2 if named["EVENTS"] else 1  # written, too, where a program has a view to itself
+    left = passes * (int(sharp.any(1).sum()) * stage + int((events & ~sharp).sum()) * tables)
+    reads_image = len(kinds) if named["EVENTS"] else int((~sharp.any(1)).sum())
+    return reads_image * channels * count, left
 
 
 def _words_of_draws(launch: Launch) -> int:
     """The words that a launch reads of the packed draws: those of its policy, of each row."""
     named = launch.named | launch.options
-    rows = next(named[name].shape[0] for name in ("out_ptr", "table_ptr") if name in named)
+    written = ("out_ptr", "table_ptr", "counts_ptr")
+    rows = next(named[name].shape[0] for name in written if name in named)
     blurs = any(named.get(name) for name in ("BLUR_RADIUS", "RADIUS"))
-    return int(rows) * (3 + 4 * bool(named.get("ZOOM")) + blurs)
+    zooms = named.get("ZOOM") or named.get("CUT") == 3
+    return int(rows) * (3 + 4 * bool(zooms) + blurs)
 
 
 def moved(launch: Launch) -> int:

@@ -9,6 +9,8 @@
 - ``guesses``: how sure the guesses are beside how many are right, where MixMatch wins and loses.
 - ``remedies``: what to do on the photograph tiles, where it loses.
 - ``collapse``: a run whose λ_U is too strong for its length.
+- ``strong``: strong views beside weak ones, on the test images; no default follows from it.
+- ``orders``: FixMatch's guesses in the training pass or before it, on the test images.
 
 Each run is a line in ``--runs`` once it has ended, and is not trained again: a killed command goes
 on where it was, and two at once share the work. ``--fashion`` is the folder of Fashion-MNIST's
@@ -224,6 +226,11 @@ def weight(lambda_u: float, ramp: float) -> Contender:
     return Contender(f"{lambda_u:g}-{ramp:g}", label, {"lambda_u": float(lambda_u), "ramp": ramp})
 
 
+def in_order(guess: str) -> dict[str, Any]:
+    """FixMatch with its guess "first" or in the "loss"."""
+    return {"method": "fixmatch", "batch_size": 16, "ratio": 7, "guess": guess}
+
+
 OURS = Contender("ours", "defaults")
 SUPERVISED = Contender("supervised", "supervised only", {"supervised": True})
 YU1UT = Contender(
@@ -434,7 +441,36 @@ PARTS: dict[str, tuple[Part, ...]] = {
             ),
         ),
     ),
+    "strong": (
+        Part(
+            {"digits": (TEST_SEEDS[:3], None), "fashion-28": (TEST_SEEDS[:3], 600)},
+            (
+                Contender("supervised", "supervised only, weak views", SUPERVISED.settings),
+                Contender(
+                    "supervised-strong",
+                    "supervised only, strong views",
+                    {**SUPERVISED.settings, "augment": "strong"},
+                ),
+                Contender("weak", "MixMatch, weak views"),
+                Contender("strong", "MixMatch, strong views", {"augment": "strong"}),
+            ),
+        ),
+    ),
+    "orders": (
+        Part(
+            {"fashion-28": (TEST_SEEDS[:3], 600)},
+            (
+                Contender(
+                    "supervised", "supervised only", {"batch_size": 16, **SUPERVISED.settings}
+                ),
+                Contender("loss", "FixMatch, guess in the loss, one pass", in_order("loss")),
+                Contender("first", "FixMatch, guess first", in_order("first")),
+            ),
+        ),
+    ),
 }
+# Images of a step where they are not 64 + 64: labelled, and unlabelled per labelled one
+BATCHES = {"orders": {"batch_size": 16, "ratio": 7}}
 
 
 def main() -> None:
@@ -464,7 +500,7 @@ def write(name: str, found: list[Row], folder: Path) -> Path:
         [1],
         commit=commit(),
     )
-    config = {"model": "cnn", "batch_size": 64, "preset": "fast"}
+    config = {"model": "cnn", "batch_size": 64, "preset": "fast", **BATCHES.get(name, {})}
     seeds = sorted({seed for row in found for seed in row["seeds"]})
     content = described | {"config": config, "seeds": seeds, "rows": found}
     path = folder / f"{name}-learning--{described['machine']}.json"

@@ -8,8 +8,9 @@ results in that folder. ``--collect FOLDER`` first takes over what the package's
 to ``FOLDER/NAME/``.
 
 NAME is that of a file, NAME--MACHINE.json; or ``speed``, the few rows of ``augment`` that README
-shows; or ``kernels-each``, ``kernels-goals`` and ``kernels-model``, further tables of ``kernels``;
-or ``machines``, what was measured where, and what was not.
+shows, and ``strong-speed``, its row of ``strong``; or ``kernels-each``, ``kernels-goals`` and
+``kernels-model``, further tables of ``kernels``; or ``methods``, all comparisons of methods in one
+table; or ``machines``, what was measured where, and what was not.
 """
 
 import argparse
@@ -31,10 +32,12 @@ from benchmarks.tables import (
     Tables,
     kernel_goals,
     kernel_table,
+    methods_table,
     model_table,
     number,
     pivot,
     place,
+    strong_speed,
     threads,
 )
 from gpu_mixmatch._machine import machine
@@ -45,10 +48,11 @@ MARKED = re.compile(
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted(ROOT.glob("docs/*.md")))
 DOCUMENTS = tuple(path for path in PAGES if path.exists() and MARKED.search(path.read_text()))
 SPEED_EFFECTS = "shift, flip"
-FURTHER: dict[str, Callable[[Content], Tables]] = {
-    "kernels-each": kernel_table,
-    "kernels-goals": kernel_goals,
-    "kernels-model": model_table,
+FURTHER: dict[str, tuple[str, Callable[[Content], Tables]]] = {  # of which suite
+    "kernels-each": ("kernels", kernel_table),
+    "kernels-goals": ("kernels", kernel_goals),
+    "kernels-model": ("kernels", model_table),
+    "strong-speed": ("strong", strong_speed),
 }
 NO_GPU = "Nothing has been measured on a GPU yet."
 
@@ -108,8 +112,22 @@ def speed(folder: Path = RESULTS) -> str:
             lambda row: number(row["num_rows"] / row["median_ms"]),
             f"thousand views/s: {SPEED_EFFECTS}, normalise",
         )
-        parts.append(f"{table}\n{_source(content, chosen)}")
+        parts.append(f"{table}\n{_source(content, chosen, brief=True)}")
     return "\n".join(parts)
+
+
+def methods(folder: Path = RESULTS) -> str:
+    """The methods beside each other, with the errors of every comparison of them."""
+    files = sorted(folder.glob("*-compare--*.json"))
+    if not files:
+        raise FileNotFoundError(f"no results *-compare--*.json in {folder}")
+    contents = {}
+    for file in files:
+        content = schema.load(file)
+        config = content["config"]
+        contents[f"{config['dataset']}, {config['labels']} labels"] = content
+    sources = "\n".join(_source(content, content["rows"]) for content in contents.values())
+    return f"{methods_table(contents)}\n{sources}"
 
 
 def machines(folder: Path = RESULTS) -> str:
@@ -132,14 +150,16 @@ def rendered(text: str, folder: Path = ROOT, results: Path = RESULTS) -> str:
         name = match["name"]
         if name == "machines":
             return match[1] + machines(results) + match[4]
-        wanted = "augment" if name == "speed" else "kernels" if name in FURTHER else name
+        if name == "methods":
+            return match[1] + methods(results) + match[4]
+        wanted = "augment" if name == "speed" else FURTHER[name][0] if name in FURTHER else name
         files = sorted(results.glob(f"{wanted}--*.json"))
         if not files:
             raise FileNotFoundError(f"no results {wanted}--*.json in {results}")
         if name == "speed":
             return match[1] + speed(results) + match[4]
         if name in FURTHER:
-            parts = FURTHER[name](schema.load(files[0]))
+            parts = FURTHER[name][1](schema.load(files[0]))
             return match[1] + "\n".join(_titled(parts)) + match[4]
         return match[1] + "\n".join(part(schema.load(f), f, folder) for f in files) + match[4]
 
@@ -186,16 +206,20 @@ def _notes(rows: list[Row]) -> list[str]:
     return parts
 
 
-def _source(content: Content, rows: list[Row], remark: str = "") -> str:
-    """The command that made results, and where, when and with what it ran."""
+def _source(content: Content, rows: list[Row], remark: str = "", *, brief: bool = False) -> str:
+    """The command that made results, and where, when and, unless brief, with what it ran."""
     versions = content["versions"]
     start = f"`{content['command']}`: "
     if content["suite"] in schema.TRAINED:
         config = content["config"]
         labels = "all" if config["labels"] is None else config["labels"]
-        batch = f"{config['batch_size']} + {config['batch_size']}"
+        batch = f"{config['batch_size']} + {config['batch_size']} images"
+        seconds = ""
+        if content["suite"] == "compare":
+            batch = f"{config['batch_size']} labelled images"
+            seconds = f"seconds of the {'GPU' if content['gpu'] else 'CPU'}, "
         return (
-            f"{start}{labels} labels, {config['steps']} steps of {batch} images, model "
+            f"{start}{labels} labels, {config['steps']} steps of {batch}, {seconds}model "
             f"`{config['model']}`, {place(content)}, {threads(rows[0])}, {content['date']}, "
             f"torch {versions['torch']}.\n"
         )
@@ -205,7 +229,7 @@ def _source(content: Content, rows: list[Row], remark: str = "") -> str:
         lengths = f"{', '.join(others)} or {last}" if others else last
         judged = "held-out training" if content["rows"][0]["on"] == "held" else "test"
         config = content["config"]
-        batch = f"{config['batch_size']} + {config['batch_size']}"
+        batch = f"{config['batch_size']} + {config['batch_size'] * config.get('ratio', 1)}"
         return (
             f"{start}{lengths} steps of {batch} images, errors on {judged} images, model "
             f"`{config['model']}`, {place(content)}, {threads(rows[0])}, {content['date']}, "
@@ -220,7 +244,7 @@ def _source(content: Content, rows: list[Row], remark: str = "") -> str:
     counts = sorted({row["threads"] for row in rows})
     of_threads = f", {threads(rows[0])}" if len(counts) == 1 else ""
     where = f"{place(content)}{of_threads}, {content['date']}"
-    return f"{start}medians, {where}, {found}.{remark}\n"
+    return f"{start}medians, {where}{'' if brief else f', {found}'}.{remark}\n"
 
 
 def main() -> None:

@@ -2,16 +2,17 @@
 
 `trace` follows the first thread of many programs at once: it computes the integers that come from
 the program's number, the launch's arguments and constants, and so knows how often loops run and
-which programs pass a condition. What was loaded or computed in floats it does not know. A branch on
-such data falls through, so that what it would skip counts; a loop that data ends, or an exit that
-data takes, needs an `Assumption`. A loop that only waits for another unit counts once.
+which programs pass a condition. Of what is loaded it knows the integers of the tensors that it is
+given; nothing that was computed in floats. A branch on other data falls through, so that what it
+would skip counts; a loop that such data ends, or an exit that it takes, needs an `Assumption`. A
+loop that only waits for another unit counts once.
 """
 
 import operator
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 Values = NDArray[np.uint64]  # a register of 32 bits, of all programs
 Truths = NDArray[np.bool_]  # a predicate of all programs
+Memory = Sequence[tuple[int, NDArray[np.uint8]]]  # what can be read: where it begins, and its bytes
 
 # where the constant bank holds the launch's arguments and the number of programs, by architecture
 _ARGUMENTS_AT = {8: 0x160, 9: 0x210, 10: 0x380, 12: 0x380}
@@ -34,6 +36,7 @@ _GUARD = re.compile(r"@(!?)(U?P(?:\d|T))\s+")
 _REGISTER = re.compile(r"(U?R)(\d+)$")
 _PREDICATE = re.compile(r"!?U?P(\d|T)$")
 _CONSTANT = re.compile(r"c\[0x0\]\[(0x[0-9a-f]+)\]$")
+_PLACE = re.compile(r"\[(R\d+)(?:\.64)?((?:\+-?\w+)*)\]$")
 _ENTRY = re.compile(r"\.visible \.entry \w+\((.*?)\)", re.DOTALL)
 _LOADS = ("LDG", "LDS", "LDC", "LDCU", "ULDC", "LDL", "LDSM", "LD")
 _WITHOUT_RESULT = (
@@ -263,7 +266,7 @@ def constants(ptx: str, arguments: list[Any], programs: int, arch: int) -> dict[
 
     Args:
         ptx: Names the types of the kernel's parameters.
-        arguments: Those that the kernel was not specialised on, in order.
+        arguments: Those that the kernel was not specialised on, in order; an address is an integer.
         programs: Their number.
         arch: The architecture, such as 90.
     """
@@ -291,6 +294,7 @@ def trace(
     bank: Mapping[int, int],
     programs: int,
     assumption: Assumption | None = None,
+    memory: Memory = (),
 ) -> list[Route]:
     """Follow a launch's programs through the code.
 
@@ -299,6 +303,7 @@ def trace(
         bank: From `constants`.
         programs: Their number; a sample of them is followed.
         assumption: Of what data decides.
+        memory: The data that is known.
 
     Raises:
         ValueError: If data decides over a loop or an exit, and nothing is assumed of it.
@@ -307,7 +312,7 @@ def trace(
     while -(programs // -step) > _MOST_SAMPLES or (step > 1 and not programs % step):
         step += 1  # no divisor, so that no place within an image is left out
     numbers = np.arange(0, programs, step, dtype=np.uint64)
-    walks = [_Walk(machine, bank, numbers)]
+    walks = [_Walk(machine, bank, numbers, memory)]
     routes: list[Route] = []
     while walks:
         walk = walks.pop()
@@ -324,8 +329,10 @@ def trace(
 class _Walk:
     """Programs that have taken the same way so far, and what their registers hold."""
 
-    def __init__(self, machine: Machine, bank: Mapping[int, int], numbers: Values) -> None:
-        self.machine, self.bank, self.numbers = machine, bank, numbers
+    def __init__(
+        self, machine: Machine, bank: Mapping[int, int], numbers: Values, memory: Memory
+    ) -> None:
+        self.machine, self.bank, self.numbers, self.memory = machine, bank, numbers, memory
         self.registers: dict[str, Values] = {}
         self.predicates: dict[str, Truths] = {}
         self.place = 0
@@ -333,6 +340,7 @@ class _Walk:
         self.times: list[float] = []
         self.share = 1.0  # of these programs that still go on, if data lets others end
         self.left_once: set[int] = set()  # exits of loops that data takes
+        self.written: set[str] = set()  # registers that hold something, known or not
         self.last = machine.last
         self.places = {i.address: place for place, i in enumerate(machine.code)}
         self.loops = [
@@ -422,10 +430,10 @@ class _Walk:
 
     def _part(self, taken: Truths) -> "_Walk":
         """Leave the programs in which a condition holds to another walk."""
-        other = _Walk(self.machine, self.bank, self.numbers[taken])
+        other = _Walk(self.machine, self.bank, self.numbers[taken], self.memory)
         other.place, other.share = self.place, self.share
         other.steps, other.times = [*self.steps], [*self.times]
-        other.left_once = {*self.left_once}
+        other.left_once, other.written = {*self.left_once}, {*self.written}
         pairs: list[tuple[dict[str, Any], dict[str, Any]]] = [
             (other.registers, self.registers),
             (other.predicates, self.predicates),
@@ -446,6 +454,7 @@ class _Walk:
         if guard is not None and not guard.any():
             return
         found = self._results_of(i)
+        self.written.update(i.writes)
         for name in i.writes:
             into: dict[str, Any] = self.predicates if "P" in name else self.registers
             new = found.get(name)
@@ -599,6 +608,35 @@ def _constant(walk: _Walk, i: Instruction) -> dict[str, Any]:
     return {name: walk.value(f"c[0x0][{at + 4 * n:#x}]") for n, name in enumerate(i.writes)}
 
 
+def _loaded(walk: _Walk, i: Instruction) -> dict[str, Any]:
+    """LDG from memory that is known."""
+    match = _PLACE.search(i.operands[-1])
+    if match is None or not walk.memory:
+        return {}
+    low, high = walk.value(match[1]), walk.value(f"R{int(match[1][1:]) + 1}")
+    if low is None or high is None:
+        return {}
+    address = (low | high << np.uint64(32)).view(np.int64)
+    for offset in re.findall(r"-?\w+", match[2]):
+        if not re.fullmatch(r"-?0x[0-9a-f]+", offset):
+            return {}
+        address = address + int(offset, 16)
+    for start, content in walk.memory:
+        at = address - start
+        if at.min() >= 0 and at.max() + i.width <= content.size:
+            read = content[at[:, None] + np.arange(i.width)].astype(np.uint64)
+            break
+    else:
+        return {}
+    if i.width < 4:
+        found = sum(read[:, n] << np.uint64(8 * n) for n in range(i.width))
+        if {"S8", "S16"} & {*i.suffixes}:
+            found = _bits((found.astype(np.int64) << 64 - 8 * i.width) >> 64 - 8 * i.width)
+        return {i.writes[0]: found}
+    words = read.reshape(len(read), -1, 4) << np.arange(0, 32, 8, dtype=np.uint64)
+    return dict(zip(i.writes, words.sum(2, dtype=np.uint64).T, strict=False))
+
+
 def _absolute(walk: _Walk, i: Instruction) -> dict[str, Any]:
     value = walk.value(i.operands[1])
     return {} if value is None else {i.operands[0]: _bits(np.abs(_signed(value)))}
@@ -606,7 +644,12 @@ def _absolute(walk: _Walk, i: Instruction) -> dict[str, Any]:
 
 def _logic(walk: _Walk, i: Instruction) -> dict[str, Any]:
     start = 1 if _PREDICATE.match(i.operands[0]) else 0
-    terms = walk.values(i.operands[start + 1 : start + 4])
+    # predicates are kept as single bits of a register that holds nothing before
+    sources = [
+        "RZ" if operand == i.operands[start] and operand not in walk.written else operand
+        for operand in i.operands[start + 1 : start + 4]
+    ]
+    terms = walk.values(sources)
     table = int(i.operands[start + 4], 16)
     if terms is None:
         return {}
@@ -650,10 +693,13 @@ def _shift(walk: _Walk, i: Instruction) -> dict[str, Any]:
 
 
 def _scaled(walk: _Walk, i: Instruction) -> dict[str, Any]:
-    """LEA without carries: (a << shift) + b, or the same of the high half."""
-    results, sources, _ = _parts(i)
+    """LEA: (a << shift) + b, or the same of the high half, with carries."""
+    results, sources, carried = _parts(i)
     terms = walk.values(sources)
-    if terms is None or "X" in i.suffixes:
+    carry: Truths | None = np.array([False])
+    if "X" in i.suffixes:
+        carry = walk._predicate(carried[-1]) if carried else None
+    if terms is None or carry is None:
         return {}
     if "HI" not in i.suffixes:
         total = (terms[0] << terms[2] & _LOW) + terms[1]
@@ -669,7 +715,8 @@ def _scaled(walk: _Walk, i: Instruction) -> dict[str, Any]:
         pair = low | high << np.uint64(32)
     else:
         return {}
-    return {results[0]: ((pair >> (np.uint64(32) - amount)) + addend) & _LOW}
+    total = (pair >> (np.uint64(32) - amount)) + addend + carry.astype(np.uint64)
+    return {results[0]: total & _LOW}
 
 
 def _compared(walk: _Walk, i: Instruction) -> dict[str, Any]:
@@ -823,6 +870,7 @@ _OPERATIONS: dict[str, Callable[[_Walk, Instruction], dict[str, Any]]] = {
     **dict.fromkeys(("S2R", "S2UR", "CS2R"), _special),
     **dict.fromkeys(("LDC", "ULDC", "LDCU"), _constant),
     **dict.fromkeys(("IMNMX", "VIMNMX", "VIADDMNMX"), _extreme),
+    "LDG": _loaded,
     "IABS": _absolute,
     "HFMA2": _halves,
     "SGXT": _extended,

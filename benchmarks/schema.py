@@ -15,12 +15,12 @@ from typing import Any
 
 from gpu_mixmatch._machine import UNKNOWN
 
-SUITES = ("ops", "augment", "batch", "loader", "scaling")
-TRAINED = ("demo", "ablation")  # written by the package's own commands
+SUITES = ("ops", "augment", "strong", "batch", "loader", "scaling")
+TRAINED = ("demo", "ablation", "compare")  # in the form of the package's own commands
 LEARNING = "learning"  # many short runs
 # what is promised, the parts of `make gpu`, what the host takes, what is predicted of kernels
 # and what they then took
-OTHERS = ("claims", "gpu", "host", "kernels", "facts", "strong", LEARNING)
+OTHERS = ("claims", "orders", "gpu", "host", "kernels", "facts", LEARNING)
 VERSIONS = ("gpu_mixmatch", "python", "torch", "numpy", "kornia", "dali", "triton", "numba")
 
 _HEADER: dict[str, tuple[type, ...]] = {

@@ -24,8 +24,9 @@ from gpu_mixmatch.data import (
     check_images,
     collate,
 )
-from gpu_mixmatch.losses import ConsistencyLoss, MixMatchLoss
+from gpu_mixmatch.losses import ConsistencyLoss, MixMatchLoss, ReMixMatchLoss
 from gpu_mixmatch.methods import (
+    ICT,
     UDA,
     Consistency,
     DistributionAlignment,
@@ -37,6 +38,7 @@ from gpu_mixmatch.methods import (
     FreeThreshold,
     MeanTeacher,
     MixMatch,
+    ReMixMatch,
     SoftMatch,
     SoftThreshold,
     interleaved_forward,
@@ -49,10 +51,13 @@ from gpu_mixmatch.types import (
     LossOutput,
     MixMatchBatch,
     MixUpParams,
+    ReMixMatchBatch,
+    ReMixMatchLossOutput,
     SemiSupervisedBatch,
 )
 
 __all__ = [
+    "ICT",
     "UDA",
     "Augment",
     "AugmentParams",
@@ -81,6 +86,10 @@ __all__ = [
     "MixMatchLoss",
     "MixUpParams",
     "RandAugment",
+    "ReMixMatch",
+    "ReMixMatchBatch",
+    "ReMixMatchLoss",
+    "ReMixMatchLossOutput",
     "ResidentLoader",
     "SemiSupervisedBatch",
     "SemiSupervisedLoader",

@@ -16,7 +16,7 @@ from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch._chain import num_columns
 from gpu_mixmatch._keys import CountedKey
 from gpu_mixmatch._validation import as_step, check_rows
-from gpu_mixmatch.impl import impl_of, resolve_impl
+from gpu_mixmatch.impl import resolve_impl
 from gpu_mixmatch.impl.library import running
 from gpu_mixmatch.sampling.draws import drawn_batch
 from gpu_mixmatch.sampling.packing import unpacked, words_per_row
@@ -43,7 +43,6 @@ def draw_batch(
             "device, and fill it before each replay",
         )
     policy = plan.policy
-    impl = impl_of(impl, policy, device)
     num_x, num_u = (ids if isinstance(ids, int) else ids.shape[0] for ids in (ids_x, ids_u))
     num_rows, has_policy = num_x + plan.num_augmentations * num_u, policy is not None
     check_rows("ids_x and ids_u", num_rows)
@@ -138,7 +137,7 @@ def augment(
     else:
         views = out
     with _without_autocast(device):
-        running(impl_of(impl, geometry, device), device).augment(
+        running(impl, device).augment(
             sources,
             params,
             geometry,

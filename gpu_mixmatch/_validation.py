@@ -38,6 +38,7 @@ from gpu_mixmatch.types import (
     OpName,
     Outside,
     PaddingMode,
+    ReMixMatchBatch,
     Scaling,
     Weighting,
     WeightRule,
@@ -72,7 +73,7 @@ def came(value: object) -> str:
     if isinstance(value, tuple) and any(isinstance(part, Tensor) for part in value):
         return f"a {type(value).__name__}"  # whose values would fill the page, read from a device
     try:
-        text = repr(value)
+        text = " ".join(map(str.strip, repr(value).splitlines()))  # of a module, one line
     except Exception:  # of an object that is broken in more than one way
         return f"an object of type {type(value).__name__}"
     text = text if len(text) <= 80 else f"{text[:77]}..."
@@ -236,7 +237,7 @@ def as_pair(
     """
     low, high = (
         as_number(f"{name}[{place}]", number, least=least, most=most, above=above)
-        for place, number in enumerate(_two(name, value, "numbers"))
+        for place, number in enumerate(_two(name, value, "numbers, least and most"))
     )
     if low > high:
         raise ValueError(f"{name} must be two numbers, least <= most, got {value}")
@@ -247,7 +248,7 @@ def as_integer_pair(name: str, value: Any, *, least: int = 0, most: int) -> tupl
     """`as_pair` for whole numbers."""
     low, high = (
         as_integer(f"{name}[{place}]", number, least=least, most=most)
-        for place, number in enumerate(_two(name, value, "integers"))
+        for place, number in enumerate(_two(name, value, "integers, least and most"))
     )
     if low > high:
         raise ValueError(f"{name} must be two integers, least <= most, got {value}")
@@ -256,7 +257,7 @@ def as_integer_pair(name: str, value: Any, *, least: int = 0, most: int) -> tupl
 
 def _two(name: str, value: Any, kind: str) -> Sequence[Any]:
     if not isinstance(value, list | tuple) or len(value) != 2:
-        raise TypeError(f"{name} must be two {kind}, least and most, got {came(value)}")
+        raise TypeError(f"{name} must be two {kind}, got {came(value)}")
     return value
 
 
@@ -565,7 +566,7 @@ def _check_magnitudes(op: Op) -> None:
     for magnitude in op.magnitudes:
         as_number(f"the magnitude of {op.name}", magnitude, least=least, most=most)
         if op.name == "posterize" and magnitude != int(magnitude):
-            raise ValueError(f"posterize must keep whole bits, got {magnitude}")
+            raise ValueError(f"the magnitude of posterize must be whole bits, got {magnitude}")
     if (least, most) == (0, 0) and len(op.magnitudes) > 1:
         raise ValueError(
             f"the magnitudes of {op.name} must be the one number 0, got {len(op.magnitudes)}"
@@ -814,6 +815,7 @@ def check_tsa(tsa: Any, logits: Tensor) -> None:
         raise ValueError(f"tsa must be a 0-d floating point tensor, got {came(tsa)}")
     if tsa.device.type != "cpu":
         check_device("tsa", tsa, "logits", logits)
+    check_scalar("tsa", tsa)
 
 
 def check_fairness(fairness: Any, logits: Tensor) -> None:
@@ -916,6 +918,26 @@ def check_consistency_batch(batch: Any) -> None:
     as_integer("batch.num_weak", batch.num_weak, least=1, most=len(batch.inputs))
 
 
+def check_remixmatch_batch(batch: Any) -> None:
+    """Raise if ``batch`` is no `ReMixMatchBatch` whose parts are tensors and numbers of rows."""
+    check_kind("batch", batch, ReMixMatchBatch, "a ReMixMatchBatch")
+    for name in ("inputs", "targets", "weights", "step"):
+        check_tensor(f"batch.{name}", getattr(batch, name))
+    rows = as_integer("batch.num_mixed", batch.num_mixed, most=len(batch.targets))
+    as_integer("batch.num_labelled", batch.num_labelled, most=rows)
+
+
+def check_any_batch(batch: Any) -> None:
+    """Raise if ``batch`` is that of no method."""
+    if isinstance(batch, ConsistencyBatch):
+        check_consistency_batch(batch)
+    elif isinstance(batch, ReMixMatchBatch):
+        check_remixmatch_batch(batch)
+    else:
+        check_kind("batch", batch, MixMatchBatch, "a batch of a method, such as a MixMatchBatch")
+        check_batch(batch)
+
+
 # Dtype and length of a row of the fields of AugmentParams
 _DRAWS = (
     ("top", torch.int32, ()),
@@ -1016,7 +1038,8 @@ def check_augment(
         check_device(name, factor, "images", first)
     shape = (rows, channels, *view_size(geometry.cut, height, width))
     if geometry.chain:
-        check_chain_images(first, geometry.chain, shape)
+        name = "x" if len(sources) == 2 else "images"
+        check_chain_images(name, first, geometry.chain, shape)
     if out is not None:
         check_tensor("out", out)
         if tuple(out.shape) != shape or out.dtype != dtype:
@@ -1085,20 +1108,22 @@ def view_size(cut: Cut | None, height: int, width: int) -> tuple[int, int]:
 _OF_COLORS = ("color", "contrast", "hue")
 
 
-def check_chain_images(images: Tensor, chain: Chain, shape: tuple[int, int, int, int]) -> None:
+def check_chain_images(
+    name: str, images: Tensor, chain: Chain, shape: tuple[int, int, int, int]
+) -> None:
     """Raise if a chain cannot run on images that become views of ``shape``."""
     _, channels, height, width = shape
     if images.dtype != torch.uint8:
         raise ValueError(
-            "images must be uint8 where operations such as equalize follow, which are defined on "
-            f"bytes, got {dtype_name(images.dtype)}: images.byte() makes them of 0 .. 255, "
-            "images.mul(255).round().byte() of [0, 1]"
+            f"{name} must be uint8 where operations such as equalize follow, which are defined on "
+            f"bytes, got {dtype_name(images.dtype)}: {name}.byte() makes them of 0 .. 255, "
+            f"{name}.mul(255).round().byte() of [0, 1]"
         )
     of_colors: list[str] = [op.name for op in chain.ops if op.name in _OF_COLORS]
     of_colors += ["gray"] if chain.gray else []
     if of_colors and channels not in (1, 3):
         raise ValueError(
-            f"images must have 1 or 3 channels for {of_colors[0]}, which reads colours, "
+            f"{name} must have 1 or 3 channels for {of_colors[0]}, which reads colours, "
             f"got {channels}"
         )
     if isinstance(chain.cutout, int) and chain.cutout > min(height, width):

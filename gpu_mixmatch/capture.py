@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -11,33 +11,57 @@ from gpu_mixmatch._keys import CountedKey
 from gpu_mixmatch._ranks import positions
 from gpu_mixmatch._validation import as_labels, check_images_alike, check_kind, check_labels
 from gpu_mixmatch._writes import count_of_writes
-from gpu_mixmatch.impl import impl_of
+from gpu_mixmatch.methods.base import BatchBuilder
+from gpu_mixmatch.methods.consistency import Consistency, PendingGuess
 from gpu_mixmatch.methods.layers import buffers_kept
 from gpu_mixmatch.methods.mixmatch import MixMatch
 from gpu_mixmatch.methods.passes import Model, check_model, modules_of
-from gpu_mixmatch.types import MixMatchBatch, SemiSupervisedBatch
+from gpu_mixmatch.methods.state import GuessState
+from gpu_mixmatch.types import ConsistencyBatch, MixMatchBatch, SemiSupervisedBatch
 
 _WARM_UP = 3  # calls before the capture, as torch's own wrappers make them
 
 
+_Batch = TypeVar("_Batch")
+
+
+@overload
 def capture(
     mixmatch: MixMatch, model: Model, x: Tensor, y: Tensor, u: Tensor
-) -> "CapturedMixMatch":
+) -> "CapturedBuilder[MixMatchBatch]": ...
+
+
+@overload
+def capture(
+    mixmatch: Consistency, model: Model | None, x: Tensor, y: Tensor, u: Tensor
+) -> "CapturedBuilder[ConsistencyBatch]": ...
+
+
+@overload
+def capture(
+    mixmatch: BatchBuilder, model: Model | None, x: Tensor, y: Tensor, u: Tensor
+) -> "CapturedBuilder[Any]": ...
+
+
+def capture(
+    mixmatch: BatchBuilder, model: Model | None, x: Tensor, y: Tensor, u: Tensor
+) -> "CapturedBuilder[Any]":
     """Capture a whole builder, the guess's forward pass included, as one CUDA graph.
 
     Args:
-        mixmatch: The builder, on a CUDA device; its step goes on with every batch.
-        model: As for `MixMatch.forward`. Its parameters and buffers must stay where they are, as
-            optimisers leave them; its mode is that of the capture, and so is every setting of the
-            builder but its seed and step.
+        mixmatch: The builder, of any method, on a CUDA device; its step goes on with every batch.
+        model: As for `MixMatch.forward`, or None where the loss is to guess: the graph then builds
+            the views alone. Its parameters and buffers must stay where they are, as optimisers
+            leave them; its mode is that of the capture, and so is every setting of the builder but
+            its seed and step. What a builder learns of guesses is in the graph.
         x: A batch like those to come, ``[B, C, H, W]`` or ``[B, H, W, C]``: shapes and dtypes
             count, values do not.
         y: Its labels.
         u: Its unlabelled images.
 
     Returns:
-        A callable ``(x, y, u, *, ids_x, ids_u) -> MixMatchBatch`` in place of
-        ``mixmatch(x, y, u, model)``: it counts the builder's step on, and equals the eager call of
+        A callable ``(x, y, u, *, ids_x, ids_u)`` in place of ``mixmatch(x, y, u, model)``, which
+        returns that method's batch: it counts the builder's step on, and equals the eager call of
         every step. What it returns is overwritten by its next call; a backward pass that comes
         after that raises. Its ``inputs`` are the tensors that the graph reads.
 
@@ -47,10 +71,10 @@ def capture(
             of the wrong kind.
         ValueError: If images or labels do not fit each other.
     """
-    return CapturedMixMatch(mixmatch, model, x, y, u)
+    return CapturedBuilder(mixmatch, model, x, y, u)
 
 
-class CapturedMixMatch:
+class CapturedBuilder(Generic[_Batch]):
     """Builds batches of one shape by replaying a CUDA graph; see `capture`.
 
     Seed, step and ids are read from the device by every replay, so that it draws anew, and equals
@@ -59,17 +83,21 @@ class CapturedMixMatch:
     those that the last replay left (they were set, a state was loaded, a batch was built without
     the graph) are they written anew. A batch is overwritten by the next replay.
 
-    All that a replay writes is memory of the graph: `MixMatch`'s own buffers are not in it, so that
-    a batch of another shape, built without the graph, can neither free nor overwrite any of it.
+    All that a replay writes is memory of the graph, and what the builder learns of guesses: the
+    builder's reused buffers are not in it, so that a batch of another shape, built without the
+    graph, can neither free nor overwrite any of it.
 
     Attributes:
         inputs: What a replay reads, all on the device: x, y, u and their ids, at first positions.
             Whoever writes the next batch into them, in the stream of the calls, saves its copies.
     """
 
-    def __init__(self, mixmatch: MixMatch, model: Model, x: Tensor, y: Tensor, u: Tensor) -> None:
-        check_kind("mixmatch", mixmatch, MixMatch, "a MixMatch")
-        check_model(model)
+    def __init__(
+        self, mixmatch: BatchBuilder, model: Model | None, x: Tensor, y: Tensor, u: Tensor
+    ) -> None:
+        check_kind("mixmatch", mixmatch, BatchBuilder, "a builder such as MixMatch or FixMatch")
+        if model is not None or not mixmatch.guesses_in_loss:
+            check_model(model)
         check_images_alike(x, u)
         y = as_labels("y", y)
         check_labels(y, mixmatch.num_classes)
@@ -99,7 +127,9 @@ class CapturedMixMatch:
                 for _ in range(_WARM_UP):
                     self._build()
             torch.cuda.current_stream(device).wait_stream(side)
-            self._places = _places(_guesser(mixmatch, self.model))  # lazy ones have one by now
+            # lazy ones have one by now
+            self._places = _places("model", _modules_of_guesser(mixmatch, self.model))
+            self._places += _places("builder", _states_of(mixmatch))
             with torch.cuda.graph(self._graph):
                 self._batch = self._build()
         self._key.send(mixmatch.seed, int(mixmatch.step))  # warming up has counted it on
@@ -113,7 +143,7 @@ class CapturedMixMatch:
         *,
         ids_x: Tensor | None = None,
         ids_u: Tensor | None = None,
-    ) -> MixMatchBatch:
+    ) -> _Batch:
         """Build the batch of the next step.
 
         A batch of another shape or dtype, such as a last, smaller one, is built without the graph.
@@ -124,7 +154,7 @@ class CapturedMixMatch:
             ids_x, ids_u: Sample ids, as for `MixMatch.forward`.
 
         Returns:
-            The mixed batch. Its tensors are overwritten by the next replay.
+            The method's batch. Its tensors are overwritten by the next replay.
 
         Raises:
             TypeError: If an argument is of the wrong kind, or some of x, y and u are left out.
@@ -141,12 +171,13 @@ class CapturedMixMatch:
         y = as_labels("y", y)
         given = list(zip((x, y, u), self.inputs, strict=False))
         if not all(fits(new, held) for new, held in given):
-            batch: MixMatchBatch = self.mixmatch(x, y, u, self.model, ids_x=ids_x, ids_u=ids_u)
-            return batch
+            return self._eager(x, y, u, ids_x=ids_x, ids_u=ids_u)
         self.mixmatch.look_at(x, u)
         check_labels(y, self.mixmatch.num_classes)
         ids_x = self._as_ids(0, "ids_x", ids_x)
         ids_u = self._as_ids(1, "ids_u", ids_u)
+        if isinstance(self.mixmatch, Consistency):
+            self.mixmatch.check_ids(ids_u)
         for new, held in given:
             _send(new, held)
         self._send_ids(0, ids_x)
@@ -154,22 +185,33 @@ class CapturedMixMatch:
         self._key.send(self.mixmatch.seed, int(self.mixmatch.step))
         with self._key.one_draw():
             self._graph.replay()
-        images, targets, _, _, params = self._batch
+        batch: Any = self._batch
         # autograd does not see what a replay writes
-        torch.autograd.graph.increment_version([images, targets, *params])
+        torch.autograd.graph.increment_version(_written(batch))
         step = self.mixmatch.step.clone()
         self.mixmatch.step += 1
         # aliases: whoever asks them for a gradient does not ask the graph's tensors
-        return self._batch._replace(inputs=images.detach(), targets=targets.detach(), step=step)
+        aliases = {
+            name: value.detach()
+            for name, value in batch._asdict().items()
+            if isinstance(value, Tensor)
+        }
+        batch = batch._replace(**{**aliases, "step": step})
+        if isinstance(batch, ConsistencyBatch) and isinstance(batch.guess, PendingGuess):
+            batch = batch._replace(guess=batch.guess.anew())
+        handed_out: _Batch = batch
+        return handed_out
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a captured builder cannot be copied or pickled: capture its MixMatch anew")
+        raise TypeError("a captured builder cannot be copied or pickled: capture the builder anew")
 
-    def _build(self) -> MixMatchBatch:
+    def _build(self) -> _Batch:
         x, y, u, ids_x, ids_u = self.inputs
-        batch: MixMatchBatch = self.mixmatch(
-            x, y, u, self.model, ids_x=ids_x, ids_u=ids_u, key=self._key
-        )
+        return self._eager(x, y, u, ids_x=ids_x, ids_u=ids_u, key=self._key)
+
+    def _eager(self, x: Tensor, y: Tensor, u: Tensor, **options: Any) -> _Batch:
+        guesser = () if self.model is None else (self.model,)
+        batch: _Batch = self.mixmatch(x, y, u, *guesser, **options)
         return batch
 
     def _check_in_place(self) -> None:
@@ -183,8 +225,8 @@ class CapturedMixMatch:
             tensor = place.holder.get(place.name)
             if tensor is not place.tensor or tensor.data_ptr() != place.address:
                 raise RuntimeError(
-                    f"{place.name} of the model is not where it was when the graph was captured: "
-                    "capture again after a model is moved, cast or given other parameters"
+                    f"{place.name} of the {place.owner} is not where it was when the graph was "
+                    "captured: capture again after a model is moved, cast or given other parameters"
                 )
 
     def _as_ids(self, number: int, name: str, ids: Any) -> Tensor | None:
@@ -206,33 +248,32 @@ class CapturedMixMatch:
             self._at_positions[number] = count_of_writes(held)
 
 
-def check_capturable(mixmatch: MixMatch) -> None:
+def check_capturable(builder: BatchBuilder) -> None:
     """Raise if a builder cannot be captured; says why.
 
     Raises:
         RuntimeError: If it is not on a CUDA device, or has no kernels there.
         TypeError: If its engine draws on the host.
     """
-    if mixmatch.device.type != "cuda":
+    if builder.device.type != "cuda":
         raise RuntimeError(
-            f"capture needs CUDA, got a MixMatch on {mixmatch.device}; move it with .to('cuda')"
+            f"capture needs CUDA, got a {type(builder).__name__} on {builder.device}; move it with "
+            ".to('cuda')"
         )
-    if not mixmatch.runs_kernels:
+    if not builder.runs_kernels:
         raise RuntimeError(
             "capture needs the kernels, whose draws are made on the device: "
-            f"got impl={mixmatch.impl!r}, which runs eager here"
+            f"got impl={builder.impl!r}, which runs eager here"
         )
-    running = impl_of(mixmatch.impl, mixmatch.plan.policy, mixmatch.device)
-    if running != mixmatch.impl:
-        raise RuntimeError(
-            "capture needs an engine whose draws are made on the device: got one whose draws "
-            f"{running} makes, {type(mixmatch.augment).__name__}"
+    if builder.plan.policy is None:
+        engines = [type(engine).__name__ for engine in builder.engines.values()]
+        wanted = (
+            "an engine whose draws are made on the device, such as WeakAugment"
+            if len(engines) == 1
+            else "a strong engine that is the weak one with a chain, as RandAugment.fixmatch(weak) "
+            "makes it, so that all draws are made on the device"
         )
-    if mixmatch.plan.policy is None:
-        raise TypeError(
-            "capture needs an engine whose draws are made on the device, such as WeakAugment, "
-            f"got {type(mixmatch.augment).__name__}"
-        )
+        raise TypeError(f"capture needs {wanted}, got {' and '.join(engines)}")
 
 
 def fits(new: Tensor, old: Tensor) -> bool:
@@ -247,18 +288,19 @@ def _send(new: Tensor, held: Tensor) -> None:
 
 
 class _Place(NamedTuple):
-    """Where a graph reads a parameter or a buffer of the model."""
+    """Where a graph reads a parameter or a buffer, of the model or of the builder."""
 
+    owner: str
     holder: Mapping[str, Any]
     name: str
     tensor: Tensor
     address: int
 
 
-def _places(guesser: Model) -> list[_Place]:
+def _places(owner: str, modules: list[nn.Module]) -> list[_Place]:
     return [
-        _Place(holder, name, tensor, tensor.data_ptr())
-        for module in modules_of(guesser)
+        _Place(owner, holder, name, tensor, tensor.data_ptr())
+        for module in modules
         for holder in (module._parameters, module._buffers)
         for name, tensor in holder.items()
         # others, such as sharded ones, have no memory themselves
@@ -266,17 +308,34 @@ def _places(guesser: Model) -> list[_Place]:
     ]
 
 
-def _guesser(mixmatch: MixMatch, model: Model) -> Model:
-    return model if mixmatch.teacher is None else mixmatch.teacher
+def _modules_of_guesser(builder: BatchBuilder, model: Model | None) -> list[nn.Module]:
+    guesser = model if builder.teacher is None else builder.teacher
+    return [] if guesser is None else modules_of(guesser)
+
+
+def _states_of(builder: BatchBuilder) -> list[nn.Module]:
+    """What a builder learns of guesses."""
+    return [module for module in builder.modules() if isinstance(module, GuessState)]
+
+
+def _written(batch: tuple[Any, ...]) -> list[Tensor]:
+    """All tensors of a batch but its step, which is on the host."""
+    tensors = [
+        value
+        for part in batch
+        for value in (part if isinstance(part, tuple) else (part,))
+        if isinstance(value, Tensor)
+    ]
+    return [value for value in tensors if value.dim() > 0]
 
 
 @contextlib.contextmanager
-def _unchanged(mixmatch: MixMatch, model: Model) -> Iterator[None]:
-    """Put the step and the model's buffers back: warming up and capturing builds no batch.
+def _unchanged(mixmatch: BatchBuilder, model: Model | None) -> Iterator[None]:
+    """Put step, model's buffers and what was learnt back: warming up and capturing builds no batch.
 
     The builder's own buffers are out of reach meanwhile: what is captured is the graph's.
     """
-    modules = modules_of(_guesser(mixmatch, model))
+    modules = [*_modules_of_guesser(mixmatch, model), *_states_of(mixmatch)]
     step = mixmatch.step.clone()
     workspaces, mixmatch._workspaces = mixmatch._workspaces, None
     autocast = torch.is_autocast_enabled("cuda")

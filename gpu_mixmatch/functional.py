@@ -410,7 +410,7 @@ def consistency_loss(
     check_choice("impl", impl, Impl)
     if tsa is not None:
         check_tsa(tsa, logits)
-        tsa = tsa.detach()
+        tsa = tsa.detach().float()
     weight = _as_weight(weight_u)
     arguments = (
         *(logits, targets.detach(), weights.detach(), (num_labelled, num_labelled + num_u)),

@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpu_mixmatch import _streams, functional
@@ -13,6 +14,7 @@ from gpu_mixmatch._validation import (
     check_batch,
     check_choice,
     check_consistency_batch,
+    check_remixmatch_batch,
     check_tensor,
 )
 from gpu_mixmatch.types import (
@@ -21,6 +23,8 @@ from gpu_mixmatch.types import (
     Impl,
     LossOutput,
     MixMatchBatch,
+    ReMixMatchBatch,
+    ReMixMatchLossOutput,
     UnlabelledLoss,
 )
 
@@ -228,3 +232,131 @@ class ConsistencyLoss(nn.Module):
         shown += [f"tsa={self.tsa!r}, tsa_steps={self.tsa_steps}"] if self.tsa else []
         shown += [f"lambda_fair={self.lambda_fair}"] if self.lambda_fair else []
         return ", ".join(shown)
+
+
+class ReMixMatchLoss(nn.Module):
+    """Cross-entropy on X', on the other mixed rows, on un-mixed ones, and of what rows show.
+
+    Weights but that of turned rows ramp linearly from 0 with ``batch.step``. The defaults are the
+    reference's for CIFAR-10 but for the turned rows, which it weighs by 0.5, and by 2 (CIFAR-10,
+    over a ramp of 131,072 steps) or 3 (SVHN) with 40 labels.
+
+    Args:
+        lambda_mix: Of the mixed rows of u, at the end of the ramp.
+        lambda_kl: Of the un-mixed rows, at the end of the ramp: of the cross-entropy, whose
+            gradient is that of the divergence.
+        lambda_rot: Of the turned rows, without a ramp. Above 0 it needs
+            ``ReMixMatch(rotation=True)`` and a model that returns a pair.
+        rampup_steps: Length of the ramp in steps; 0 gives the full weights from the start.
+        impl: Implementation of `functional.consistency_loss`.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If an argument is negative or not finite.
+
+    References:
+        Berthelot et al. 2020 (ReMixMatch), eq. 2-5.
+    """
+
+    def __init__(
+        self,
+        lambda_mix: float = 1.5,
+        lambda_kl: float = 0.5,
+        lambda_rot: float = 0.0,
+        rampup_steps: int = 16_384,
+        *,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__()
+        check_choice("impl", impl, Impl)
+        self.lambda_mix = as_number("lambda_mix", lambda_mix, least=0)
+        self.lambda_kl = as_number("lambda_kl", lambda_kl, least=0)
+        self.lambda_rot = as_number("lambda_rot", lambda_rot, least=0)
+        self.rampup_steps = as_integer("rampup_steps", rampup_steps, most=MOST_STEP)
+        self.impl = impl
+
+    def forward(
+        self, logits: Tensor | tuple[Tensor, Tensor], batch: ReMixMatchBatch
+    ) -> ReMixMatchLossOutput:
+        """Compare what the model returns with the batch's targets.
+
+        Args:
+            logits: ``model(batch.inputs)``, a row for each, ``[N, L]``; or a pair of these and of
+                logits of the quarter turns, ``[N, 4]``.
+            batch: The batch that they were computed for.
+
+        Returns:
+            The loss and its parts, 0-d float32.
+
+        Raises:
+            TypeError: If an argument is of the wrong kind, or there are no logits of turns where
+                there is a ``lambda_rot``.
+            ValueError: If logits and batch do not fit each other, or there are no turned rows.
+            RuntimeError: If a CUDA graph is being captured, which would keep this step's weights.
+        """
+        check_remixmatch_batch(batch)
+        if isinstance(logits, tuple) and len(logits) != 2:
+            raise ValueError(
+                "logits must be a tensor, or a pair with rotation logits, got a tuple of "
+                f"{len(logits)}"
+            )
+        logits, of_turns = logits if isinstance(logits, tuple) else (logits, None)
+        check_tensor("logits", logits)
+        if logits.dim() != 2 or len(logits) != len(batch.inputs):
+            raise ValueError(
+                f"logits must be [{len(batch.inputs)}, L], a row for each of batch.inputs, "
+                f"got {list(logits.shape)}"
+            )
+        if self.rampup_steps and batch.step.device.type == "cpu":
+            _streams.refuse_capture(
+                logits.device,
+                "a CUDA graph would keep the weights of this step, since batch.step is on the CPU: "
+                "pass batch._replace(step=...) with a step on the device, which is filled before "
+                "each replay, or rampup_steps=0",
+            )
+        ramp = functional.linear_rampup(batch.step, self.rampup_steps)
+        weight_u, weight_kl = self.lambda_mix * ramp, self.lambda_kl * ramp
+        rows = len(batch.targets)
+        loss, loss_x, loss_u, loss_kl, _, _ = functional.consistency_loss(
+            logits if rows == len(logits) else logits[:rows],
+            batch.targets,
+            batch.weights,
+            batch.num_labelled,
+            weight_u,
+            num_u=batch.num_mixed - batch.num_labelled,
+            share_v=self.lambda_kl / self.lambda_mix if self.lambda_mix else 0.0,
+            impl=self.impl,
+        )
+        if not self.lambda_mix:  # of which no weight is a share
+            loss = loss + weight_kl * loss_kl
+        loss_rot = torch.zeros_like(loss_x)
+        if self.lambda_rot:
+            loss_rot = self._loss_of_turns(of_turns, batch)
+            loss = loss + self.lambda_rot * loss_rot
+        return ReMixMatchLossOutput(loss, loss_x, loss_u, loss_kl, loss_rot, weight_u, weight_kl)
+
+    def _loss_of_turns(self, logits: Tensor | None, batch: ReMixMatchBatch) -> Tensor:
+        if batch.rotations is None:
+            raise ValueError(
+                "batch.rotations must be given for lambda_rot > 0, as ReMixMatch(rotation=True) "
+                "gives them, got None"
+            )
+        if logits is None:
+            raise TypeError(
+                "model must return a pair for lambda_rot > 0, (logits [N, L], rotation logits "
+                "[N, 4]), got logits alone: add a linear layer to 4 beside its last one"
+            )
+        check_tensor("rotation logits", logits)
+        if tuple(logits.shape) != (len(batch.inputs), 4):
+            raise ValueError(
+                f"rotation logits must be [{len(batch.inputs)}, 4], a row for each of "
+                f"batch.inputs, got {list(logits.shape)}"
+            )
+        return F.cross_entropy(logits[len(batch.targets) :].float(), batch.rotations)
+
+    def extra_repr(self) -> str:
+        """Show the fields."""
+        return (
+            f"lambda_mix={self.lambda_mix}, lambda_kl={self.lambda_kl}, "
+            f"lambda_rot={self.lambda_rot}, rampup_steps={self.rampup_steps}"
+        )

@@ -429,6 +429,52 @@ class ConsistencyBatch(NamedTuple):
         return logits[:rows], completed
 
 
+class ReMixMatchBatch(NamedTuple):
+    """A training batch: N mixed rows, M un-mixed ones, and, where it was asked for, M turned ones.
+
+    The mixed rows are X', then those of the S strong views of u and of its weak one, view-major.
+    The un-mixed ones are the first strong view, and the turned ones are that view again: a quarter
+    of them by 0, 90, 180 and 270 degrees each.
+
+    Attributes:
+        inputs: Images, ``[N + M (+ M), C, H, W]`` with N = B + (S + 1)·M.
+        targets: Of all rows but the turned ones, ``[N + M, L]`` float32.
+        weights: Of the same rows in the loss, ``[N + M]`` float32: ones.
+        num_labelled: B, the number of rows of X'.
+        num_mixed: N.
+        step: The step that the batch was drawn for, a 0-d int64 tensor.
+        params: The λ' and the partners of the mixed rows.
+        rotations: Quarter turns of the turned rows, counter-clockwise, ``[M]`` int64 in 0 .. 3;
+            None where there are none.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    weights: Tensor
+    num_labelled: int
+    num_mixed: int
+    step: Tensor
+    params: MixUpParams
+    rotations: Tensor | None = None
+
+    @property
+    def mixed(self) -> MixMatchBatch:
+        """The mixed rows, as views of this batch."""
+        rows = slice(self.num_mixed)
+        images, targets = self.inputs[rows], self.targets[rows]
+        return MixMatchBatch(images, targets, self.num_labelled, self.step, self.params)
+
+    def check(self) -> None:
+        """Raise if a row is no training example; see `MixMatchBatch.check`.
+
+        Whatever the rows that are not mixed are made of is in mixed ones, too.
+
+        Raises:
+            ValueError: If rows are not finite, or targets do not sum to one.
+        """
+        self.mixed.check()
+
+
 class SemiSupervisedBatch(NamedTuple):
     """What a loader gives for one step, before any augmentation.
 
@@ -483,6 +529,29 @@ class ConsistencyLossOutput(NamedTuple):
     loss_fair: Tensor
     kept: Tensor
     mean_weight: Tensor
+
+
+class ReMixMatchLossOutput(NamedTuple):
+    """The loss of a `ReMixMatchBatch` and its parts, all 0-d float32 tensors.
+
+    Attributes:
+        loss: loss_x + weight_u · loss_u + weight_kl · loss_kl + λ_rot · loss_rot, to call
+            ``backward`` on.
+        loss_x: Cross-entropy on X'.
+        loss_u: Cross-entropy on the other mixed rows.
+        loss_kl: Cross-entropy on the un-mixed rows.
+        loss_rot: Cross-entropy of the quarter turns; 0 for λ_rot = 0.
+        weight_u: λ_mix after its ramp.
+        weight_kl: λ_KL after its ramp.
+    """
+
+    loss: Tensor
+    loss_x: Tensor
+    loss_u: Tensor
+    loss_kl: Tensor
+    loss_rot: Tensor
+    weight_u: Tensor
+    weight_kl: Tensor
 
 
 def _listed(values: list[int] | list[float], most: int = 8) -> str:

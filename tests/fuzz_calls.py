@@ -18,7 +18,7 @@ from gpu_mixmatch.augment import CallableAugment
 from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.data.images import file_list, image_folder, tfrecords, web_dataset
 from gpu_mixmatch.insight import GuessWatch, TensorBoardInsight, draw_preview
-from gpu_mixmatch.types import AugmentPolicy, Chain, Cut, DrawPlan, Geometry, Scaling
+from gpu_mixmatch.types import AugmentPolicy, Chain, Cut, DrawPlan, Geometry, Scaling, Weighting
 from tests.factories import PooledNet, random_images, random_labels
 from tests.image_files import encode, tile, write_tar, write_tfrecord
 
@@ -66,6 +66,44 @@ def step_arguments() -> dict[str, Any]:
         "model": PooledNet(CLASSES),
         "ids_x": torch.arange(4),
         "ids_u": torch.arange(5),
+    }
+
+
+def consistency_switches() -> dict[str, Any]:
+    return {
+        "weak": weak(),
+        "strong": gm.RandAugment(weak(), cutout=2),
+        "num_classes": CLASSES,
+        "num_strong": 2,
+        "threshold": 0.5,
+        "temperature": 0.5,
+        "alignment": gm.DistributionAlignment(2),
+        "guess_bn": "batch",
+        "teacher": None,
+        "label_smoothing": 0.1,
+        "logits_getter": None,
+        "reuse_buffers": False,
+        "seed": 3,
+        "impl": "auto",
+    }
+
+
+def fixmatch(method: Any = gm.FixMatch, **switches: Any) -> Any:
+    return method(weak(), gm.RandAugment(weak(), cutout=2), CLASSES, **switches)
+
+
+def loss_rows() -> dict[str, Any]:
+    return {
+        "logits": torch.rand(6, CLASSES),
+        "targets": torch.rand(6, CLASSES),
+        "weights": torch.rand(6),
+        "num_labelled": 2,
+        "weight_u": 3.0,
+        "loss_u": "kl",
+        "tsa": torch.tensor(0.5),
+        "num_u": 2,
+        "share_v": 0.5,
+        "impl": "auto",
     }
 
 
@@ -176,6 +214,11 @@ def first_batch(loader: Any) -> Any:
     return next(iter(loader))
 
 
+# arguments of `switches` that all methods have
+_OF_ALL = (
+    *("augment", "num_classes", "guess_bn", "teacher", "label_smoothing", "logits_getter"),
+    *("reuse_buffers", "seed", "impl"),
+)
 KEY = {"seed": 1, "step": 2}
 IDS = {"ids_x": torch.arange(4), "ids_u": 5}
 LENGTH = ("length of the labelled data set", "length of the unlabelled data set")
@@ -228,6 +271,34 @@ CALLS: dict[str, Call] = {
             "num_labelled": 2,
             "weight_u": 3.0,
             "impl": "auto",
+        },
+    ),
+    "consistency_targets": Call(
+        functional.consistency_targets,
+        lambda: {
+            "y": torch.tensor([0, 2]),
+            "logits": torch.rand(4, CLASSES),
+            "weighting": Weighting(),
+            "num_strong": 2,
+            "label_smoothing": 0.1,
+            "impl": "auto",
+        },
+    ),
+    "weighting": Call(
+        lambda **fields: functional.consistency_targets(
+            torch.tensor([0, 2]), torch.rand(4, CLASSES), Weighting(**fields)
+        ),
+        lambda: Weighting(
+            0.5, "soft", 0.5, torch.rand(2 + 3 * CLASSES), 2.0, torch.rand(CLASSES), True
+        )._asdict(),
+    ),
+    "consistency_loss": Call(functional.consistency_loss, loss_rows),
+    "fairness_loss": Call(
+        functional.fairness_loss,
+        lambda: {
+            "logits": torch.rand(6, CLASSES),
+            "weights": torch.rand(6),
+            "fairness": torch.rand(CLASSES),
         },
     ),
     "augment": Call(
@@ -381,6 +452,81 @@ CALLS: dict[str, Call] = {
     "as_augment": Call(gm.as_augment, lambda: {"augment": torch.sigmoid, "layout": "NCHW"}),
     "CallableAugment": Call(CallableAugment, lambda: {"function": torch.sigmoid, "layout": "NCHW"}),
     # the method
+    "Consistency": Call(gm.Consistency, consistency_switches),
+    "Consistency.forward": Call(
+        lambda **arguments: fixmatch()(**arguments),
+        step_arguments,
+        names={"x": ("images",), "u": ("images",)},
+    ),
+    "Consistency.from_views": Call(
+        lambda **arguments: fixmatch().from_views(**arguments),
+        lambda: {
+            "x": torch.rand(4, 3, 6, 6),
+            "y": random_labels(4, CLASSES),
+            "weak": torch.rand(5, 3, 6, 6),
+            "strong": torch.rand(1, 5, 3, 6, 6),
+            "model": PooledNet(CLASSES),
+            "ids_u": torch.arange(5),
+        },
+    ),
+    "FixMatch": Call(gm.FixMatch, consistency_switches),
+    "UDA": Call(gm.UDA, consistency_switches),
+    "SoftMatch": Call(
+        lambda threshold: fixmatch(gm.SoftMatch, threshold=threshold),
+        lambda: {"threshold": gm.SoftThreshold()},
+    ),
+    "FreeMatch": Call(
+        lambda threshold: fixmatch(gm.FreeMatch, threshold=threshold),
+        lambda: {"threshold": gm.FreeThreshold()},
+    ),
+    "FlexMatch": Call(
+        lambda **options: fixmatch(gm.FlexMatch, **options),
+        lambda: {"num_unlabelled": 5, "threshold": 0.5},
+    ),
+    "FlexMatch.forward": Call(
+        lambda ids_u: fixmatch(gm.FlexMatch, num_unlabelled=5)(
+            images(), random_labels(4, CLASSES), images(5), ids_u=ids_u
+        ),
+        lambda: {"ids_u": torch.arange(5)},
+    ),
+    "MeanTeacher": Call(
+        lambda **options: gm.MeanTeacher(weak(), CLASSES, **options),
+        lambda: {"teacher": PooledNet(CLASSES), "temperature": 0.5, "threshold": 0.5},
+    ),
+    "FixedThreshold": Call(
+        gm.FixedThreshold, lambda: {"value": 0.5}, names={"value": ("threshold",)}
+    ),
+    "SoftThreshold": Call(
+        gm.SoftThreshold, lambda: {"momentum": 0.9, "spread": 2.0, "uniform": True}
+    ),
+    "FreeThreshold": Call(gm.FreeThreshold, lambda: {"momentum": 0.9}),
+    "FlexThreshold": Call(
+        gm.FlexThreshold,
+        lambda: {"num_unlabelled": 5, "value": 0.5},
+        names={"value": ("threshold",)},
+    ),
+    "DistributionAlignment": Call(
+        gm.DistributionAlignment, lambda: {"window": 2, "momentum": 0.9, "target": (0.5, 0.5)}
+    ),
+    "ConsistencyLoss": Call(
+        gm.ConsistencyLoss,
+        lambda: {
+            "lambda_u": 1.0,
+            "rampup_steps": 3,
+            "loss_u": "kl",
+            "tsa": "exp",
+            "tsa_steps": 5,
+            "lambda_fair": 0.1,
+            "impl": "auto",
+        },
+    ),
+    "ConsistencyLoss.forward": Call(
+        gm.ConsistencyLoss(),
+        lambda: {
+            "logits": torch.rand(14, CLASSES),
+            "batch": fixmatch()(images(), random_labels(4, CLASSES), images(5)),
+        },
+    ),
     "MixMatch": Call(gm.MixMatch, switches),
     "MixMatch.forward": Call(
         lambda **arguments: builder()(**arguments),
@@ -417,6 +563,60 @@ CALLS: dict[str, Call] = {
     "MixMatchLoss.forward": Call(
         gm.MixMatchLoss(), lambda: {"logits": torch.rand(14, CLASSES), "batch": batch()}
     ),
+    "ICT": Call(
+        gm.ICT,
+        lambda: {
+            **{name: value for name, value in switches().items() if name in _OF_ALL},
+            "alpha": 1.0,
+            "lam": "batch",
+            "mix": "unlabelled",
+            "partner": "reversed",
+            "blend": "probs",
+        },
+    ),
+    "ICT.forward": Call(
+        lambda **arguments: gm.ICT(weak(), CLASSES)(**arguments),
+        lambda: {**step_arguments(), "key": None},
+        names={"x": ("images",)},
+    ),
+    "ReMixMatch": Call(
+        gm.ReMixMatch,
+        lambda: {
+            **{name: value for name, value in switches().items() if name in _OF_ALL[1:]},
+            "weak": weak(),
+            "strong": weak(),
+            "num_strong": 2,
+            "rotation": True,
+            "temperature": 0.5,
+            "alignment": None,
+            "alpha": 0.75,
+            "lam": "sample",
+        },
+    ),
+    "ReMixMatch.forward": Call(
+        lambda **arguments: gm.ReMixMatch(weak(), weak(), CLASSES, num_strong=1)(**arguments),
+        lambda: {**step_arguments(), "key": None},
+        names={"x": ("images",)},
+    ),
+    "ReMixMatchLoss": Call(
+        gm.ReMixMatchLoss,
+        lambda: {
+            "lambda_mix": 1.5,
+            "lambda_kl": 0.5,
+            "lambda_rot": 0.5,
+            "rampup_steps": 10,
+            "impl": "auto",
+        },
+    ),
+    "ReMixMatchLoss.forward": Call(
+        gm.ReMixMatchLoss(),
+        lambda: {
+            "logits": torch.rand(19, CLASSES),
+            "batch": gm.ReMixMatch(weak(), weak(), CLASSES, num_strong=1)(
+                images(), random_labels(4, CLASSES), images(5), PooledNet(CLASSES)
+            ),
+        },
+    ),
     "capture": Call(
         gm.capture,
         lambda: {
@@ -429,6 +629,13 @@ CALLS: dict[str, Call] = {
     "paper": Call(presets.paper, lambda: {"dataset": "svhn"}),
     "yu1ut": Call(presets.yu1ut, lambda: {"dataset": "svhn"}),
     "usb": Call(presets.usb, lambda: {"dataset": "svhn"}),
+    **{
+        name: Call(getattr(presets, name), lambda: {"dataset": "svhn"})
+        for name in (
+            *("fixmatch", "uda", "softmatch", "freematch", "flexmatch", "mean_teacher"),
+            *("pi_model", "ict", "ict_reference", "remixmatch"),
+        )
+    },
     # data
     "SemiSupervisedLoader": Call(
         lambda **arguments: first_batch(gm.SemiSupervisedLoader(**arguments)),
@@ -574,6 +781,8 @@ NOT_CALLED = {
     "Augment",
     "AugmentParams",
     "ChainParams",
+    "ConsistencyBatch",
+    "ConsistencyLossOutput",
     "AugmentedBatch",
     "DaliAugment",
     "DaliLoader",
@@ -586,7 +795,10 @@ NOT_CALLED = {
     "MixUpParams",
     "Preset",
     "Purpose",
+    "ReMixMatchBatch",
+    "ReMixMatchLossOutput",
     "SemiSupervisedBatch",
+    "WeighedGuessQuality",
     "Words",
     "__version__",
     "functional",

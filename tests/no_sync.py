@@ -5,6 +5,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_mixmatch import _validation
+from gpu_mixmatch.impl.eager import chain
 from gpu_mixmatch.methods import looks, mixmatch
 
 aten = torch.ops.aten
@@ -69,6 +70,7 @@ _LOOKS = {
     "check_classes": (_validation,),
     "check_distributions": (_validation,),
     "check_draws": (_validation,),
+    "check_chain_draws": (_validation,),
     "check_mixup_values": (_validation,),
     "check_scalar": (_validation,),
     "check_finite": (_validation, mixmatch),
@@ -82,3 +84,9 @@ def look_at_nothing(monkeypatch, *, but=()):
             monkeypatch.setattr(module, name, lambda *_: None)
     monkeypatch.setattr(looks, "_are_probabilities", lambda *_: False)
     monkeypatch.setattr(looks, "_differ", lambda *_: False)
+    look_for_no_rows(monkeypatch)
+
+
+def look_for_no_rows(monkeypatch):
+    """Let plain torch run each kind of operation on all rows, as where looking is waiting."""
+    monkeypatch.setattr(chain, "_rows", lambda records, kind: torch.arange(len(records)))

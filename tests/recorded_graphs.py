@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gpu_mixmatch import _streams, _unchecked, sampling
+from gpu_mixmatch._chain import num_columns
 from gpu_mixmatch._keys import CountedKey
 
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty"}
@@ -135,12 +136,13 @@ class Recorder(TorchDispatchMode):
             return draw_batch(seed, step, ids_x, ids_u, plan, device=device, key=key, impl=impl)
         with_augment = plan.policy is not None
         num_rows = len(ids_x) + plan.num_augmentations * len(ids_u)
-        words = sampling.words_per_row(with_augment=with_augment)
+        columns = num_columns(plan.policy)
+        words = sampling.words_per_row(with_augment=with_augment, chain_columns=columns)
         out = torch.empty(words * num_rows, dtype=torch.int32)
         counts = isinstance(key, CountedKey)
         words = key.words(1) if counts else key
         self.whole(partial(draw_into, plan=plan, counts=counts), words, ids_x, ids_u, out)
-        return sampling.unpack(out, num_rows, with_augment=with_augment)
+        return sampling.unpack(out, num_rows, with_augment=with_augment, chain_columns=columns)
 
     @contextmanager
     def capturing(self, graph):

@@ -26,6 +26,7 @@ from benchmarks import (
     learning,
     loader,
     ops,
+    orders,
     peers,
     report,
     scaling,
@@ -633,6 +634,36 @@ def test_readmes_table_has_the_medians_of_the_most_threads(tmp_path):
     assert content["date"] in lines[6]
 
 
+def test_readmes_row_of_strong_views_has_the_largest_images_and_the_most_threads():
+    names = ("ours, numba, reused buffers", "Kornia, one call", "DALI, pipeline")
+    rows = [
+        row_of(name, f"{size} px", effects="RandAugment", size=size, num_rows=48)
+        | {"threads": threads}
+        | dict.fromkeys(("low_ms", "median_ms", "high_ms"), number * size / threads)
+        for threads in (1, 2)
+        for size in (32, 224)
+        for number, name in enumerate(names, 1)
+    ]
+    skipped = common.skipped_row("224 px", "Pillow, image by image", 2, "not installed")
+    rows.append(skipped | {"effects": "RandAugment", "size": 224, "num_rows": 48})
+    rows.append(common.goal_row("goals", "times as fast", (1.0, 2.0, 3.0), 1, 1.5))
+    content = content_of("strong", rows) | {"command": "python -m benchmarks.strong"}
+    ((_, table),) = tables.strong_speed(content)
+    assert table.splitlines() == [
+        "| thousand views/s: RandAugment, 224 px | Numba, reused buffers | Kornia, one call |",
+        "|---|---|---|",
+        "| `python -m benchmarks.strong` | 0.429 | 0.214 |",
+    ]
+
+
+def test_no_variant_of_ours_is_bold_where_nobody_else_is_beside_it():
+    fields = {"effects": "variants", "size": 32, "batch": 64, "num_rows": 192}
+    alone = tables.augment_tables(content_of("strong", [row_of("WeakAugment", **fields)]))
+    assert "**" not in alone[0][1]
+    compared = tables.augment_tables(content_of("strong", [row_of("ours, numba", **fields)]))
+    assert "**96 (64 to 192)**" in compared[0][1]
+
+
 def test_a_gpu_is_missing_until_a_file_of_one_is_there(tmp_path):
     content = speed_results(tmp_path)
     place = f"{content['cpu']}, {content['cores']} cores"
@@ -952,8 +983,32 @@ def test_bench_ranks_engines_and_advises_the_cheapest():
     assert result.advice in text
 
 
+def test_orders_of_guess_and_training_pass_their_rows_and_no_others():
+    case = orders.Case("cnn", 16, 2)
+    images = augment.make_images(16, 14, CPU)
+    images = images._replace(x=images.x[:2])
+    for first in (False, True):
+        built = orders.training_step(case, images, first=first)()
+        orders.check_rows(built, case, first=first)
+        with pytest.raises(ValueError, match="a step must pass"):
+            orders.check_rows(built, case, first=not first)
+    rows = [row_of(order, "cnn", peak_mb=held) for order, held in (("one", 20.0), ("first", 10.0))]
+    ((_, table),) = tables.orders_tables(content_of("orders", rows))
+    assert table.splitlines()[2:] == ["| one | 500 (20) |", "| first | 500 (10) |"]
+
+
+def test_bench_times_strong_views_by_each_implementation():
+    result = bench.bench(32, 2, 2, "cnn", augment="strong")
+    assert {row.engine for row in result.rows} >= {"strong, eager", "strong, triton"}
+    assert all(row.engine.startswith("strong, ") for row in result.rows)
+    assert "MixMatch(RandAugment.fixmatch(WeakAugment(padding=4)), ..." in result.advice
+    mixmatch, detail = bench._builders("strong", 8, 2, CPU)[0]["strong, eager"]
+    assert detail.startswith("MixMatch(make_strong(WeakAugment(padding=1), 8, 8), ...")
+    assert mixmatch.augment.chain.cutout == 4
+
+
 def test_bench_builds_what_it_says_to_choose():
-    builders, _ = bench._builders(16, 2, CPU)
+    builders, _ = bench._builders("weak", 16, 2, CPU)
     x, u = augment.make_images(16, 4, CPU)
     guess = _timing.fixed_logits(8, bench.NUM_CLASSES, CPU)
     for mixmatch, detail in builders.values():
@@ -974,6 +1029,7 @@ def test_bench_builds_what_it_says_to_choose():
         ({"batch_size": 2.5}, "batch_size must be an integer"),
         ({"num_augmentations": -1}, "num_augmentations must be an integer of at least 1"),
         ({"model": "resnet"}, "name must be one of"),
+        ({"augment": "mild"}, r"augment must be one of \['weak', 'strong'\], got 'mild'"),
     ],
 )
 def test_bench_refuses_what_it_cannot_build(arguments, message):

@@ -728,9 +728,9 @@ def test_ids_on_the_host_are_sent_in_one_copy(kernels, monkeypatch):
 
 
 def test_the_loss_counts_in_memory_of_its_stream_or_of_its_graph(kernels, capturing, monkeypatch):
-    module = importlib.import_module("gpu_mixmatch.impl.triton.mixmatch_loss")
+    module = importlib.import_module("gpu_mixmatch.impl.triton.zeros")
     device = torch.device("cpu")
-    module._kept_arrivals.cache_clear()
+    module._kept_zeros.cache_clear()
     counters, stream = [], 0
     launch = importlib.import_module("gpu_mixmatch.impl.triton.launch")
     monkeypatch.setattr(launch, "run", lambda _, __, *args, **___: counters.append(args[4]))
@@ -750,12 +750,12 @@ def test_the_loss_counts_in_memory_of_its_stream_or_of_its_graph(kernels, captur
     stream = 5
     other = counter()
     assert len({t.data_ptr() for t in (first, other, *graphs)}) == 4
-    module._kept_arrivals.cache_clear()
+    module._kept_zeros.cache_clear()
     capturing(True)
     gone = weakref.ref(counter())
     counters.clear()
     assert gone() is None  # nothing of a graph is kept for others
-    assert module._kept_arrivals.cache_info().currsize == 0
+    assert module._kept_zeros.cache_info().currsize == 0
 
 
 # On a GPU

@@ -1,9 +1,11 @@
 """capture: a CUDA graph that builds batches; what of it runs anywhere is tested here."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
-from gpu_mixmatch import MixMatch, ResidentLoader, WeakAugment, capture
+from gpu_mixmatch import ColorJitter, MixMatch, RandAugment, ResidentLoader, WeakAugment, capture
 from gpu_mixmatch.capture import check_capturable, fits
 from tests.batches import assert_same_mixed
 from tests.factories import ConvNet, random_data
@@ -86,12 +88,25 @@ def test_only_batches_of_the_captured_shape_and_dtype_fit():
 
 @pytest.mark.gpu
 @needs_cuda
-@pytest.mark.parametrize("blur_sigma", [None, (0.0, 1.0)])
+@pytest.mark.parametrize(
+    "augment",
+    [
+        WeakAugment(padding=2),
+        WeakAugment(padding=2, blur_sigma=(0.0, 1.0)),
+        RandAugment.fixmatch(WeakAugment(padding=2), cutout=4),
+        RandAugment.usb(WeakAugment.imagenet(8)),
+        RandAugment.fixmatch(WeakAugment(padding=2, blur_sigma=(0.0, 1.0)), cutout=4),
+        ColorJitter(gray=0.2),
+        WeakAugment.imagenet(8),
+    ],
+    ids=["shift", "blur", "operations", "resized", "blurred operations", "jitter", "crop"],
+)
 @pytest.mark.parametrize("reuse_buffers", [False, True])
-def test_every_replay_equals_the_eager_call_of_its_step(blur_sigma, reuse_buffers):
+def test_every_replay_equals_the_eager_call_of_its_step(augment, reuse_buffers):
     def make():
-        augment = WeakAugment(padding=2, blur_sigma=blur_sigma)
-        return MixMatch(augment, NUM_CLASSES, seed=3, reuse_buffers=reuse_buffers).to("cuda")
+        return MixMatch(deepcopy(augment), NUM_CLASSES, seed=3, reuse_buffers=reuse_buffers).to(
+            "cuda"
+        )
 
     model = net("cuda")
     eager, captured = make(), make()

@@ -1,5 +1,6 @@
 """The command line, through the entry point that a user calls."""
 
+import dataclasses
 import json
 import os
 import re
@@ -13,11 +14,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from gpu_mixmatch import __version__
+from gpu_mixmatch import ICT, __version__
 from gpu_mixmatch.cli import app, doctor, terminal
 from gpu_mixmatch.data.images import file_list
 from gpu_mixmatch.recipes import ablate
-from gpu_mixmatch.recipes.train import Summary, TrainConfig, TrainRun
+from gpu_mixmatch.recipes.train import Summary, TrainConfig, TrainRun, resolved
 from tests.image_files import broken_images, write_folder
 
 RUNNER = CliRunner()
@@ -86,7 +87,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("loader", "augment"), [("resident", "kornia"), ("dataloader", "weak"), ("dali", "dali")]
+    ("loader", "augment"), [("resident", "kornia"), ("dataloader", "strong"), ("dali", "dali")]
 )
 def test_train_reads_a_folder_through_every_loader(tmp_path, folder, loader, augment):
     out = tmp_path / "run"
@@ -211,7 +212,7 @@ def test_a_message_speaks_of_options_and_leaves_no_folder(tmp_path, arguments, m
         ("--dataset", "imagenet", "digits, mnist, fashion-mnist, cifar10, cifar100, folder"),
         ("--model", "vgg", "wrn-28-2, cnn"),
         ("--preset", "best", "fast, paper, yu1ut, usb"),
-        ("--augment", "imgaug", "weak, kornia, dali"),
+        ("--augment", "imgaug", "weak, strong, kornia, dali"),
         ("--loader", "ffcv", "resident, dataloader, dali"),
     ],
 )
@@ -403,7 +404,7 @@ def test_unusable_device_points_to_the_doctor(tmp_path):
     assert message == "error: --device must be usable here, got 'cuda'; see gpu-mixmatch doctor"
 
 
-@pytest.mark.parametrize("augment", ["weak", "kornia", "dali"])
+@pytest.mark.parametrize("augment", ["weak", "strong", "kornia", "dali"])
 def test_preview_writes_a_picture(tmp_path, augment):
     path = tmp_path / "batch.png"
     run("preview", "--out", str(path), "--k", "3", "--augment", augment)
@@ -464,7 +465,7 @@ def test_module_runs_the_command_line():
     _, commands = result.stdout.split("Commands")
     names = re.findall(r"^│ ([a-z-]+) ", commands, re.MULTILINE)
     assert names == [
-        *("train", "predict", "preview", "check-images"),
+        *("train", "compare", "predict", "preview", "check-images"),
         *("ablate", "demo", "bench", "doctor"),
     ]
 
@@ -478,7 +479,8 @@ def test_seeds_must_be_integers(seeds):
 def test_comparison_loads_images_at_the_size_of_the_config(folder, monkeypatch):
     shapes = []
 
-    def train(config, *, data, on_step):
+    def train(config, folder, *, data, **_):
+        assert folder is None
         shapes.append(tuple(data.test_images.shape))
         return Summary(error=1.0, median_error=2.0, best_error=0.5, seconds=0.0)
 
@@ -502,6 +504,13 @@ def test_ablation_rows_change_what_they_say():
     assert changes["ema"] == {"ema_teacher": True}
     for mix in ("none", "labelled", "unlabelled", "separate"):
         assert changes[mix]["builder"] == {"mix": mix}
+    ict = resolved(dataclasses.replace(TrainConfig(preset="usb"), **changes["ict"]))
+    run = TrainRun(dataclasses.replace(ict, batch_size=4))
+    assert isinstance(run.builder, ICT)
+    assert run.builder.teacher is run.ema
+    assert run.builder.partner == "reversed"
+    assert run.criterion.loss_u == "mse"
+    assert ablate.ABLATION[-1].paper == (38.60, 6.81)
 
 
 def test_missing_extra_is_named():

@@ -157,6 +157,18 @@ RANKS = """
                 run.train_step(batch)
             found["digests"][preset] = parameter_digest(run.model), parameter_digest(run.ema)
 
+        for method in ("fixmatch", "freematch", "flexmatch", "ict", "remixmatch"):
+            changes = {"threshold": 0.2} if method == "flexmatch" else {}
+            config = TrainConfig(steps=3, batch_size=4, method=method, builder=changes)
+            run = TrainRun(config, data)
+            for batch in run.loader:
+                run.train_step(batch)
+            learnt = [value.double().sum() for value in run.builder.state_dict().values()]
+            found["digests"][method] = (
+                *(parameter_digest(run.model), parameter_digest(run.ema)),
+                [float(value) for value in learnt],
+            )
+
         run = TrainRun(TrainConfig(batch_size=4, supervised=True), data)
         images, labels = noise(8, 4)
         losses = run.train_step(first._replace(x=images, y=labels))
@@ -297,9 +309,15 @@ def test_sharded_model_guesses_and_trains_as_one_process(found):
     assert (weights(model) - before).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("preset", ["fast", "paper", "yu1ut"])
-def test_ranks_end_with_equal_weights_and_statistics(found, preset):
-    first, second = (found[rank]["digests"][preset] for rank in range(2))
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("fast", "paper", "yu1ut"),  # of MixMatch
+        *("fixmatch", "freematch", "flexmatch", "ict", "remixmatch"),
+    ],
+)
+def test_ranks_end_with_equal_weights_statistics_and_what_is_learnt_of_guesses(found, name):
+    first, second = (found[rank]["digests"][name] for rank in range(2))
     assert first == second
 
 
@@ -319,7 +337,8 @@ def test_rank_0_alone_reads_and_writes_files(folder, found):
     }
     assert not (folder / "run-1").exists()
     for rank in range(2):
-        expected = {**found[rank]["summary"], "seconds": found[0]["summary"]["seconds"]}
+        of_rank_0 = {name: found[0]["summary"][name] for name in ("seconds", "metrics")}
+        expected = {**found[rank]["summary"], **of_rank_0}
         assert found[rank]["resumed summary"] == expected
 
 

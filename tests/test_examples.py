@@ -63,6 +63,13 @@ def test_kornia_engine_learns_digits_from_40_labels():
 
 
 @pytest.mark.slow
+def test_fixmatch_learns_digits_from_40_labels_and_says_what_it_kept():
+    output = output_of("fixmatch")
+    assert 50 < int(re.match(r"kept (\d+)% of the guesses, ", output)[1]) <= 100
+    error_of(output)
+
+
+@pytest.mark.slow
 def test_hugging_face_trainer_learns_digits_from_40_labels():
     pytest.importorskip("accelerate")
     pytest.importorskip("transformers")

@@ -62,10 +62,10 @@ def test_freematch_takes_no_other_threshold(threshold):
 
 
 @pytest.mark.parametrize(
-    "threshold", [True, "0.95", None, [0.95], DistributionAlignment(), FreeThreshold], ids=str
+    "threshold", [True, "0.95", [0.95], DistributionAlignment(), FreeThreshold], ids=str
 )
 def test_a_threshold_is_a_number_or_an_object_that_weighs(threshold):
-    text = "threshold must be a number in [0, 1] or an object such as FreeThreshold(), got "
+    text = "threshold must be a number in (0, 1], an object such as FreeThreshold(), or None, got "
     for method in (FixMatch, Consistency):
         with raises(TypeError, text):
             method(*ENGINES, threshold=threshold)
@@ -191,9 +191,9 @@ def test_a_guess_that_failed_may_be_made_again():
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.mark.parametrize("threshold", [-0.1, 1.01, 95, NAN, INF])
-def test_a_threshold_is_a_probability(threshold):
-    text = f"threshold must be in [0, 1], got {threshold}"
+@pytest.mark.parametrize("threshold", [0, -0.1, 1.01, 95, NAN, INF])
+def test_a_threshold_is_a_probability_above_zero(threshold):
+    text = f"threshold must be in (0, 1], got {threshold}"
     for method in (FixMatch, UDA):
         with raises(ValueError, text):
             method(*ENGINES, threshold=threshold)

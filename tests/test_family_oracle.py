@@ -230,7 +230,7 @@ METHODS = {
     ),
     "Consistency of no threshold and all views": Method(
         lambda *engines, **options: Consistency(
-            *engines, NUM_CLASSES, threshold=0.0, temperature=0.9, **options
+            *engines, NUM_CLASSES, threshold=None, temperature=0.9, **options
         ),
         lambda: oracle.FixedThreshold(0.0),
         temperature=0.9,

@@ -101,7 +101,7 @@ def test_groups_are_about_as_large_as_the_labelled_part(
 
 
 @pytest.mark.parametrize("swap", [True, False])
-@pytest.mark.parametrize("running_stats", ["first", "all"])
+@pytest.mark.parametrize("running_stats", ["first", "last", "all"])
 @pytest.mark.parametrize(("num_labelled", "num_unlabelled", "num_augmentations"), SIZES)
 def test_batch_norm_normalises_each_group_by_itself(
     num_labelled, num_unlabelled, num_augmentations, running_stats, swap
@@ -118,9 +118,9 @@ def test_batch_norm_normalises_each_group_by_itself(
 
 @pytest.mark.parametrize("swap", [True, False])
 @pytest.mark.parametrize("momentum", [0.1, 0.001, None])
-@pytest.mark.parametrize("running_stats", ["first", "all"])
+@pytest.mark.parametrize("running_stats", ["first", "last", "all"])
 @pytest.mark.parametrize(("num_labelled", "num_unlabelled", "num_augmentations"), SIZES)
-def test_running_statistics_move_with_the_first_group_or_with_all(
+def test_running_statistics_move_with_the_first_group_the_last_or_all(
     num_labelled, num_unlabelled, num_augmentations, running_stats, momentum, swap
 ):
     batch = batch_of(num_labelled, num_unlabelled, num_augmentations)
@@ -131,7 +131,7 @@ def test_running_statistics_move_with_the_first_group_or_with_all(
     num_groups = default_groups(batch)
     rows = interleave(batch.inputs, num_groups) if swap else batch.inputs
     groups = rows.tensor_split(num_groups)
-    moving = groups[:1] if running_stats == "first" else groups
+    moving = {"first": groups[:1], "last": groups[-1:], "all": groups}[running_stats]
     for number, group in enumerate(moving, 1):
         share = 1 / number if momentum is None else momentum
         hidden = model.inner(group.flatten(1))
@@ -156,7 +156,7 @@ def test_first_group_holds_rows_of_both_parts_unless_they_are_not_swapped():
 
 def test_eval_mode_model_is_unaffected():
     batch = batch_of(4, 6, 2)
-    for running_stats in ("first", "all"):
+    for running_stats in ("first", "last", "all"):
         model = Net(nn.BatchNorm1d(6))
         model(batch.inputs)  # statistics that differ from those of any group
         model.eval()
@@ -167,7 +167,7 @@ def test_eval_mode_model_is_unaffected():
         assert not any(module.training for module in model.modules())
 
 
-@pytest.mark.parametrize("running_stats", ["first", "all"])
+@pytest.mark.parametrize("running_stats", ["first", "last", "all"])
 def test_frozen_batch_norm_of_a_training_model_stays_frozen(running_stats):
     # fine-tuning: the model trains, its normalisation reads the statistics it came with
     batch = batch_of(4, 6, 2)
@@ -180,7 +180,7 @@ def test_frozen_batch_norm_of_a_training_model_stays_frozen(running_stats):
     assert not model.norm.training
 
 
-@pytest.mark.parametrize("running_stats", ["first", "all"])
+@pytest.mark.parametrize("running_stats", ["first", "last", "all"])
 def test_model_is_left_as_it_came_even_if_it_raises(running_stats):
     class Raising(Net):
         calls = 0
@@ -249,9 +249,9 @@ def test_num_groups_out_of_range_is_an_error(num_groups):
 
 def test_unknown_running_stats_is_an_error():
     with pytest.raises(
-        ValueError, match=r"running_stats must be one of \['first', 'all'\], got 'last'"
+        ValueError, match=r"running_stats must be one of \['first', 'last', 'all'\], got 'none'"
     ):
-        interleaved_forward(Net(), batch_of(4, 4, 2), running_stats="last")
+        interleaved_forward(Net(), batch_of(4, 4, 2), running_stats="none")
 
 
 def test_channels_last_batch_gives_the_same_logits():

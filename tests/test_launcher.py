@@ -162,6 +162,16 @@ def test_every_kernel_of_a_step_is_launched_as_triton_launches_it_and_bound_once
 
 
 @in_own_process
+def test_every_kernel_of_consistency_methods_is_launched_as_triton_launches_it(recorder):
+    from benchmarks.family_kernels import launches_of
+
+    for kernel, programs, arguments, options in launches_of(10, 4, 28):
+        theirs, ours, bound = run_twice(recorder, kernel, programs, *arguments, **options)
+        assert bound == 0, kernel.__name__
+        assert_same_launch(ours, theirs)
+
+
+@in_own_process
 @pytest.mark.parametrize("effects", ["shift", "zoom and blur"])
 def test_a_batch_of_another_size_or_alignment_is_not_bound_again(recorder, effects):
     from benchmarks.kernels import LAST_SIZES, REGIMES, launches_of

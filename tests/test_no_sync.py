@@ -8,10 +8,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_mixmatch import (
+    ICT,
+    ColorJitter,
+    ConsistencyLoss,
     MixMatch,
     MixMatchBatch,
     MixMatchLoss,
     MixUpParams,
+    RandAugment,
+    ReMixMatch,
+    ReMixMatchLoss,
     WeakAugment,
     _validation,
     functional,
@@ -111,6 +117,27 @@ def test_augment_reads_nothing_back(policy):
         views = engine.build(x, u, draws, 2)
         engine.normalize(x)
     assert views.shape == (16, 3, 12, 12)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        RandAugment.uda(WeakAugment(2, blur_sigma=(0.0, 1.0)), cutout=4),
+        RandAugment.kekmodel(WeakAugment.imagenet(8), cutout=4),
+        ColorJitter(gray=0.5),
+        WeakAugment.imagenet(8),
+        WeakAugment(size=8),
+    ],
+    ids=["uda, blur", "kekmodel, resized", "jitter", "resized", "crop"],
+)
+def test_operations_and_cuts_read_nothing_back(engine):
+    x, _, u = data()
+    draws = engine.draw_batch(0, 0, 4, 6, 2)
+    engine.build(x, u, draws, 2)  # makes the constants
+    with no_reads():
+        views = engine.build(x, u, draws, 2)
+        engine.normalize(x)
+    assert len(views) == 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -275,6 +302,28 @@ def test_step_reads_nothing_back_for_any_policy(policy):
     for guard in (contextlib.nullcontext(), NoSync(builder.step)):  # first the constants
         with guard:
             train_step(builder, MixMatchLoss(), lambda images: model(images.float()), *data())
+
+
+@pytest.mark.parametrize("preset", [ICT.reference, ICT.fixmatch], ids=["reference", "fixmatch"])
+@pytest.mark.usefixtures("unchecked_labels")
+def test_step_of_ict_reads_nothing_back(preset):
+    builder = preset(WeakAugment(), NUM_CLASSES, teacher=net())
+    with NoSync(builder.step):
+        train_step(builder, ConsistencyLoss(loss_u="mse"), net(), *data())
+
+
+class PairNet(ConvNet):
+    def forward(self, images):
+        logits = super().forward(images)
+        return logits, logits[:, :4]
+
+
+@pytest.mark.usefixtures("unchecked_labels")
+def test_step_of_remixmatch_reads_nothing_back():
+    weak = WeakAugment()
+    builder = ReMixMatch(weak, weak, NUM_CLASSES, num_strong=1, rotation=True)
+    with NoSync(builder.step):
+        train_step(builder, ReMixMatchLoss(lambda_rot=0.5), PairNet(NUM_CLASSES), *data())
 
 
 @pytest.mark.usefixtures("unchecked_labels")

@@ -60,7 +60,7 @@ def test_draw_batch_passes_opcheck(impl, policy, with_ids):
     numbers = ops.flat_policy(policy)
     words = sampling.words_per_row(with_augment=policy is not None)
     out = torch.zeros(8 * words, dtype=torch.int32, device=DEVICE)
-    switches = (2, numbers, [], 0.75, "sample", "all", out, impl)
+    switches = (2, numbers, [], 0.75, "sample", "all", False, 0, out, impl)
     opcheck(ops.draw_batch, (0, step, *ids, 2, 3, *switches))
 
 
@@ -167,6 +167,49 @@ def test_the_loss_passes_opcheck(impl, dtype):
     logits, targets = random(8, NUM_CLASSES, dtype=dtype), targets_of(8, NUM_CLASSES)
     outs = [torch.zeros((), dtype=dtype, device=DEVICE) for _ in range(3)]
     opcheck(ops.mixmatch_loss, (logits, targets, 3, torch.tensor(3.0), *outs, impl))
+
+
+def of_guesses():
+    """Arguments of the ops that weigh guesses, without their implementation."""
+    classes = NUM_CLASSES
+    whole = torch.arange(4 + 3 * classes, device=DEVICE) + 1
+    averages, window = targets_of(2 + 3 * classes), targets_of(2, classes)
+    ids, found = torch.tensor([4, 1, 4]).to(DEVICE), torch.tensor([0, -1, 3]).to(DEVICE)
+    table = torch.tensor([-1, 0, 2, -1, 1], dtype=torch.int16, device=DEVICE)
+    counts = torch.tensor([1, 1, 1, 0, 0, 2], dtype=torch.int32, device=DEVICE)
+    y, logits = torch.tensor([0, 4]).to(DEVICE), random(3, classes)
+    weighting = 0.5, "soft", 0.5, averages, 2.0, targets_of(classes), False
+    rows = random(5, classes), targets_of(5, classes), targets_of(5)
+    switches = (2, 4), torch.tensor(3.0), 0.5, "mse", torch.tensor(0.5, device=DEVICE)
+    position, out = torch.tensor(1, device=DEVICE), torch.zeros
+    return {
+        "guess_statistics": (logits, y, whole.clone()),
+        "update_averages": (whole, averages, 0.9, None, out(classes, device=DEVICE)),
+        "update_window": (
+            *(whole, window, position, targets_of(classes), 0.9),
+            out(classes, device=DEVICE),
+        ),
+        "confident_classes": (logits, 0.5, found.clone()),
+        "update_labels": (found, ids, table, counts),
+        "consistency_targets": (
+            *(y, logits, *weighting, 0.1),
+            *(out(8, classes, device=DEVICE), out(8, device=DEVICE)),
+        ),
+        "consistency_loss": (
+            *(*rows, *switches, out(6, device=DEVICE)),
+            out((), device=DEVICE),
+        ),
+        "consistency_loss_backward": (
+            *(targets_of(6), *rows, *switches),
+            *(torch.tensor(2.0, device=DEVICE), random(5, classes)),
+        ),
+    }
+
+
+@both
+@pytest.mark.parametrize("op", list(of_guesses()))
+def test_what_weighs_guesses_passes_opcheck(impl, op):
+    opcheck(getattr(ops, op), (*of_guesses()[op], impl))
 
 
 @both

@@ -17,10 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from torch import Tensor, nn
 
-from gpu_mixmatch import DaliAugment, MixMatch, WeakAugment, presets
+from gpu_mixmatch import ColorJitter, DaliAugment, MixMatch, RandAugment, WeakAugment, presets
 from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.data.formats.common import ImageData
 from gpu_mixmatch.insight.canvas import DPI, IMAGE_SIDE, MARGIN, TO_HEADS, TO_ROWS
+from gpu_mixmatch.insight.captions import caption
 from gpu_mixmatch.insight.preview import draw_preview
 from gpu_mixmatch.recipes.choices import make_augment
 from gpu_mixmatch.recipes.dataset_preview import CLASS_NAMES, preview_dataset
@@ -202,9 +203,9 @@ def test_views_and_their_captions_are_what_the_engine_draws(
     steps = {"↑": (-1, 0), "↓": (1, 0), "←": (0, -1), "→": (0, 1)}
     captions = [text for text in texts(figures[0]) if "moved" in text]
     assert len(captions) == 8
-    for number, caption in enumerate(captions):
-        down, right = np.sum([steps[arrow] for arrow in re.findall("[↑↓←→]", caption)], axis=0) \
-            if "not" not in caption else (0, 0)  # fmt: skip
+    for number, words in enumerate(captions):
+        down, right = np.sum([steps[arrow] for arrow in re.findall("[↑↓←→]", words)], axis=0) \
+            if "not" not in words else (0, 0)  # fmt: skip
         original = np.pad(shown[3 * (number // 2)], ((1, 1), (1, 1), (0, 0)))
         moved = original[1 - down : 9 - down, 1 - right : 9 - right]
         np.testing.assert_allclose(shown[3 * (number // 2) + 1 + number % 2], moved, atol=1e-5)
@@ -331,7 +332,86 @@ def test_texts_meet_neither_each_other_nor_a_picture(
     names = LONG_NAMES[:num_classes] if num_classes <= 12 else None
     mixmatch = builder(num_classes, augment, num_augmentations=views, mix="separate")
     draw(mixmatch, tmp_path / "preview.png", class_names=names, rows=2)
-    figure = figures[0]
+    check_that_texts_stand_apart(figures[0])
+
+
+ALL_OF_IT = WeakAugment(padding=11, size=128, area=(0.1, 1), flip=1.0, blur_sigma=(0.5, 1.0))
+
+
+@pytest.mark.parametrize("views", [2, 4])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        RandAugment.usb(ALL_OF_IT),
+        RandAugment(ALL_OF_IT, 5, {"translate_x_rel": [-0.123]}, prob=1.0),
+        ColorJitter(ALL_OF_IT, gray=1.0),
+    ],
+    ids=["usb", "long names", "jitter"],
+)
+def test_captions_of_strong_views_are_whole_and_stand_apart(
+    tmp_path: Path, figures: list[Figure], views: int, engine: Any
+) -> None:
+    x, u = images(4, 3, 160), images(3, 3, 160)
+    mixmatch = builder(12, engine, num_augmentations=views)
+    draw_preview(mixmatch, x, torch.arange(4), u, network(12, 3), tmp_path / "a.png", rows=2)
+    shown = " ".join(texts(figures[0]))
+    assert shown.count("blur") == shown.count("moved") == 2 * views
+    assert "…" not in shown
+    check_that_texts_stand_apart(figures[0])
+
+
+def words_of(engine: Any, count: int = 4, size: int = 12, width: int = 99) -> list[str]:
+    """Captions of the views of some images, one each."""
+    draws = engine.draw(5, 3, count)
+    height = engine.apply(images(count, 3, size), draws).shape[2]
+    lines = (caption(draws, row, engine, (size, size), (height, height), width)
+             for row in range(count))  # fmt: skip
+    return [text.replace("\N{NO-BREAK SPACE}", " ") for text in lines]
+
+
+STILL = WeakAugment(padding=0, flip=0.0)
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        (RandAugment(STILL, 1, {"rotate": [-12.5]}, prob=1.0, cutout=3),
+         "rotate −12.5°, cutout 3 px"),
+        (RandAugment(STILL, 2, {"hue": [-0.001]}, prob=1.0, cutout=(0.5, 0.5)),
+         "hue 0, hue 0, cutout 6 px"),
+        (RandAugment(STILL, 2, ["equalize"], prob=1.0, cutout=0), "equalize, equalize"),
+        (RandAugment(STILL, prob=0.0, cutout=0), ""),
+        (ColorJitter(STILL, 0, 0, 0, 0, gray=1.0), "identity, gray"),
+        (RandAugment(WeakAugment(0, flip=1.0, size=12), 1, {"posterize": [3]}, prob=1.0, cutout=0),
+         "cut 12 × 12 px, at ↓0 →0, mirrored, posterize 3 bits"),
+    ],
+)  # fmt: skip
+def test_a_caption_says_all_that_was_drawn_in_the_order_of_what_was_done(
+    engine: Any, words: str
+) -> None:
+    assert words_of(engine) == [words] * 4
+
+
+def test_a_caption_says_where_a_view_was_cut_out() -> None:
+    engine = WeakAugment(padding=0, size=6, flip=0.5, mean=0.0, std=1.0)
+    x = images(8, 3, 12)
+    views = engine.apply(x, engine.draw(5, 3, 8))
+    captions = words_of(engine, 8)
+    assert len(set(captions)) > 4
+    for image, view, words in zip(x, views, captions, strict=True):
+        top, left = map(int, re.findall(r"[↓→](\d+)", words))
+        wanted = image[:, top : top + 6, left : left + 6] / 255
+        wanted = wanted.flip(2) if "mirrored" in words else wanted
+        torch.testing.assert_close(view, wanted)
+
+
+def test_a_narrow_caption_breaks_between_words() -> None:
+    draws = RandAugment(STILL, 2, {"translate_x_rel": [-0.2]}, prob=1.0, cutout=0)
+    (first, *_) = words_of(draws, width=16)
+    assert first.splitlines() == ["translate_x_rel", "−0.2,", "translate_x_rel", "−0.2"]
+
+
+def check_that_texts_stand_apart(figure: Figure) -> None:
     canvas = FigureCanvasAgg(figure)
     with matplotlib.style.context("default"):
         canvas.draw()
@@ -498,6 +578,8 @@ def test_preview_of_a_folder_names_its_classes(tmp_path: Path, figures: list[Fig
         )
         assert text in figures[-1].texts[1].get_text()
         assert tick_names(figures[-1])[0] == list(CLASSES)
+    preview_dataset(data, tmp_path / "a.png", labels=None, train_steps=2, rows=1)
+    assert figures[-1].texts[1].get_text() == figures[0].texts[1].get_text()
     with pytest.raises(ValueError, match="labels must be a number for digits, got None"):
         preview_dataset(dataset(), tmp_path / "a.png", labels=None)
 

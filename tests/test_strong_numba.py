@@ -9,7 +9,7 @@ import torch
 from gpu_mixmatch import ColorJitter, MixMatch, RandAugment, WeakAugment, functional
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch._chain import entries
-from gpu_mixmatch.impl import eager, impl_of, implementation
+from gpu_mixmatch.impl import eager, implementation
 from gpu_mixmatch.types import Chain, ChainParams, Geometry, Scaling
 from tests.test_numba import params_for
 from tests.test_strong import HUES, STILL, all_operations, by_pillow, images_of, wrong_bytes
@@ -237,8 +237,7 @@ def test_no_rows_and_no_labelled_images_are_no_trouble():
 
 def test_auto_takes_the_loops_on_a_cpu(monkeypatch):
     for engine in (RandAugment.fixmatch(), ColorJitter(), WeakAugment.imagenet()):
-        running = impl_of("auto", engine.geometry, CPU)
-        assert implementation(running, CPU) is compiled
+        assert implementation(engine.impl, CPU) is compiled
     monkeypatch.setattr(eager, "augment", None)
     assert RandAugment.fixmatch(STILL)(images_of(2, 20, 20)).shape == (2, 3, 20, 20)
 

@@ -1,6 +1,7 @@
 """A training run learns, logs, and resumes to the last bit."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,15 +17,23 @@ import pytest
 import torch
 from torch.optim.swa_utils import update_bn
 
-from gpu_mixmatch import DaliAugment, KorniaAugment, WeakAugment
+from gpu_mixmatch import DaliAugment, KorniaAugment, RandAugment, WeakAugment
 from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.data.formats.common import ImageData
 from gpu_mixmatch.insight import GuessWatch
 from gpu_mixmatch.recipes import train as recipe
 from gpu_mixmatch.recipes.checkpoint import read_checkpoint, write_checkpoint
-from gpu_mixmatch.recipes.choices import AUGMENTS, LOADERS, PRESET_NAMES, make_augment
+from gpu_mixmatch.recipes.choices import (
+    AUGMENTS,
+    LOADERS,
+    METHODS,
+    PRESET_NAMES,
+    make_augment,
+    make_strong,
+)
 from gpu_mixmatch.recipes.models import SmallCNN, build_model, wideresnet28
 from gpu_mixmatch.recipes.train import DivergenceError, TrainConfig, TrainRun, resolved, train
+from tests import pillow
 from tests.digest import parameter_digest
 from tests.image_files import write_parts
 
@@ -98,13 +107,19 @@ def kill_and_resume(out: Path, pauses: tuple[float, ...], **fields) -> int:
 @pytest.mark.filterwarnings("ignore:step .* guesses are .* sure:UserWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("loader", "augment", "pauses"),
-    [("resident", "weak", (0.2, 0.05)), ("dataloader", "kornia", (0.1,)), ("dali", "dali", (0.1,))],
+    ("method", "loader", "augment", "pauses"),
+    [
+        ("mixmatch", "resident", "weak", (0.2, 0.05)),
+        ("mixmatch", "dataloader", "kornia", (0.1,)),
+        ("mixmatch", "dali", "dali", (0.1,)),
+        ("freematch", "resident", "weak", (0.1,)),
+        ("flexmatch", "resident", "weak", (0.1,)),
+    ],
 )
 def test_run_killed_at_any_moment_resumes_to_the_last_bit(
-    tmp_path, folder, loader, augment, pauses
+    tmp_path, folder, method, loader, augment, pauses
 ):
-    fields = {**SLOW, "loader": loader, "augment": augment}
+    fields = {**SLOW, "method": method, "loader": loader, "augment": augment}
     if loader != "resident":
         fields |= {"dataset": "folder", "root": str(folder), "size": 16, "labels": None}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -130,6 +145,161 @@ def test_every_loader_and_engine_resumes_to_the_last_bit(folder, loader, augment
     second.load_state_dict(state)
     assert state["loader"].items() >= {"seed": 0, "step": 2}.items()
     assert digest(take_steps(second, 2)) == digest(whole)
+
+
+def labelling(run: TrainRun) -> dict[str, torch.Tensor]:
+    """What the builder has learnt of its guesses."""
+    return {name: value.clone() for name, value in run.builder.state_dict().items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_resumes_to_the_last_bit_with_what_it_has_learnt(tmp_path, method):
+    config = replace(SHORT, method=method, eval_every=4)
+    if method == "flexmatch":  # so that a few steps have confident guesses
+        config = replace(config, builder={"threshold": 0.2})
+    whole = take_steps(TrainRun(config), 6)
+    train(replace(config, steps=4, planned_steps=6), tmp_path / "run")
+    state = read_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    run = TrainRun(config)
+    run.load_state_dict(state)
+    assert digest(take_steps(run, 2)) == digest(whole)
+    learnt, begun = labelling(whole), labelling(TrainRun(config))
+    assert learnt.keys() == begun.keys()
+    assert all(torch.equal(value, learnt[name]) for name, value in labelling(run).items())
+    moved = {name for name, value in learnt.items() if not torch.equal(value, begun[name])}
+    assert moved == {
+        "step",
+        *{
+            "softmatch": {"threshold.averages"},
+            "freematch": {"threshold.averages"},
+            "flexmatch": {"threshold.classes"},
+            "remixmatch": {"alignment.guesses", "alignment.labels"},
+        }.get(method, set()),
+    }
+
+
+def test_what_a_method_has_learnt_must_fit_the_checkpoint():
+    state = TrainRun(replace(SHORT, method="flexmatch")).state_dict()
+    state["mixmatch"]["threshold.classes"] = torch.zeros(5, dtype=torch.int16)
+    with pytest.raises(ValueError, match=r"mixmatch must hold .*'threshold\.classes' must be"):
+        TrainRun(replace(SHORT, method="flexmatch")).load_state_dict(state)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_trains_and_says_what_it_keeps(method):
+    summary = train(replace(SHORT, method=method))
+    last = summary.metrics[-1]
+    assert [entry["step"] for entry in summary.metrics] == [2, 4, 6]
+    assert last["error"] == summary.error
+    assert 0.1 <= summary.confidence <= 1
+    weighs = method not in ("mixmatch", "remixmatch")
+    assert ("kept" in last) is ("mean_weight" in last) is weighs
+    if weighs:
+        assert 0 <= last["mean_weight"] <= last["kept"] <= 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_guess_as_their_references_do_and_may_be_told_otherwise(method):
+    first = {"mixmatch", "remixmatch", "mean_teacher", "ict", "pi_model"}
+    config = resolved(TrainConfig(method=method))
+    assert config.guess == ("first" if method in first else "loss")
+    if method in first - {"pi_model"}:
+        with pytest.raises(ValueError, match=f"guess must be 'first' for the method {method}, .*"):
+            TrainRun(TrainConfig(method=method, guess="loss"))
+        return
+    runs = [TrainRun(replace(SHORT, method=method, guess=guess)) for guess in ("first", "loss")]
+    rows = []
+    for run in runs:
+        run.model.register_forward_pre_hook(lambda _, images: rows.append(len(images[0])))
+        take_steps(run, 1)
+    ratio = runs[0].config.ratio
+    # x, strong and weak views: the weak ones before, or with the others
+    assert rows == [8 * ratio, 8 * (1 + ratio), 8 * (1 + 2 * ratio)]
+
+
+def test_a_teacher_is_the_average_of_the_model():
+    for method in ("mean_teacher", "ict"):
+        run = TrainRun(replace(SHORT, method=method))
+        assert run.builder.teacher is run.ema
+        assert set(run.builder.state_dict()) == {"seed", "step"}
+    assert TrainRun(replace(SHORT, method="pi_model")).builder.teacher is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"method": "fixmatch"}, {"ratio": 2, "lambda_u": 1.0, "rampup_steps": 0, "lr": 0.002}),
+        ({"method": "fixmatch", "ratio": 5}, {"ratio": 5}),
+        ({"method": "fixmatch", "preset": "paper"}, {"ratio": 7, "lr": 0.03, "ema_decay": 0.98}),
+        ({"method": "softmatch"}, {"builder": {"momentum": 0.98}}),
+        ({"method": "softmatch", "steps": 20_000}, {"builder": {"momentum": 0.999}}),
+        ({"method": "softmatch", "builder": {"momentum": 0.5}}, {"builder": {"momentum": 0.5}}),
+        ({"method": "mean_teacher", "steps": 4096}, {"lambda_u": 25.0, "rampup_steps": 2048}),
+        ({"method": "ict", "steps": 512}, {"lambda_u": 12.5, "rampup_steps": 256, "ratio": 1}),
+        ({"method": "remixmatch"}, {"lambda_u": 1.5, "rampup_steps": 250, "ratio": 1}),
+        ({}, {"ratio": 1, "rampup_steps": 250}),
+    ],
+)
+def test_numbers_of_a_method_are_its_papers_or_follow_the_length_of_the_run(fields, expected):
+    config = resolved(TrainConfig(**{"steps": 500, **fields}))
+    for name, value in expected.items():
+        wanted = value if isinstance(value, dict) else pytest.approx(value, rel=1e-4)
+        assert getattr(config, name) == wanted, name
+
+
+def test_remixmatch_has_a_short_window_and_few_views_in_a_short_run():
+    builder = TrainRun(TrainConfig(steps=500, method="remixmatch")).builder
+    assert (builder.num_strong, builder.alignment.window, builder.rotation) == (2, 50, False)
+    builder = TrainRun(TrainConfig(steps=5000, method="remixmatch", preset="paper")).builder
+    assert (builder.num_strong, builder.alignment.window) == (8, 128)
+
+
+def test_strong_views_are_of_the_preset_and_fit_small_images():
+    for preset, factory in (("fast", "fixmatch"), ("paper", "usb")):
+        run = TrainRun(TrainConfig(method="softmatch", preset=preset))
+        expected = make_strong(run.weak, 8, 8, factory).chain
+        assert run.builder.strong.chain == expected
+        assert run.builder.strong.weak is run.weak
+
+
+def test_learning_rate_of_a_papers_run_falls_and_is_resumed():
+    config = TrainConfig(steps=6, batch_size=8, method="fixmatch", preset="paper", ratio=1)
+    run = TrainRun(config)
+    rates = []
+    for batch in islice(run.loader, 3):
+        rates += {group["lr"] for group in run.optimizer.param_groups}
+        run.train_step(batch)
+    angles = [7 / 16 * math.pi * step / 6 for step in range(3)]
+    assert rates == pytest.approx([0.03 * math.cos(angle) for angle in angles])
+    again = TrainRun(config)
+    again.load_state_dict(run.state_dict())
+    assert digest(take_steps(again, 3)) == digest(take_steps(TrainRun(config), 6))
+
+
+def test_a_checkpoint_from_before_there_were_methods_goes_on():
+    state = TrainRun(SHORT).state_dict()
+    for name in ("method", "ratio", "guess"):
+        del state["config"][name]
+    run = TrainRun(SHORT)
+    run.load_state_dict(state)
+    other = TrainRun(replace(SHORT, method="fixmatch"))
+    with pytest.raises(ValueError, match=r"method: 'mixmatch' in the checkpoint, 'fixmatch' now"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "vat"}, r"method must be one of \['mixmatch', .*\], got 'vat'"),
+        ({"guess": "never"}, r"guess must be one of \['first', 'loss', None\], got 'never'"),
+        ({"ratio": 0}, r"ratio must be at least 1, got 0"),
+        ({"method": "uda", "preset": "yu1ut"}, r"preset must be 'fast' or 'paper' for .* uda, got"),
+        ({"method": "uda", "augment": "strong"}, r"augment must be 'weak', 'kornia' or 'dali' for"),
+    ],
+)
+def test_a_method_refuses_what_does_not_fit_it(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TrainRun(TrainConfig(**fields))
 
 
 def test_batches_in_memory_and_from_workers_train_alike(folder):
@@ -182,6 +352,49 @@ def test_engines_have_the_policy_of_the_preset():
     counts = torch.bincount(nearest.indices, minlength=98)
     assert counts[:49].min() > 30  # about 61 are expected
     assert counts[49:].sum() / 4000 == pytest.approx(0.25, abs=0.03)
+
+
+def test_a_strong_engine_is_fixmatchs_and_shrinks_with_images_below_its_32_pixels():
+    weak = WeakAugment(padding=0, flip=0.0, mean=0.0, std=1.0)
+    for size in ((32, 32), (33, 96)):
+        strong = make_augment("strong", weak, *size)
+        assert strong.weak is weak
+        assert strong.chain == RandAugment.fixmatch().chain
+    images = torch.full((3000, 1, 8, 12), 200, dtype=torch.uint8)
+    strong = make_augment("strong", weak, 8, 12)
+    hidden = RandAugment(weak, 0, cutout=strong.chain.cutout)(images) == 0
+    assert int(hidden.flatten(1).sum(1).max()) == 4 * 4
+    moved = {op.name: op.magnitudes for op in strong.chain.ops if op.name.startswith("translate")}
+    assert set(moved) == {"translate_x_rel", "translate_y_rel"}
+    for (name, magnitudes), axis in zip(moved.items(), (2, 1), strict=True):
+        views = RandAugment(weak, 1, {name: magnitudes}, prob=1.0, cutout=0, outside="black")(
+            images
+        )
+        kept = (views[:, 0] > 0).any(3 - axis).sum(1)
+        side = images.shape[axis + 1]
+        assert int(kept.min()) == side - side * 9 // 32
+        assert int(kept.max()) == side
+    # and what it does at its own size is what it does in shares of it
+    ops = strong.chain.ops
+    shares = RandAugment.fixmatch(weak, ops={op.name: op.magnitudes for op in ops})
+    pictures = torch.from_numpy(pillow.pictures(100, 32, 32, 3, 0)).permute(0, 3, 1, 2)
+    assert torch.equal(shares(pictures), RandAugment.fixmatch(weak)(pictures))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_strong_engine_takes_the_smallest_images(size):
+    weak = WeakAugment(padding=0, layout="NCHW")
+    images = torch.arange(4 * size * size, dtype=torch.uint8).view(4, 1, size, size)
+    assert make_augment("strong", weak, size, size)(images).shape == images.shape
+
+
+def test_evaluation_sees_images_as_without_operations():
+    weak, strong = (TrainRun(replace(SHORT, augment=name)) for name in ("weak", "strong"))
+    assert isinstance(strong.augment, RandAugment)
+    images = weak.test_images[:5]
+    assert torch.equal(strong.normalize(images), weak.normalize(images))
+    assert strong.test_error() == weak.test_error()
+    assert weak.state_dict()["normalisation"] == strong.state_dict()["normalisation"]
 
 
 @pytest.mark.parametrize(("size", "padding"), [(32, 4), (96, 12), (7, 0)])
@@ -342,7 +555,7 @@ def test_confidence_is_that_of_the_guesses_since_the_last_evaluation(tmp_path):
     summary = train(SHORT, out)
     entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     run = TrainRun(SHORT)
-    watch = GuessWatch(run.mixmatch)
+    watch = GuessWatch(run.builder)
     for entry in entries:
         take_steps(run, 2)
         assert entry["confidence"] == pytest.approx(watch.read().confidence)
@@ -611,8 +824,8 @@ def test_teacher_changes_the_guess_and_is_not_saved_twice():
     run, plain = TrainRun(config), TrainRun(TrainConfig(steps=4, batch_size=8, ema_decay=0.5))
     for each in (run, plain):
         take_steps(each, 4)
-    assert run.mixmatch.teacher is run.ema
-    assert set(run.mixmatch.state_dict()) == {"seed", "step"}
+    assert run.builder.teacher is run.ema
+    assert set(run.builder.state_dict()) == {"seed", "step"}
     assert parameter_digest(run.model) != parameter_digest(plain.model)
 
 

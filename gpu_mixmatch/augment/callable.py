@@ -75,7 +75,7 @@ class CallableAugment(DrawsForeign):
         return f"CallableAugment({self.function!r})"
 
 
-def as_augment(augment: Any, layout: Layout | None = None) -> Any:
+def as_augment(augment: Any, layout: Layout | None = None, name: str = "augment") -> Any:
     """Return ``augment`` if it is an engine, or a plain callable as one.
 
     An engine has the methods ``draw_batch`` and ``build`` of `Augment`.
@@ -83,6 +83,7 @@ def as_augment(augment: Any, layout: Layout | None = None) -> Any:
     Args:
         augment: An engine or a callable.
         layout: Of the images that a callable is to get as NCHW; see `CallableAugment`.
+        name: What an error calls it.
 
     Raises:
         TypeError: If it is neither; a name is only for the command line.
@@ -99,7 +100,7 @@ def as_augment(augment: Any, layout: Layout | None = None) -> Any:
         if callable(augment):
             return CallableAugment(augment, layout)
     raise TypeError(
-        "augment must be an engine such as WeakAugment.cifar10(), or a callable that maps float "
+        f"{name} must be an engine such as WeakAugment.cifar10(), or a callable that maps float "
         f"images to float images, got {came(augment)}"
     )
 

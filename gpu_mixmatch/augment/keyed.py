@@ -4,13 +4,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gpu_mixmatch import _unchecked, functional, sampling
 from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch._validation import (
+    MOST_VIEW,
     as_ids,
+    as_integer,
     as_length,
     came,
     check_chain_images,
@@ -27,7 +30,7 @@ from gpu_mixmatch._validation import (
     view_size,
 )
 from gpu_mixmatch.augment.base import BuiltViews, MakeTargets, NormalizedViews, Views
-from gpu_mixmatch.impl import impl_of, resolve_impl
+from gpu_mixmatch.impl import resolve_impl
 from gpu_mixmatch.types import (
     AugmentParams,
     AugmentPolicy,
@@ -107,7 +110,12 @@ class KeyedAugment(NormalizedViews):
         check_pixels("images", images)
         images = images.permute(0, 3, 1, 2) if nhwc else images
         if cut and cut.size:
-            tall, wide = view_size(cut._replace(area=None), height, width)
+            tall, wide = cut.size
+            if tall > height or wide > width:
+                raise ValueError(
+                    f"images must be at least as large as views, {tall} x {wide} pixels, since "
+                    f"evaluation takes the centre, got {height} x {width}: resize them before"
+                )
             top, left = (height - tall) // 2, (width - wide) // 2
             images = images[..., top : top + tall, left : left + wide]
         return self.normalize_nchw(images)
@@ -220,8 +228,9 @@ class KeyedAugment(NormalizedViews):
             images: ``[M, C, H, W]`` or ``[M, H, W, C]``.
             seed: The key, 0 ≤ seed < 2^63.
             step: The step, 0 ≤ step < 2^32: another one gives other views.
-            view: The number of the view.
-            ids: Sample ids, ``[M]`` int64; None takes positions in the batch.
+            view: The number of the view, 0 .. 2^16.
+            ids: Sample ids, ``[M]`` int64, or a numpy array of integers; None takes positions in
+                the batch.
 
         Returns:
             The views, ``[M, C, H, W]``.
@@ -231,11 +240,14 @@ class KeyedAugment(NormalizedViews):
             ValueError: If an argument is out of its range, or there is not an id per image.
         """
         count = as_length("images", images)
-        drawn = count if ids is None else as_ids("ids", ids)
+        view = as_integer("view", view, most=MOST_VIEW)
+        if ids is None:
+            return self.apply(images, self.draw(seed, step, count, view))
+        if not isinstance(ids, Tensor | np.ndarray):
+            raise TypeError(f"ids must be a tensor of {count} ids or None, got {came(ids)}")
+        drawn = as_ids("ids", ids)
         if isinstance(drawn, Tensor) and len(drawn) != count:
             raise ValueError(f"ids must be [M] with M = {count} like images, got {len(drawn)}")
-        if isinstance(drawn, int) and drawn != count:
-            raise TypeError(f"ids must be a tensor of {count} ids or None, got {came(ids)}")
         return self.apply(images, self.draw(seed, step, drawn, view))
 
     def draw_batch(
@@ -285,7 +297,7 @@ class KeyedAugment(NormalizedViews):
         check_draws_of(sources, draws, geometry)
         image_shape = (channels, *view_size(geometry.cut, *size))
         if geometry.chain:
-            check_chain_images(x, geometry.chain, (draws.top.shape[0], *image_shape))
+            check_chain_images("x", x, geometry.chain, (draws.top.shape[0], *image_shape))
         check_no_grad(images=x, u=u)
         num_x = x.shape[0]
         write = partial(self._write, nhwc=nhwc, image_shape=image_shape, workspace=workspace)
@@ -375,13 +387,3 @@ class _ViewsOfBytes(NamedTuple):
             check_out(out, images=x, u=u)
         targets = make_targets(params)
         return self.write(self.images, self.draws, params, out), targets
-
-
-def shown_impl(impl: Impl, geometry: Geometry) -> str:
-    """Show the implementation of an engine, and what runs in its place on a GPU.
-
-    Raises:
-        RuntimeError: If it cannot run what the views have in common.
-    """
-    running = impl_of(impl, geometry, torch.device("cuda"))
-    return f"impl={impl!r}" if running == impl else f"impl={impl!r} -> {running} on cuda"

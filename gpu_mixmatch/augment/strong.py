@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, get_args
 
-import torch
+import numpy as np
 
 from gpu_mixmatch._validation import (
     MAGNITUDES,
@@ -13,11 +13,9 @@ from gpu_mixmatch._validation import (
     came,
     check_choice,
     check_kind,
-    shown,
 )
-from gpu_mixmatch.augment.keyed import KeyedAugment, shown_impl
+from gpu_mixmatch.augment.keyed import KeyedAugment
 from gpu_mixmatch.augment.weak import WeakAugment
-from gpu_mixmatch.impl import impl_of
 from gpu_mixmatch.types import (
     MOST_SLOTS,
     AugmentPolicy,
@@ -51,7 +49,6 @@ class _StrongAugment(KeyedAugment):
         assert checked is not None
         self.weak = weak
         self.chain = checked
-        impl_of(self.impl, self.geometry, torch.device("cpu"))  # raises now if it cannot run
 
     @property
     def policy(self) -> AugmentPolicy:
@@ -73,7 +70,7 @@ class _StrongAugment(KeyedAugment):
         shown_fields += [f"outside={chain.outside!r}", f"cutout={chain.cutout}"]
         if chain.cutout:
             shown_fields.append(f"cutout_color={chain.cutout_color or 'mean'}")
-        return ", ".join([*shown_fields, shown_impl(self.impl, self.geometry)])
+        return ", ".join([*shown_fields, f"impl={self.impl!r}"])
 
 
 class RandAugment(_StrongAugment):
@@ -107,7 +104,6 @@ class RandAugment(_StrongAugment):
     Raises:
         TypeError: If an argument is of the wrong kind.
         ValueError: If an argument is out of its range, or an operation is unknown.
-        RuntimeError: If the implementation of ``weak`` has no such operations.
 
     References:
         Cubuk et al. 2020; Sohn et al. 2020, appendix D; google-research/fixmatch.
@@ -290,7 +286,6 @@ class ColorJitter(_StrongAugment):
     Raises:
         TypeError: If an argument is of the wrong kind.
         ValueError: If an argument is out of its range.
-        RuntimeError: If the implementation of ``weak`` has no such operations.
     """
 
     def __init__(
@@ -327,12 +322,13 @@ def _at_levels(names: Any, levels: Any) -> tuple[Op, ...]:
     """FixMatch's operations at some of its levels."""
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(f"ops must be names, or a mapping of them to magnitudes, got {came(names)}")
-    levels = range(1, _MOST_LEVEL) if levels is None else levels
-    if isinstance(levels, str) or not isinstance(levels, Sequence) or not levels:
-        raise TypeError(f"levels must be integers in 0 .. {_MOST_LEVEL}, got {came(levels)}")
     levels = [
         as_integer(f"levels[{place}]", level, most=_MOST_LEVEL)
-        for place, level in enumerate(levels)
+        for place, level in enumerate(
+            range(1, _MOST_LEVEL)
+            if levels is None
+            else _listed(f"levels must be a list of integers in 0 .. {_MOST_LEVEL}", levels)
+        )
     ]
     made = []
     for name in map(_name, names):
@@ -407,9 +403,18 @@ def _name(name: Any) -> OpName:
 
 
 def _numbers(name: str, magnitudes: Any) -> tuple[float, ...]:
-    if isinstance(magnitudes, str) or not isinstance(magnitudes, Sequence) or not len(magnitudes):
-        raise TypeError(f"the magnitudes of {name} must be numbers, got {shown(magnitudes)}")
-    return tuple(as_number(f"the magnitude of {name}", value) for value in magnitudes)
+    numbers = _listed(f"the magnitudes of {name} must be a list of numbers", magnitudes)
+    return tuple(as_number(f"the magnitude of {name}", value) for value in numbers)
+
+
+def _listed(wanted: str, values: Any) -> Sequence[Any]:
+    """Return a sequence that is not empty, or what a numpy array holds."""
+    found = values.tolist() if isinstance(values, np.ndarray) and values.ndim == 1 else values
+    if isinstance(found, str | bytes) or not isinstance(found, Sequence):
+        raise TypeError(f"{wanted}, got {came(values)}")
+    if not found:
+        raise ValueError(f"{wanted}, at least one, got none")
+    return found
 
 
 def _shown_op(op: Op) -> str:

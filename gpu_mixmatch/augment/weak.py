@@ -7,8 +7,7 @@ from typing import Any, Self
 import torch
 
 from gpu_mixmatch._validation import as_aspect, as_policy, check_choice
-from gpu_mixmatch.augment.keyed import KeyedAugment, shown_impl
-from gpu_mixmatch.impl import impl_of
+from gpu_mixmatch.augment.keyed import KeyedAugment
 from gpu_mixmatch.types import AugmentPolicy, Cut, Geometry, Impl, Layout, PaddingMode
 
 
@@ -87,7 +86,6 @@ class WeakAugment(KeyedAugment):
         self.padding, self.zoom_px, self.flip, self.blur_sigma = policy[:4]
         self.size, self.area, self.aspect = policy.cut or Cut(None, None, as_aspect(aspect))
         self.padding_mode = padding_mode
-        impl_of(impl, self.geometry, torch.device("cpu"))  # raises now if it cannot run
 
     @property
     def policy(self) -> AugmentPolicy:
@@ -128,9 +126,9 @@ class WeakAugment(KeyedAugment):
             "size",
             "area",
             "aspect",
+            "impl",
         )
-        shown = [f"{name}={getattr(self, name)!r}" for name in names]
-        return ", ".join([*shown, shown_impl(self.impl, self.geometry)])
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     @classmethod
     def cifar10(cls, **fields: Any) -> Self:

@@ -1,5 +1,6 @@
-"""The command line: train, predict, preview, ablate, demo, bench, check-images and doctor."""
+"""The command line: train, compare, predict, preview, ablate, demo, bench, and what checks."""
 
+import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -37,10 +38,13 @@ from gpu_mixmatch.data.datasets import load_dataset
 from gpu_mixmatch.data.folder import OnError
 from gpu_mixmatch.data.index import SUFFIXES_READ, describe_left_out
 from gpu_mixmatch.recipes import ablate
+from gpu_mixmatch.recipes import compare as comparison
 from gpu_mixmatch.recipes.checkpoint import check_writable
 from gpu_mixmatch.recipes.choices import (
     AUGMENTS,
+    GUESSES,
     LOADERS,
+    METHODS,
     PRESET_NAMES,
     choose_preset,
     make_augment,
@@ -75,8 +79,9 @@ AugmentOption = Annotated[
     str,
     choice(
         AUGMENTS,
-        "Engine of the preset's augmentation: this package's, the same views by DALI, or the same "
-        "policy with other draws by Kornia.",
+        "Engine of the preset's augmentation: this package's; that with FixMatch's operations and "
+        "cutout behind it, scaled to images below 32 px; the policy of weak with other draws by "
+        "Kornia; or weak's views by DALI.",
     ),
 ]
 LoaderOption = Annotated[
@@ -96,7 +101,13 @@ FiltersOption = Annotated[
 ]
 StepsOption = Annotated[int, typer.Option(help="Length of a run in batches.")]
 BatchOption = Annotated[
-    int, typer.Option(help="Labelled images of a step and process, and as many unlabelled ones.")
+    int, typer.Option(help="Labelled images of a step and process; --ratio says how many others.")
+]
+RatioOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Unlabelled images per labelled one; default: the method's own, with fast at most 2."
+    ),
 ]
 ModelOption = Annotated[
     str, choice(MODEL_NAMES, "The network: the paper's, or a small and quick one.")
@@ -105,8 +116,9 @@ PresetOption = Annotated[
     str,
     choice(
         PRESET_NAMES,
-        "Whose settings: the paper's in one forward pass; the paper's, with its separate guesses "
-        "and interleaved forward; or those of a port.",
+        "Whose settings: the paper's in one forward pass, with one optimiser for all methods; the "
+        "method's paper's, MixMatch with its separate guesses and interleaved forward; or those of "
+        "a port of MixMatch.",
     ),
 ]
 DeviceOption = Annotated[
@@ -131,7 +143,7 @@ def gpu_mixmatch(
         ),
     ] = False,
 ) -> None:
-    """MixMatch batches for PyTorch: train, look at the batches, repeat the paper's ablation."""
+    """MixMatch and its kin for PyTorch: train, compare methods, look at their batches."""
 
 
 @app.command("train")
@@ -143,6 +155,16 @@ def train_command(
     labels: LabelsOption = None,
     steps: StepsOption = 800,
     batch_size: BatchOption = 64,
+    method: Annotated[str, choice(METHODS, "The method.")] = "mixmatch",
+    ratio: RatioOption = None,
+    guess: Annotated[
+        str | None,
+        choice(
+            GUESSES,
+            "Guess before the pass that is trained, without gradients; or let the loss guess by "
+            "that same pass. Default: as the method's reference does.",
+        ),
+    ] = None,
     model: ModelOption = "cnn",
     filters: FiltersOption = None,
     preset: PresetOption = "fast",
@@ -168,7 +190,8 @@ def train_command(
     lambda_u: Annotated[
         float | None,
         typer.Option(
-            help="Weight of the unlabelled loss; default: preset's, less in a run below 32,768."
+            help="Weight of the unlabelled loss; default: preset's, of a squared error less in a "
+            "run below 32,768 steps."
         ),
     ] = None,
     rampup_steps: Annotated[
@@ -191,7 +214,7 @@ def train_command(
         typer.Option("--list", help="List of a folder's files to read, of check-images --list."),
     ] = None,
 ) -> None:
-    """Train a classifier with MixMatch, or supervised only, and draw its curves.
+    """Train a classifier with MixMatch or another method, or supervised only; draw its curves.
 
     Under torchrun, in several processes: torchrun --nproc-per-node=2 -m gpu_mixmatch.cli train ...
 
@@ -205,6 +228,9 @@ def train_command(
         labels=_labels(dataset, labels),
         steps=steps,
         batch_size=batch_size,
+        method=method,
+        ratio=ratio,
+        guess=guess,
         model=model,
         filters=filters,
         preset=preset,
@@ -224,6 +250,56 @@ def train_command(
     decoders = quiet_decoders() if loader == "dali" else nullcontext()
     with process_group(config.device), ended_in_order(), decoders:
         _train(config, out, resume)
+
+
+@app.command("compare")
+def compare_command(
+    out: Annotated[
+        Path, typer.Option(help="Folder for compare.json, compare.png and a folder of each run.")
+    ],
+    methods: Annotated[
+        str | None,
+        typer.Option(help=f"Of {', '.join(r.key for r in comparison.ROWS)}; default: all."),
+    ] = None,
+    dataset: DatasetOption = "digits",
+    root: RootOption = None,
+    size: SizeOption = 32,
+    labels: LabelsOption = None,
+    steps: StepsOption = 800,
+    batch_size: BatchOption = 64,
+    ratio: RatioOption = None,
+    model: ModelOption = "cnn",
+    preset: PresetOption = "fast",
+    seeds: SeedsOption = "0,1,2",
+    device: DeviceOption = "auto",
+) -> None:
+    """Train methods at equal labels, steps, network and seeds; draw their errors.
+
+    A folder that has runs already is gone on with: repeat the options of the first command. Runs
+    that have ended are not trained again, and --methods and --seeds may be others.
+    """
+    config = TrainConfig(
+        dataset=dataset,
+        root=root,
+        size=size,
+        labels=_labels(dataset, labels),
+        steps=steps,
+        batch_size=batch_size,
+        ratio=ratio,
+        model=model,
+        preset=preset,
+        device=_device(device),
+    )
+    rows = comparison.choose_methods(methods)
+    _check_pictures(out)
+    results = _compare(config, rows, seeds, out)
+    path = comparison.save_comparison(
+        results, config, _seeds(seeds), this_command(), out / "compare.json"
+    )
+    found = json.loads(path.read_text())["rows"]
+    title = f"{dataset}, {_labels_text(config.labels)} labels, {model}, {len(_seeds(seeds))} seeds"
+    picture = comparison.draw_comparison(found, title, out / "compare.png")
+    say(f"wrote {picture} and compare.json")
 
 
 @app.command("predict")
@@ -408,6 +484,14 @@ def bench_command(
     k: Annotated[int, typer.Option("--k", help="Views of an unlabelled image.")] = 2,
     model: ModelOption = "wrn-28-2",
     device: DeviceOption = "auto",
+    augment: Annotated[
+        str,
+        choice(
+            get_args(bench.Views),
+            "Views of the preset's kind, by all engines that make them; or strong ones, by each "
+            "implementation.",
+        ),
+    ] = "weak",
 ) -> None:
     """Time the engines on this machine: what a batch costs, and its share of a training step."""
     with progress() as bars:
@@ -418,6 +502,7 @@ def bench_command(
             k,
             model,
             _device(device),
+            augment=cast(bench.Views, augment),
             on_part=lambda part: bars.update(task, note=part),
         )
     typer.echo(bench.as_text(result))
@@ -477,6 +562,8 @@ def _train(config: TrainConfig, out: Path, resume: bool) -> None:
             note = f"error {metrics['error']:.2f} %" if metrics else ""
             if "confidence" in metrics:
                 note += f", guesses {metrics['confidence']:.2f} sure"
+            if "kept" in metrics:
+                note += f", {metrics['kept']:.0%} kept"
             bars.update(task, completed=step, note=note)
             if metrics.get("step") == step and not console.is_terminal:
                 say(_evaluation(metrics, latest, config.steps))
@@ -541,6 +628,7 @@ def _evaluation(metrics: dict[str, float], before: dict[str, float], steps: int)
     taken = metrics["step"] - before.get("step", 0)
     seconds = metrics["seconds"] - before.get("seconds", 0.0)
     guesses = f"guesses {metrics['confidence']:.2f} sure  " if "confidence" in metrics else ""
+    guesses += f"kept {metrics['kept']:.2f}  " if "kept" in metrics else ""
     return (
         f"step {int(metrics['step'])}/{steps}  error {metrics['error']:.2f} %  {guesses}"
         f"loss {metrics['loss']:.4g}  {taken / max(seconds, 1e-9):.1f} steps/s"
@@ -557,7 +645,9 @@ def _say_how_to_go_on(out: Path, step: int, latest: dict[str, float]) -> None:
     say(f"stopped after step {step}; {out}/checkpoint.pt is of step {int(latest['step'])}. {again}")
 
 
-def _compare(config: TrainConfig, rows: list[ablate.Row], seeds: str) -> list[ablate.Result]:
+def _compare(
+    config: TrainConfig, rows: list[ablate.Row], seeds: str, out: Path | None = None
+) -> list[ablate.Result]:
     numbers = _seeds(seeds)
     if not _has_test(config.dataset, config.root):
         raise ValueError(f"root must hold a folder test to compare on, got none in {config.root}")
@@ -570,6 +660,12 @@ def _compare(config: TrainConfig, rows: list[ablate.Row], seeds: str) -> list[ab
             running[0] = f"{row.label}, seed {seed}"
             bars.update(task, completed=0, description=running[0], note="")
 
+        def on_start(run: TrainRun) -> None:
+            bars.update(task, completed=run.step)
+            bars.advance(total, run.step)
+            if run.step and not console.is_terminal:
+                say(f"{running[0]}: {run.step} steps were taken before")
+
         def on_step(step: int, metrics: dict[str, float]) -> None:
             note = f"error {metrics['error']:.2f} %" if metrics else ""
             bars.update(task, completed=step, note=note)
@@ -577,7 +673,20 @@ def _compare(config: TrainConfig, rows: list[ablate.Row], seeds: str) -> list[ab
             if step == config.steps and not console.is_terminal:
                 say(f"{running[0]}: {note} after {step} steps")
 
-        results = ablate.compare(config, rows, numbers, on_run=on_run, on_step=on_step)
+        try:
+            results = ablate.compare(
+                *(config, rows, numbers),
+                out=out,
+                on_run=on_run,
+                on_start=on_start,
+                on_step=on_step,
+            )
+        except KeyboardInterrupt as interrupt:
+            if out is None:
+                raise
+            bars.stop()
+            say(f"stopped in {running[0]}. Go on with: {this_command()}")
+            raise typer.Exit(exit_code(interrupt)) from interrupt
     table = Table(
         title=f"Test error in %, {config.dataset}, {_labels_text(config.labels)} labels, "
         f"{config.steps} steps"
@@ -586,15 +695,19 @@ def _compare(config: TrainConfig, rows: list[ablate.Row], seeds: str) -> list[ab
     for seed in numbers:
         table.add_column(f"seed {seed}", justify="right")
     table.add_column("mean ± sd", justify="right")
-    with_paper = len(rows) > 2
+    with_paper = any(row.paper for row in rows) and len(rows) > 2
     if with_paper:
         table.add_column("paper, CIFAR-10, 250 / 4000", justify="right")
+    if out is not None:
+        table.add_column("seconds", justify="right")
     for result in results:
         cells = [f"{error:.2f}" for error in result.errors]
         cells.append(f"{result.mean:.2f} ± {result.deviation:.2f}")
         if with_paper:
             paper = result.row.paper
             cells.append(f"{paper[0]:.2f} / {paper[1]:.2f}" if paper else "")
+        if out is not None:
+            cells.append(f"{comparison.mean_seconds(result):.0f}")
         table.add_row(result.row.label, *cells)
     console.print(table)
     return results

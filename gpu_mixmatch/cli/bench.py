@@ -6,21 +6,23 @@ is a quick look: for numbers to publish see ``python -m benchmarks.batch`` in th
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from gpu_mixmatch._timing import fixed_logits, in_turns, time_training_step
+from gpu_mixmatch._validation import check_choice
 from gpu_mixmatch.augment import WeakAugment
 from gpu_mixmatch.impl import implementation
 from gpu_mixmatch.losses import MixMatchLoss
 from gpu_mixmatch.methods.mixmatch import MixMatch
-from gpu_mixmatch.recipes.choices import make_augment
+from gpu_mixmatch.recipes.choices import FIXMATCH_SIDE, make_augment
 from gpu_mixmatch.recipes.models import build_model
 from gpu_mixmatch.types import Impl
 
 NUM_CLASSES = 10
+Views = Literal["weak", "strong"]
 
 
 class EngineCost(NamedTuple):
@@ -64,6 +66,7 @@ def bench(
     model: str = "wrn-28-2",
     device: torch.device | str = "cpu",
     *,
+    augment: Views = "weak",
     on_part: Callable[[str], None] | None = None,
 ) -> BenchResult:
     """Time all engines that can run here, and a training step of a model.
@@ -74,10 +77,12 @@ def bench(
         num_augmentations: K.
         model: A name that `build_model` knows.
         device: Where to build and train.
+        augment: "weak" times all engines of such views, "strong" this package's implementations
+            of `make_strong`.
         on_part: Called with what is done next, for a progress bar.
 
     Raises:
-        ValueError: If a number is below 1, or ``model`` is unknown.
+        ValueError: If a number is below 1, or ``model`` or ``augment`` is unknown.
     """
     for name, value in (
         ("size", size),
@@ -86,6 +91,7 @@ def bench(
     ):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    check_choice("augment", augment, Views)
     network = build_model(model, NUM_CLASSES, 3)  # raises now if the name is unknown
     device = torch.device(device)
     tell = on_part or (lambda _: None)
@@ -96,7 +102,7 @@ def bench(
         for _ in range(2)
     )
     data = x.to(device), (torch.arange(batch_size) % NUM_CLASSES).to(device), u.to(device)
-    builders, missing = _builders(size, num_augmentations, device)
+    builders, missing = _builders(augment, size, num_augmentations, device)
     guess = fixed_logits(num_augmentations * batch_size, NUM_CLASSES, device)
     tell("engines")
     with torch.random.fork_rng(devices=[]):
@@ -145,11 +151,17 @@ def as_text(result: BenchResult) -> str:
 
 
 def _builders(
-    size: int, num_augmentations: int, device: torch.device
+    views: str, size: int, num_augmentations: int, device: torch.device
 ) -> tuple[dict[str, tuple[MixMatch, str]], dict[str, str]]:
     """Return what can build here, with how to choose it, and why the others cannot."""
     padding = min(max(1, size // 8), size - 1)
     code = f"WeakAugment(padding={padding})"
+    chosen = code
+    if views == "strong":
+        whole = size >= FIXMATCH_SIDE
+        chosen = (
+            f"RandAugment.fixmatch({code})" if whole else f"make_strong({code}, {size}, {size})"
+        )
     builders: dict[str, tuple[MixMatch, str]] = {}
     missing: dict[str, str] = {}
 
@@ -171,10 +183,13 @@ def _builders(
                 raise RuntimeError("its kernels run on CUDA devices")
             implementation(impl, device)
         except (RuntimeError, ImportError) as error:
-            missing[f"weak, {impl}"] = str(error)
+            missing[f"{views}, {impl}"] = str(error)
             continue
-        detail = f'MixMatch({code}, ..., impl="{impl}")'
-        add(f"weak, {impl}", WeakAugment(padding, impl=impl), impl, detail)
+        weak = WeakAugment(padding, impl=impl)
+        detail = f'MixMatch({chosen}, ..., impl="{impl}")'
+        add(f"{views}, {impl}", make_augment(views, weak, size, size), impl, detail)
+    if views == "strong":  # which no other engine has
+        return builders, missing
     for engine, detail in (
         ("kornia", "MixMatch(KorniaAugment(module, ...), ...)"),
         ("dali", f"MixMatch(DaliAugment({code}), ...)"),

@@ -14,7 +14,6 @@ from gpu_mixmatch._extras import install_hint
 from gpu_mixmatch._keys import CountedKey
 from gpu_mixmatch._validation import check_choice
 from gpu_mixmatch.types import (
-    AugmentPolicy,
     DrawPlan,
     Draws,
     Geometry,
@@ -284,6 +283,7 @@ class Implementation(Protocol):
         loss_u: UnlabelledLoss,
         tsa: Tensor | None,
         out: Tensor,
+        count_x: Tensor | None = None,
     ) -> None:
         """Write the loss of labelled rows, x, and of two parts of unlabelled ones, u and v.
 
@@ -304,6 +304,8 @@ class Implementation(Protocol):
             out: ``[6]`` float32, or float64 for float64 logits: the loss x + λ_U·(u + share_v·v),
                 its parts x, u, v, the share of u's and v's rows whose weight is above 0, and their
                 mean weight.
+            count_x: How many rows of x are not left out, 0-d, dtype of ``out``; None where nobody
+                asks. The gradient does, where there is ``tsa``.
         """
 
     def consistency_loss_backward(
@@ -317,6 +319,7 @@ class Implementation(Protocol):
         share_v: float,
         loss_u: UnlabelledLoss,
         tsa: Tensor | None,
+        count_x: Tensor | None,
         out: Tensor,
     ) -> None:
         """Write the gradient of the logits.
@@ -324,48 +327,9 @@ class Implementation(Protocol):
         Args:
             grads: Of the results of `consistency_loss`, ``[6]``; those of shares of rows count not.
             logits, targets, weights, parts, weight_u, share_v, loss_u, tsa: As there.
+            count_x: What it wrote; None without ``tsa``.
             out: ``[N, L]``, contiguous, dtype of ``logits``.
         """
-
-
-def impl_of(
-    impl: Impl, part: AugmentPolicy | Geometry | None, device: torch.device | None = None
-) -> Impl:
-    """Return what draws a policy, or applies what its views have in common, in place of ``impl``.
-
-    Triton's kernels draw all and apply all but a few cuts and chains: for those "auto" takes plain
-    torch on CUDA. For Numba numpy draws.
-
-    Args:
-        impl: What is asked for.
-        part: What is drawn, or what views have in common.
-        device: Where; None is a CPU.
-
-    Raises:
-        RuntimeError: If ``impl`` is one that cannot run them.
-    """
-    check_choice("impl", impl, Impl)
-    if part is None or (part.cut is None and part.chain is None):
-        return impl
-    on_cuda = device is not None and device.type == "cuda"
-    if (impl == "triton" or (impl == "auto" and on_cuda)) and isinstance(part, Geometry):
-        missing = _missing_in_kernels(part)
-        if missing and impl == "triton":
-            raise RuntimeError(
-                f'impl="triton" cannot run {missing} yet: use impl="eager", or impl="auto", which '
-                "takes it"
-            )
-        return "eager" if missing else impl
-    return impl
-
-
-def _missing_in_kernels(geometry: Geometry) -> str | None:
-    """What Triton's kernels cannot do of a cut or a chain."""
-    if geometry.chain is None:
-        return "random crops to a size without operations after them"
-    if geometry.blur_radius:
-        return "a blur after operations drawn per view"
-    return None
 
 
 def resolve_impl(impl: Impl, device: torch.device) -> ImplName:

@@ -209,10 +209,11 @@ class Traced:
         loss_u: UnlabelledLoss,
         tsa: Tensor | None,
         out: Tensor,
+        count_x: Tensor | None = None,
     ) -> None:
         """See `Implementation.consistency_loss`."""
         flat = logits, targets, weights, parts, weight_u, share_v, loss_u, tsa
-        consistency_loss(*flat, out, self.impl)
+        consistency_loss(*flat, out, count_x, self.impl)
 
     def consistency_loss_backward(
         self,
@@ -225,11 +226,12 @@ class Traced:
         share_v: float,
         loss_u: UnlabelledLoss,
         tsa: Tensor | None,
+        count_x: Tensor | None,
         out: Tensor,
     ) -> None:
         """See `Implementation.consistency_loss_backward`."""
         flat = logits, targets, weights, parts, weight_u, share_v, loss_u, tsa
-        consistency_loss_backward(grads, *flat, out, self.impl)
+        consistency_loss_backward(grads, *flat, count_x, out, self.impl)
 
 
 def backend(impl: Impl, device: torch.device) -> Implementation:
@@ -295,12 +297,13 @@ class FusedConsistencyLoss(torch.autograd.Function):
         impl: Impl,
     ) -> Tensor:
         """Compute what `Implementation.consistency_loss` writes, ``[6]``."""
-        ctx.save_for_backward(logits, targets, weights, weight_u, tsa)
-        ctx.rest = parts, share_v, loss_u, impl
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        out = torch.empty(6, dtype=dtype, device=logits.device)
+        empty = partial(torch.empty, dtype=dtype, device=logits.device)
+        out, count_x = empty(6), None if tsa is None else empty(())
+        ctx.save_for_backward(logits, targets, weights, weight_u, tsa, count_x)
+        ctx.rest = parts, share_v, loss_u, impl
         backend(impl, logits.device).consistency_loss(
-            logits, targets, weights, parts, weight_u, share_v, loss_u, tsa, out
+            logits, targets, weights, parts, weight_u, share_v, loss_u, tsa, out, count_x
         )
         return out
 
@@ -308,12 +311,12 @@ class FusedConsistencyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradient of the logits."""
-        logits, targets, weights, weight_u, tsa = ctx.saved_tensors
+        logits, targets, weights, weight_u, tsa, count_x = ctx.saved_tensors
         parts, share_v, loss_u, impl = ctx.rest
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         backend(impl, logits.device).consistency_loss_backward(
             *(grads.contiguous(), logits, targets, weights, parts, weight_u, share_v, loss_u, tsa),
-            out,
+            *(count_x, out),
         )
         return out, *[None] * 8
 
@@ -537,7 +540,7 @@ def consistency_targets(
     _running(impl, targets).consistency_targets(y, logits, weighting, label_smoothing, out)
 
 
-@_writing("out")
+@_writing("out", "count_x")
 def consistency_loss(
     logits: Tensor,
     targets: Tensor,
@@ -548,12 +551,14 @@ def consistency_loss(
     loss_u: str,
     tsa: Tensor | None,
     out: Tensor,
+    count_x: Tensor | None,
     impl: str,
 ) -> None:
     """The loss of weighed rows and its parts."""
     kind = cast(UnlabelledLoss, loss_u)
     _running(impl, out).consistency_loss(
-        logits, targets, weights, (parts[0], parts[1]), weight_u, share_v, kind, tsa, out
+        *(logits, targets, weights, (parts[0], parts[1]), weight_u, share_v, kind, tsa),
+        *(out, count_x),
     )
 
 
@@ -568,13 +573,15 @@ def consistency_loss_backward(
     share_v: float,
     loss_u: str,
     tsa: Tensor | None,
+    count_x: Tensor | None,
     out: Tensor,
     impl: str,
 ) -> None:
     """Gradient of the logits."""
     kind = cast(UnlabelledLoss, loss_u)
     _running(impl, out).consistency_loss_backward(
-        grads, logits, targets, weights, (parts[0], parts[1]), weight_u, share_v, kind, tsa, out
+        *(grads, logits, targets, weights, (parts[0], parts[1]), weight_u, share_v, kind, tsa),
+        *(count_x, out),
     )
 
 

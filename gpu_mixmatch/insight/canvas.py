@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 MOST_NAMED = 12  # classes whose names fit on an axis
 MOST_VIEWS = 6  # of an image, to be shown
+MOST_CAPTIONED = 5  # images of a row that leave room for words below them
 DPI = 115
 
 # Lengths in inches
@@ -22,7 +23,7 @@ MARGIN = 0.4
 IMAGE_SIDE = 1.3
 IMAGE_GAP = 0.95  # between images, where a factor stands between them
 ROW_WIDTH = 3 * IMAGE_SIDE + 2 * IMAGE_GAP  # of a row's images
-ROW_PITCH = IMAGE_SIDE + 0.55  # from row to row: an image and three lines of caption
+ROW_PITCH = IMAGE_SIDE + 0.55  # from row to row, at least: an image and three lines of caption
 TO_HEADS = 0.8  # from a section's top to the heads of its columns
 TO_ROWS = 0.28  # from there to the first row
 BARS_LEFT = (7.45, 10.2)  # of the two columns of bars; names of classes stand to the left

@@ -1,14 +1,11 @@
 """What stands on the page of a preview: its heading, the guesses, and the mixed pairs."""
 
-import textwrap
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gpu_mixmatch._chain import columns, entries
-from gpu_mixmatch._validation import MAGNITUDES
 from gpu_mixmatch.augment.base import complete
 from gpu_mixmatch.insight.canvas import (
     BARS_LEFT,
@@ -21,6 +18,7 @@ from gpu_mixmatch.insight.canvas import (
     INK,
     LINE_HEIGHT,
     MARGIN,
+    MOST_CAPTIONED,
     MOST_VIEWS,
     PARTNER_COLOR,
     ROW_COLOR,
@@ -32,9 +30,58 @@ from gpu_mixmatch.insight.canvas import (
     TO_ROWS,
     Page,
 )
+from gpu_mixmatch.insight.captions import caption
 from gpu_mixmatch.insight.next_step import NextStep
 from gpu_mixmatch.methods.mixmatch import MixMatch
-from gpu_mixmatch.types import AugmentParams, ChainParams
+
+
+class Views(NamedTuple):
+    """How the images of the first section stand.
+
+    Attributes:
+        side: Of an image, in inches.
+        gap: Between images.
+        pitch: From row to row.
+        captions: Below the views, by image and view.
+    """
+
+    side: float
+    gap: float
+    pitch: float
+    captions: list[list[str]]
+
+
+def place_views(mixmatch: MixMatch, step: NextStep, originals: Tensor) -> Views:
+    """Find room for images with their views, and for all that is written below these."""
+    sizes = originals.shape[-2:], step.images.shape[-2:]
+
+    def caption_of(number: int, view: int, width: int) -> str:
+        row = step.batch.num_labelled + view * len(step.means) + number
+        return caption(step.draws, row, mixmatch.augment, *sizes, width)
+
+    return placed(mixmatch.num_augmentations, len(originals), caption_of)
+
+
+def placed(views: int, images: int, caption_of: Callable[[int, int, int], str]) -> Views:
+    """Find room for rows of an image with its views.
+
+    Args:
+        views: Of an image.
+        images: How many there are.
+        caption_of: Says what stands below a view, of image, view and the characters of a line.
+    """
+    columns = min(views, MOST_VIEWS) + 1
+    gap = min(IMAGE_GAP, max(0.12, (ROW_WIDTH - IMAGE_SIDE * columns) / (columns - 1)))
+    side = min(IMAGE_SIDE, (ROW_WIDTH - gap * (columns - 1)) / columns)
+    width = int((side + gap - 0.06) / CHARACTER_WIDTH)
+    captions = [[""] * views for _ in range(images)]
+    if columns <= MOST_CAPTIONED:
+        for number, of_image in enumerate(captions):
+            for view in range(views):
+                of_image[view] = caption_of(number, view, width)
+    lines = max(text.count("\n") for of_image in captions for text in of_image)
+    pitch = max(ROW_PITCH, side + TO_CAPTION + lines * LINE_HEIGHT + 0.11)
+    return Views(side, gap, pitch, captions)
 
 
 def draw_heading(page: Page, mixmatch: MixMatch, step: NextStep) -> None:
@@ -61,6 +108,7 @@ def draw_guesses(
     mixmatch: MixMatch,
     originals: Tensor,
     step: NextStep,
+    places: Views,
     names: Sequence[str],
     *,
     top: float,
@@ -80,9 +128,8 @@ def draw_guesses(
         f"Each unlabelled image is augmented {times}. The {means} is its guessed label; "
         f"sharpening with T = {temperature:g} makes it {effect}.",
     )
+    side, gap, pitch, captions = places
     columns = min(views, MOST_VIEWS) + 1
-    gap = min(IMAGE_GAP, max(0.12, (ROW_WIDTH - IMAGE_SIDE * columns) / (columns - 1)))
-    side = min(IMAGE_SIDE, (ROW_WIDTH - gap * (columns - 1)) / columns)
     lefts = [MARGIN + number * (side + gap) for number in range(columns)]
     head, body = top + TO_HEADS, top + TO_HEADS + TO_ROWS
     page.head(lefts[0], head, "original")
@@ -94,7 +141,7 @@ def draw_guesses(
         page.head(left + BARS_WIDTH, head, "probability", note=True)
 
     for number in range(len(originals)):
-        y = body + number * ROW_PITCH
+        y = body + number * pitch
         original = originals[number].float().clamp(0, 1).cpu()
         page.picture(original, lefts[0], y, side, f"unlabelled {number}")
         if gap >= 0.5:
@@ -102,18 +149,14 @@ def draw_guesses(
                       color=GREY)  # fmt: skip
         for view, left in enumerate(lefts[1:]):
             row = num_labelled + view * num_unlabelled + number
-            drawn = _draws_in_words(step.draws, row, mixmatch.augment) if columns <= 5 else ""
-            width = int((side + gap) / CHARACTER_WIDTH) - 1
-            lines = 3 + int((IMAGE_SIDE - side) / LINE_HEIGHT)
-            caption = textwrap.wrap(drawn, width, max_lines=lines, placeholder=" …")
-            page.picture(_displayable(step.images[row], mixmatch.augment), left, y, side,
-                         "\n".join(caption))  # fmt: skip
+            page.picture(displayable(step.images[row], mixmatch.augment), left, y, side,
+                         captions[number][view])  # fmt: skip
         sharpened = step.targets[num_labelled + number]
         scale = number == 0
         page.bars([(step.means[number], GUESS_COLOR)], BARS_LEFT[0], y, names, scale=scale)
         page.bars([(sharpened, SHARPENED_COLOR)], BARS_LEFT[1], y, None, scale=scale)
         for left, values in zip(BARS_LEFT, (step.means[number], sharpened), strict=True):
-            largest = f"largest: {_largest_class(values, names)}"
+            largest = f"largest: {largest_class(values, names)}"
             page.text(left, y + IMAGE_SIDE + TO_CAPTION, largest, 8)
 
 
@@ -155,10 +198,10 @@ def draw_pairs(
         y = body + number * ROW_PITCH
         partner, weight = int(index[row]), float(lam[row])
         for left, source, color in ((lefts[0], row, ROW_COLOR), (lefts[1], partner, PARTNER_COLOR)):
-            image = _displayable(step.images[source], mixmatch.augment)
+            image = displayable(step.images[source], mixmatch.augment)
             page.picture(image, left, y, IMAGE_SIDE, _row_caption(step, source, names), color)
         part = "X'" if row < step.batch.num_labelled else "U'"
-        mixed = _displayable(step.batch.inputs[row], mixmatch.augment)
+        mixed = displayable(step.batch.inputs[row], mixmatch.augment)
         page.picture(mixed, lefts[2], y, IMAGE_SIDE, f"row {row} of the batch, in {part}", INK)
         for middle, factor, sign, color in (
             (middles[0], weight, "+", ROW_COLOR),
@@ -176,7 +219,7 @@ def draw_pairs(
             page.text(BARS_LEFT[1] + 0.55, y + 0.57 + 0.3 * line, names[label], 13)
 
 
-def _displayable(image: Tensor, augment: Any) -> Tensor:
+def displayable(image: Tensor, augment: Any) -> Tensor:
     """Undo the normalisation of ``image``, ``[C, H, W]``; if it is unknown, stretch to [0, 1]."""
     normalisation = complete(augment).normalisation
     if normalisation is None:
@@ -186,41 +229,18 @@ def _displayable(image: Tensor, augment: Any) -> Tensor:
     return (image * std + mean).clamp(0, 1)
 
 
-def _draws_in_words(draws: Any, row: int, augment: Any) -> str:
-    """Say in a few words what was drawn for a view, where the draws are those of a policy."""
-    if not isinstance(draws, AugmentParams | ChainParams):
-        return ""
-    policy = complete(augment).policy
-    padding = policy.padding if policy else 0
-    words = []
-    if padding:
-        down, right = (padding - int(offset[row]) for offset in (draws.top, draws.left))
-        moves = [f"{'↓' if down > 0 else '↑'}{abs(down)}"] if down else []
-        moves += [f"{'→' if right > 0 else '←'}{abs(right)}"] if right else []
-        words.append(f"moved {' '.join(moves)} px" if moves else "not moved")
-    words += ["mirrored"] if int(draws.flip[row]) else []
-    cut = draws.zoom[row].tolist()
-    words += [f"cut {' '.join(map(str, cut))} px"] if any(cut) else []
-    if isinstance(draws, ChainParams) and policy and policy.chain:
-        slots = draws.chain[row, columns(policy.cut, policy.chain).slots].tolist()
-        held = [entries(policy.chain)[entry] for entry in slots if entry]
-        words += [f"{name} {size:.3g}" if name in MAGNITUDES else name for name, size in held]
-    words += [f"blur {float(draws.sigma[row]):.1f} px"] if float(draws.sigma[row]) else []
-    # a no-break space keeps each of them on one line
-    return ", ".join(word.replace(" ", "\N{NO-BREAK SPACE}") for word in words)
-
-
 def _row_caption(step: NextStep, row: int, names: Sequence[str]) -> str:
     """Say which image a row of W is, and what its target was before mixing."""
     target = step.targets[row]
     if row < step.batch.num_labelled:
         certain = float(target.max()) == 1
-        label = names[int(target.argmax())] if certain else _largest_class(target, names)
+        label = names[int(target.argmax())] if certain else largest_class(target, names)
         return f"labelled {row}\nlabel: {label}"
     view, number = divmod(row - step.batch.num_labelled, len(step.means))
-    return f"unlabelled {number}, view {view + 1}\nguess: {_largest_class(target, names)}"
+    return f"unlabelled {number}, view {view + 1}\nguess: {largest_class(target, names)}"
 
 
-def _largest_class(values: Tensor, names: Sequence[str]) -> str:
+def largest_class(values: Tensor, names: Sequence[str]) -> str:
+    """Name the most probable class, and how probable it is."""
     label = int(values.argmax())
     return f"{names[label]} ({float(values[label]):.2f})"

@@ -8,11 +8,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from gpu_mixmatch._extras import need
-from gpu_mixmatch._validation import as_integer, came, check_images_alike, check_kind
+from gpu_mixmatch._validation import as_flag, as_integer, came, check_images_alike, check_kind
 from gpu_mixmatch.augment.base import complete, float_images
 from gpu_mixmatch.insight.canvas import DPI, MOST_NAMED, ROW_PITCH, TO_HEADS, TO_ROWS, WIDTH, Page
-from gpu_mixmatch.insight.next_step import next_step
-from gpu_mixmatch.insight.page import draw_guesses, draw_heading, draw_pairs
+from gpu_mixmatch.insight.next_step import next_step, next_views
+from gpu_mixmatch.insight.page import draw_guesses, draw_heading, draw_pairs, place_views
+from gpu_mixmatch.insight.page_of_views import (
+    draw_heading_of_views,
+    draw_labelled,
+    draw_views,
+    place_weak_and_strong,
+)
+from gpu_mixmatch.methods.consistency import Consistency
 from gpu_mixmatch.methods.mixmatch import MixMatch
 from gpu_mixmatch.types import MixMatchBatch
 
@@ -20,7 +27,7 @@ MOST_PREVIEWED = 1000  # rows of a picture
 
 
 def draw_preview(
-    mixmatch: MixMatch,
+    mixmatch: MixMatch | Consistency,
     x: Tensor,
     y: Tensor,
     u: Tensor,
@@ -31,12 +38,17 @@ def draw_preview(
     rows: int = 4,
     ids_x: Tensor | None = None,
     ids_u: Tensor | None = None,
+    one_pass: bool = False,
 ) -> Path:
     """Draw the batch that ``mixmatch`` would build next, and how it is made, as a PNG.
 
     The builder itself makes the batch. The picture is drawn only if the views, guesses and pairs
-    that it shows give that batch again. The builder's step, the model's buffers and torch's
-    generators are left as they were, so that training goes on as without a preview.
+    that it shows give that batch again. The builder's step, what it has learnt of guesses, the
+    model's buffers and torch's generators are left as they were, so that training goes on as
+    without a preview.
+
+    Of `MixMatch` it shows views, guesses and mixed pairs; of `FixMatch` and its kin weak and strong
+    views, guesses, targets and their weights.
 
     Args:
         mixmatch: The builder.
@@ -49,6 +61,7 @@ def draw_preview(
         rows: Unlabelled images, and rows of the batch, to show.
         ids_x: Sample ids, as for `MixMatch.forward`.
         ids_u: Sample ids, as for `MixMatch.forward`.
+        one_pass: Whether the model guesses on all views at once, as where the loss guesses.
 
     Returns:
         ``path``.
@@ -64,7 +77,10 @@ def draw_preview(
     import matplotlib.style
     from matplotlib.figure import Figure
 
-    check_kind("mixmatch", mixmatch, MixMatch, "a MixMatch")
+    kinds = (MixMatch, Consistency)
+    check_kind("mixmatch", mixmatch, kinds, "a builder such as MixMatch or FixMatch")
+    if as_flag("one_pass", one_pass) and isinstance(mixmatch, MixMatch):
+        raise ValueError("one_pass must be False for MixMatch, which guesses first, got True")
     check_kind("model", model, nn.Module, "an nn.Module")
     check_kind("path", path, (str, PathLike), "a path")
     path = Path(path)
@@ -77,20 +93,42 @@ def draw_preview(
         prefix = "" if mixmatch.num_classes <= MOST_NAMED else "class "
         class_names = [f"{prefix}{number}" for number in range(mixmatch.num_classes)]
     names = [name if len(name) <= 14 else f"{name[:13]}…" for name in map(str, class_names)]
-    layout = complete(mixmatch.augment).layout
+    layout = complete(next(iter(mixmatch.engines.values()))).layout
+    # a user's own style may be dark, and names of classes may hold dollar signs
+    style = matplotlib.style.context(["default", {"text.parse_math": False}])
+    section = TO_HEADS + TO_ROWS + 0.35
+
+    def page_of(first: int, second: int, pitch: float) -> tuple[Page, tuple[float, float]]:
+        """A page with room for so many rows in each of its two sections, and where these begin."""
+        tops = 1.25, 1.25 + section + pitch * first
+        height = tops[1] + TO_HEADS + TO_ROWS + ROW_PITCH * second + 0.1
+        return Page(Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")), tops
+
+    if isinstance(mixmatch, Consistency):
+        views = next_views(mixmatch, x, y, u, model, ids_x, ids_u, one_pass=one_pass)
+        shown_u, shown_x = min(rows, len(views.guesses)), min(rows, views.num_labelled)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with style:
+            originals = float_images(u[:shown_u], layout)
+            places = place_weak_and_strong(mixmatch, views, originals)
+            page, (top, next_top) = page_of(shown_u, shown_x, places.pitch)
+            draw_heading_of_views(page, mixmatch, views)
+            draw_views(page, mixmatch, originals, views, places, names, top=top)
+            images = float_images(x[:shown_x], layout)
+            draw_labelled(page, mixmatch, images, views, names, top=next_top)
+            page.figure.savefig(path, format="png")
+        return path
     step = next_step(mixmatch, x, y, u, model, ids_x, ids_u)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # a user's own style may be dark, and names of classes may hold dollar signs
-    with matplotlib.style.context(["default", {"text.parse_math": False}]):
+    with style:
         guess_rows = min(rows, len(step.means))
         mixed_rows = _rows_to_show(step.batch, rows)
-        section = TO_HEADS + TO_ROWS + 0.35
-        tops = 1.25, 1.25 + section + ROW_PITCH * guess_rows
-        height = tops[1] + TO_HEADS + TO_ROWS + ROW_PITCH * len(mixed_rows) + 0.1
-        page = Page(Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white"))
+        originals = float_images(u[:guess_rows], layout)
+        places = place_views(mixmatch, step, originals)
+        page, (top, next_top) = page_of(guess_rows, len(mixed_rows), places.pitch)
         draw_heading(page, mixmatch, step)
-        draw_guesses(page, mixmatch, float_images(u[:guess_rows], layout), step, names, top=tops[0])
-        draw_pairs(page, mixmatch, step, mixed_rows, names, top=tops[1])
+        draw_guesses(page, mixmatch, originals, step, places, names, top=top)
+        draw_pairs(page, mixmatch, step, mixed_rows, names, top=next_top)
         page.figure.savefig(path, format="png")
     return path
 

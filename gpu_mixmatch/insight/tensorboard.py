@@ -8,8 +8,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from gpu_mixmatch._validation import as_integer, came, check_kind
-from gpu_mixmatch.insight.guesses import GuessWatch, as_truth, call_arguments
+from gpu_mixmatch.insight.guesses import (
+    GuessWatch,
+    WeighedGuessQuality,
+    as_truth,
+    call_arguments,
+)
 from gpu_mixmatch.insight.preview import MOST_PREVIEWED, as_class_names, draw_preview
+from gpu_mixmatch.methods.base import BatchBuilder
+from gpu_mixmatch.methods.consistency import Consistency
 from gpu_mixmatch.methods.mixmatch import MixMatch
 
 
@@ -18,37 +25,45 @@ class TensorBoardInsight:
 
     Before each step that is a multiple of ``every_n_steps`` it writes the image
     ``mixmatch/preview``, drawn by `draw_preview`, and the scalars ``mixmatch/confidence`` and
-    ``mixmatch/accuracy`` of all guesses since the last time. Other steps do not wait for the
-    device. Training goes on as without it, to the last bit.
+    ``mixmatch/accuracy`` of all guesses since the last time. For another method its name stands
+    before the slash, as in ``fixmatch/preview``; where guesses are weighed there are also
+    ``fixmatch/kept``, ``fixmatch/mean_weight`` and ``fixmatch/kept_accuracy``. Of methods that
+    `draw_preview` does not draw, `ReMixMatch` and `ICT`, there are scalars alone. Other steps do
+    not wait for the device. Training goes on as without it, to the last bit.
 
     A preview calls the model: where its forward pass communicates (DDP, SyncBatchNorm), every rank
     needs one of these, with a writer of its own.
 
     Args:
-        mixmatch: The builder.
+        mixmatch: The builder, of any method.
         writer: A `SummaryWriter`, of torch or of tensorboardX.
         every_n_steps: Steps of the builder from one time to the next.
         truth: True labels, as for `GuessWatch`.
         class_names: Names of the L classes, for the preview; None shows their numbers.
         rows: Rows of the preview, of each kind.
+        model: The model that guesses in previews where the builder is called without one, since the
+            loss guesses.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range; in a step, if a preview lacks a model.
         ImportError: In a step, if matplotlib is not installed.
     """
 
     def __init__(
         self,
-        mixmatch: MixMatch,
+        mixmatch: BatchBuilder,
         writer: Any,
         every_n_steps: int = 100,
         *,
         truth: Tensor | None = None,
         class_names: Sequence[str] | None = None,
         rows: int = 4,
+        model: nn.Module | None = None,
     ) -> None:
-        check_kind("mixmatch", mixmatch, MixMatch, "a MixMatch")
+        check_kind("mixmatch", mixmatch, BatchBuilder, "a builder such as MixMatch or FixMatch")
+        if model is not None:
+            check_kind("model", model, nn.Module, "an nn.Module or None")
         for method in ("add_scalar", "add_image"):
             if isinstance(writer, type) or not callable(getattr(writer, method, None)):
                 raise TypeError(
@@ -56,6 +71,9 @@ class TensorBoardInsight:
                     f"{came(writer)}"
                 )
         self.mixmatch = mixmatch
+        name = "MixMatch" if isinstance(mixmatch, MixMatch) else type(mixmatch).__name__
+        self._tag = name.lower()
+        self.model = model
         self.writer = writer
         self.every_n_steps = as_integer("every_n_steps", every_n_steps, least=1)
         self.truth = None if truth is None else as_truth(truth)
@@ -75,9 +93,11 @@ class TensorBoardInsight:
         if self._watch.paused or int(self.mixmatch.step) % self.every_n_steps:
             return
         self._write_quality()
+        if not isinstance(self.mixmatch, MixMatch | Consistency):
+            return
         self._watch.paused = True
         try:
-            self._write_preview(call_arguments(args, kwargs))
+            self._write_preview(self.mixmatch, call_arguments(self.mixmatch, args, kwargs))
         finally:
             self._watch.paused = False
 
@@ -86,14 +106,26 @@ class TensorBoardInsight:
         if quality is None:
             return
         step = int(self.mixmatch.step)
-        self.writer.add_scalar("mixmatch/confidence", quality.confidence, step)
-        if quality.accuracy is not None:
-            self.writer.add_scalar("mixmatch/accuracy", quality.accuracy, step)
+        written = {"confidence": quality.confidence, "accuracy": quality.accuracy}
+        if isinstance(quality, WeighedGuessQuality):
+            written |= {"kept": quality.kept, "mean_weight": quality.mean_weight}
+            written["kept_accuracy"] = quality.kept_accuracy
+        for name, value in written.items():
+            if value is not None:
+                self.writer.add_scalar(f"{self._tag}/{name}", value, step)
 
-    def _write_preview(self, call: dict[str, Any]) -> None:
+    def _write_preview(self, mixmatch: MixMatch | Consistency, call: dict[str, Any]) -> None:
+        call.pop("key", None)
+        if call.get("model") is None:
+            call |= {"model": self.model or self.mixmatch.teacher, "one_pass": True}
+            if call["model"] is None:
+                raise ValueError(
+                    "model must be given to TensorBoardInsight where the builder is called without "
+                    "one, for the guesses of its previews, got None"
+                )
         with tempfile.TemporaryDirectory() as folder:
             path = draw_preview(
-                self.mixmatch,
+                mixmatch,
                 path=Path(folder, "preview.png"),
                 class_names=self.class_names,
                 rows=self.rows,
@@ -103,4 +135,4 @@ class TensorBoardInsight:
 
             picture = matplotlib.image.imread(path)  # [H, W, 4] float in [0, 1]
         step = int(self.mixmatch.step)
-        self.writer.add_image("mixmatch/preview", picture, step, dataformats="HWC")
+        self.writer.add_image(f"{self._tag}/preview", picture, step, dataformats="HWC")

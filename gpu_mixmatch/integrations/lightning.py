@@ -1,4 +1,4 @@
-"""MixMatch in a Lightning module: a mixin, and a callback that writes previews and guesses."""
+"""Any method in a Lightning module: a mixin, and a callback that writes previews and guesses."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,10 +12,10 @@ from gpu_mixmatch.data import AugmentedBatch, KeyedLoader
 from gpu_mixmatch.insight import TensorBoardInsight
 from gpu_mixmatch.insight.guesses import as_truth
 from gpu_mixmatch.insight.preview import MOST_PREVIEWED, as_class_names
-from gpu_mixmatch.losses import MixMatchLoss
+from gpu_mixmatch.integrations.steps import as_guess_first, build
+from gpu_mixmatch.methods.base import BatchBuilder
 from gpu_mixmatch.methods.mixmatch import MixMatch
-from gpu_mixmatch.methods.passes import get_logits
-from gpu_mixmatch.types import LossOutput, MixMatchBatch, SemiSupervisedBatch
+from gpu_mixmatch.types import SemiSupervisedBatch
 
 __all__ = ["MixMatchMixin", "insight_callback"]
 
@@ -23,11 +23,12 @@ _LOADER_KEY = "mixmatch_loader"
 
 
 class MixMatchMixin:
-    """Train a LightningModule with MixMatch; name it before `LightningModule` among the bases.
+    """Train a LightningModule with any method; name it before `LightningModule` among the bases.
 
-    The module sets ``self.mixmatch`` and ``self.criterion``, and its ``forward`` maps images to
-    logits; validation, test and prediction stay its own. If it defines a hook that is also defined
-    here, it must call ``super()``'s.
+    The module sets ``self.mixmatch``, or ``self.method`` for another method's builder, and
+    ``self.criterion``, that method's loss. Its ``forward`` maps images to logits; validation, test
+    and prediction stay its own. If it defines a hook that is also defined here, it must call
+    ``super()``'s.
 
     Example:
         >>> class Classifier(MixMatchMixin, L.LightningModule):
@@ -46,18 +47,23 @@ class MixMatchMixin:
     called when the process group exists, so that each rank takes its own share. Lightning leaves
     their order alone, and gives a `DistributedSampler` to the DataLoaders of a `CombinedLoader`.
 
-    The builder is part of the module, so that a checkpoint has its seed and step. The step counts
-    batches, also where gradients are accumulated. With a loader of ours a run resumes through
-    ``Trainer.fit(ckpt_path=...)`` to the last bit, in mid-epoch too. A checkpoint holds no
-    gradients: with accumulation, make it between two optimizer steps.
+    The builder is part of the module, so that a checkpoint has its seed and step, and what it has
+    learnt of guesses. The step counts batches, also where gradients are accumulated. With a loader
+    of ours a run resumes through ``Trainer.fit(ckpt_path=...)`` to the last bit, in mid-epoch too.
+    A checkpoint holds no gradients: with accumulation, make it between two optimizer steps.
 
     Attributes:
         mixmatch: The builder, set by the module.
+        method: The same, for methods other than MixMatch.
         criterion: The loss, set by the module.
+        guess_first: Whether guesses are made before the batch, by a pass of their own; False leaves
+            them to the loss, where the method can. None is the order of the method's reference.
     """
 
     mixmatch: MixMatch
-    criterion: MixMatchLoss
+    method: BatchBuilder
+    criterion: Any
+    guess_first: bool | None = None
     trainer: Any  # this and log_dict are the LightningModule's
     log_dict: Any
     _loader_state: Mapping[str, int] | None = None  # of the checkpoint that was loaded
@@ -93,30 +99,32 @@ class MixMatchMixin:
         return super().transfer_batch_to_device(batch, device, dataloader_idx)  # type: ignore[misc]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Turn a training batch into a `MixMatchBatch`; leave all other batches as they are."""
+        """Turn a training batch into the method's; leave all other batches as they are."""
         if not self.trainer.training:
             return batch
-        self._check_parts()
+        method = self._check_parts()
         model: Any = self
         # Lightning enters it for training_step alone, but the guess is a forward pass too
         with self.trainer.precision_plugin.forward_context():
-            # ids of u alone: where labelled images are few, one may be in a batch twice, and only
-            # positions draw its copies apart
             if isinstance(batch, AugmentedBatch):
-                return self.mixmatch.from_views(
-                    batch.x, batch.y, batch.views, model, ids_u=batch.ids_u
-                )
+                if not isinstance(method, MixMatch):
+                    raise TypeError(
+                        f"a training batch of {type(method).__name__} must hold images that were "
+                        "not augmented, got an AugmentedBatch: make the loader with augment=None"
+                    )
+                return method.from_views(batch.x, batch.y, batch.views, model, ids_u=batch.ids_u)
+            guesser = model if as_guess_first(self.guess_first, method) else None
             if isinstance(batch, SemiSupervisedBatch):
-                return self.mixmatch(batch.x, batch.y, batch.u, model, ids_u=batch.ids_u)
-            return self.mixmatch(*_labelled_and_unlabelled(batch), model)
+                return build(method, batch.x, batch.y, batch.u, guesser, batch.ids_u)
+            return build(method, *_labelled_and_unlabelled(batch), guesser, None)
 
-    def training_step(self, batch: MixMatchBatch, batch_idx: int) -> Tensor:
-        """Return the loss; log it and its parts as loss, loss_x, loss_u and weight_u."""
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss; log it and its parts by their names, such as loss_x and loss_u."""
         model: Any = self
-        logits = get_logits(model(batch.inputs), self.mixmatch.logits_getter)
-        output: LossOutput = self.criterion(logits, batch)
+        output = self.criterion(self._check_parts().for_loss(model(batch.inputs)), batch)
         self.log_dict(output._asdict(), batch_size=len(batch.inputs))
-        return output.loss
+        loss: Tensor = output.loss
+        return loss
 
     def on_train_start(self) -> None:
         """Check what the module has set and that a loader of ours has this rank's share.
@@ -124,10 +132,11 @@ class MixMatchMixin:
         It also sets where the loader begins.
 
         Raises:
-            TypeError: If ``mixmatch`` or ``criterion`` is missing.
+            TypeError: If the builder or ``criterion`` is missing.
+            ValueError: If the builder must guess first and ``guess_first`` is False.
             RuntimeError: If the loader was made for another rank or number of processes.
         """
-        self._check_parts()
+        as_guess_first(self.guess_first, self._check_parts())
         trainer, loader = self.trainer, self._keyed_loader()
         if loader is None:
             return
@@ -167,19 +176,46 @@ class MixMatchMixin:
         """Keep the loader's state until the loader is there."""
         self._loader_state = checkpoint.get(_LOADER_KEY)
 
-    def _check_parts(self) -> None:
-        """Raise a TypeError if the module has not set what it must."""
-        for name, example in (
-            ("mixmatch", "MixMatch(WeakAugment.cifar10(), num_classes=10)"),
-            ("criterion", "MixMatchLoss()"),
-        ):
-            part = getattr(self, name, None)
-            if not callable(part):
-                found = "nothing" if part is None else came(part)
-                raise TypeError(
-                    f"self.{name} must be such as {example}, set in __init__ of "
-                    f"{type(self).__name__}, got {found}"
-                )
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DDP leaves alone, by the name that it looks for.
+
+        What a builder has learnt is the same on all ranks, and may be of a dtype that is not sent.
+        """
+        names = list(self.__dict__.get("_ignored_by_ddp", ()))
+        for part in ("mixmatch", "method"):
+            builder = getattr(self, part, None)
+            if isinstance(builder, BatchBuilder):
+                names += [f"{part}.{name}" for name, _ in builder.named_buffers()]
+        return names
+
+    @_ddp_params_and_buffers_to_ignore.setter
+    def _ddp_params_and_buffers_to_ignore(self, names: Sequence[str]) -> None:
+        self.__dict__["_ignored_by_ddp"] = names
+
+    def _check_parts(self) -> BatchBuilder:
+        """Return the builder; raise a TypeError if the module has not set what it must."""
+        mixmatch, method = getattr(self, "mixmatch", None), getattr(self, "method", None)
+        builder = method if mixmatch is None else mixmatch
+        owner = type(self).__name__
+        if not isinstance(builder, BatchBuilder):
+            raise TypeError(
+                "self.mixmatch must be such as MixMatch(WeakAugment.cifar10(), num_classes=10), or "
+                "self.method such as FixMatch(weak, RandAugment.fixmatch(weak), num_classes=10), "
+                f"set in __init__ of {owner}, got {_found(builder)}"
+            )
+        if mixmatch is not None and isinstance(method, BatchBuilder):
+            raise TypeError(
+                f"self.mixmatch or self.method must be set in __init__ of {owner}, and not both, "
+                f"got {type(mixmatch).__name__} and {type(method).__name__}"
+            )
+        criterion = getattr(self, "criterion", None)
+        if not callable(criterion):
+            raise TypeError(
+                "self.criterion must be such as MixMatchLoss(), the method's loss, set in __init__ "
+                f"of {owner}, got {_found(criterion)}"
+            )
+        return builder
 
     def _state_of(self, loader: KeyedLoader) -> dict[str, int]:
         """Return the state after the latest batch; at an epoch's end, the next epoch's."""
@@ -229,12 +265,13 @@ def insight_callback(
             )
         attached.append(
             TensorBoardInsight(
-                module.mixmatch,
+                module._check_parts(),
                 loggers[0].experiment,  # on other ranks a dummy, which writes nothing
                 every_n_steps,
                 truth=truth,
                 class_names=class_names,
                 rows=rows,
+                model=module,
             )
         )
 
@@ -243,6 +280,10 @@ def insight_callback(
             attached.pop().close()
 
     return LambdaCallback(on_train_start=attach, on_train_end=detach, on_exception=detach)
+
+
+def _found(part: Any) -> str:
+    return "nothing" if part is None else came(part)
 
 
 def _keep_epoch(epoch: int) -> None:

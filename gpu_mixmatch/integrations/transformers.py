@@ -1,6 +1,7 @@
-"""MixMatch in Hugging Face's Trainer. Only this module of the package imports transformers."""
+"""Any method in Hugging Face's Trainer. Only this module of the package imports transformers."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,30 +13,32 @@ from gpu_mixmatch._validation import MOST_IMAGES, as_integer, as_text, check_kin
 from gpu_mixmatch.augment.base import complete
 from gpu_mixmatch.data.collate import collate
 from gpu_mixmatch.data.loader import SemiSupervisedLoader
-from gpu_mixmatch.losses import MixMatchLoss
+from gpu_mixmatch.integrations.steps import as_guess_first, build, check_criterion
+from gpu_mixmatch.methods.base import BatchBuilder
 from gpu_mixmatch.methods.mixmatch import MixMatch
-from gpu_mixmatch.methods.passes import get_logits
 
 try:
     from transformers import Trainer, TrainingArguments
 except ImportError as error:
     raise missing_package(error, "transformers", "MixMatchTrainer") from error
 
-_LOSSES = ("loss_x", "loss_u", "weight_u")
+_LEARNT = "method.pt"  # in a checkpoint, what a builder has learnt of guesses
 
 
 class MixMatchTrainer(Trainer):
-    """Train an image classifier with MixMatch: a `Trainer` with two training sets.
+    """Train an image classifier with any method: a `Trainer` with two training sets.
 
     A step takes ``per_device_train_batch_size`` labelled images and ``ratio`` times as many
     unlabelled ones on each device, from a `SemiSupervisedLoader`; an epoch is one pass over the
     unlabelled images. Order and shards are the loader's, keyed by ``data_seed`` (or ``seed``).
     Under gradient accumulation each micro-batch is a batch of its own, and losses are averaged.
 
-    The builder's step is the number of the micro-batch, so that a checkpoint need not hold it. A
-    run that resumes with the same arguments ends with the same weights, and fetches no batch that
-    it skips. ``loss_x``, ``loss_u`` and ``weight_u`` are logged with the loss and averaged like it,
-    with no synchronisation in between.
+    The builder's step is the number of the micro-batch, so that a checkpoint need not hold it; what
+    a builder has learnt of guesses is in its ``method.pt``. A run that resumes with the same
+    arguments ends with the same weights, and fetches no batch that it skips. The parts of the loss,
+    such as ``loss_x`` and ``loss_u``, are logged with it and averaged like it, with no
+    synchronisation in between. `MixMatch` draws by positions in the batch, other methods by the
+    samples' ids.
 
     Evaluation calls the model as `Trainer` does, with ``pixel_values`` and ``labels``. 8-bit images
     are normalised by the builder's engine, on the device; images that a ``data_collator`` has made
@@ -44,11 +47,14 @@ class MixMatchTrainer(Trainer):
     Args:
         model: Maps ``[n, C, H, W]`` to what the builder's ``logits_getter`` takes logits from.
         args: With ``remove_unused_columns=False``, since `Trainer` would remove the images.
-        mixmatch: The builder; it is moved to the device.
-        criterion: The loss; its ramp counts micro-batches.
+        method: The builder of any method; it is moved to the device.
+        mixmatch: The same, in its place.
+        criterion: The method's loss; its ramp counts micro-batches.
         train_dataset: Labelled samples, for instance a ``datasets.Dataset``.
         unlabelled_dataset: Unlabelled samples, likewise; labels are not read.
-        ratio: Unlabelled images per labelled one.
+        ratio: Unlabelled images per labelled one. FixMatch's μ is 7.
+        guess_first: Whether guesses are made before the batch, by a pass of their own; False leaves
+            them to the loss, where the method can. None is the order of the method's reference.
         image: Name of the image in samples that are dicts.
         label: Name of the label in samples that are dicts.
         data_collator: Of evaluation; None stacks images and labels with `collate`.
@@ -66,22 +72,25 @@ class MixMatchTrainer(Trainer):
         model: nn.Module | None,
         args: TrainingArguments,
         *,
-        mixmatch: MixMatch,
-        criterion: MixMatchLoss,
+        method: BatchBuilder | None = None,
+        mixmatch: MixMatch | None = None,
+        criterion: nn.Module,
         train_dataset: Any = None,
         unlabelled_dataset: Any = None,
         ratio: int = 1,
+        guess_first: bool | None = None,
         image: str = "image",
         label: str = "label",
         data_collator: Any = None,
         **options: Any,
     ) -> None:
         check_kind("args", args, TrainingArguments, "TrainingArguments")
-        check_kind("mixmatch", mixmatch, MixMatch, "a MixMatch")
-        check_kind("criterion", criterion, MixMatchLoss, "a MixMatchLoss")
+        method = _method(method, mixmatch)
+        check_criterion(criterion)
+        guess_first = as_guess_first(guess_first, method)
         image, label = as_text("image", image), as_text("label", label)
         ratio = as_integer("ratio", ratio, least=1, most=MOST_IMAGES)
-        _check_arguments(args, options)
+        _check_arguments(args, options, method)
         super().__init__(
             model,
             args,
@@ -89,15 +98,21 @@ class MixMatchTrainer(Trainer):
             train_dataset=train_dataset,
             **options,
         )
-        self.mixmatch = mixmatch.to(args.device)
+        self.method = method.to(args.device)
         self.criterion = criterion
+        self.guess_first = guess_first
         self.unlabelled_dataset = unlabelled_dataset
         self.ratio = ratio
         self.image = image
         self.label = label
         # of the losses since they were last logged
-        self._sums: dict[str, Tensor | float] = dict.fromkeys(_LOSSES, 0.0)
+        self._sums: dict[str, Tensor] = {}
         self._num_batches = 0
+
+    @property
+    def mixmatch(self) -> BatchBuilder:
+        """The builder, `method`."""
+        return self.method
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the steps of both training sets as one `DataLoader`; see `SemiSupervisedLoader`.
@@ -133,12 +148,17 @@ class MixMatchTrainer(Trainer):
         """Build the batch of this step and return its loss; in evaluation, that of the model."""
         if "step" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self.mixmatch.step.fill_(inputs["step"])
-        batch = self.mixmatch(inputs["x"], inputs["y"], inputs["u"], model)
+        self.method.step.fill_(inputs["step"])
+        ids_u = None if isinstance(self.method, MixMatch) else inputs["ids_u"]
+        guesser = model if self.guess_first else None
+        batch = build(self.method, inputs["x"], inputs["y"], inputs["u"], guesser, ids_u)
         outputs = model(batch.inputs)
-        losses = self.criterion(get_logits(outputs, self.mixmatch.logits_getter), batch)
+        losses = self.criterion(self.method.for_loss(outputs), batch)
         # not one tensor, since weight_u is on the CPU
-        self._sums = {name: self._sums[name] + getattr(losses, name).detach() for name in _LOSSES}
+        for name, value in losses._asdict().items():
+            if name != "loss":
+                value = value.detach()
+                self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._num_batches += 1
         return (losses.loss, outputs) if return_outputs else losses.loss
 
@@ -152,11 +172,12 @@ class MixMatchTrainer(Trainer):
         """Normalise 8-bit images on the device, then predict as `Trainer` does."""
         images = inputs.get("pixel_values")
         if isinstance(images, Tensor) and images.dtype == torch.uint8:
-            normalize = complete(self.mixmatch.augment).normalize
+            engine = next(iter(self.method.engines.values()))
+            normalize = complete(engine).normalize
             if normalize is None:
                 raise ValueError(
                     "pixel_values must be normalised by a data_collator of yours, since "
-                    f"{self.mixmatch.augment!r} has no normalize, got uint8"
+                    f"{engine!r} has no normalize, got uint8"
                 )
             inputs = {**inputs, "pixel_values": normalize(images.to(self.args.device))}
         step: tuple[Tensor | None, Tensor | None, Tensor | None] = super().prediction_step(
@@ -165,16 +186,60 @@ class MixMatchTrainer(Trainer):
         return step
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; add the means of loss_x, loss_u and weight_u where a training loss is logged."""
+        """Log; add the means of the loss's parts where a training loss is logged."""
         if "loss" in logs and self._num_batches > 0:
             totals = torch.tensor(list(map(float, self._sums.values())), device=self.args.device)
             means = self.accelerator.reduce(totals / self._num_batches, "mean")
             logs.update(zip(self._sums, means.tolist(), strict=True))
-            self._sums, self._num_batches = dict.fromkeys(_LOSSES, 0.0), 0
+            self._sums, self._num_batches = {}, 0
         super().log(logs, start_time)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, and what the builder has learnt of guesses beside it."""
+        learnt = self._learnt()
+        if learnt and self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir or "")
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(learnt, folder / _LEARNT)
+        super().save_model(output_dir, _internal_call)
 
-def _check_arguments(args: TrainingArguments, options: Mapping[str, Any]) -> None:
+    # where Trainer has found out which checkpoint it resumes
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        mine = self._learnt()
+        if not mine:
+            return
+        path = Path(resume_from_checkpoint, _LEARNT)
+        if not path.exists():
+            raise ValueError(
+                f"resume_from_checkpoint must hold {_LEARNT}, what {type(self.method).__name__} "
+                f"has learnt of guesses, got {str(path.parent)!r} without it"
+            )
+        learnt = torch.load(path, map_location="cpu", weights_only=True)
+        self.method.load_state_dict({**self.method.state_dict(), **learnt})
+
+    def _learnt(self) -> dict[str, Tensor]:
+        """What the builder's state holds beside its seed and step."""
+        state = self.method.state_dict()
+        return {name: value for name, value in state.items() if name not in ("seed", "step")}
+
+
+def _method(method: Any, mixmatch: Any) -> BatchBuilder:
+    """Return the builder, by whichever name it was given."""
+    if method is not None and mixmatch is not None:
+        raise ValueError("method or mixmatch must be given, and not both")
+    if method is None:
+        check_kind("mixmatch", mixmatch, MixMatch, "a MixMatch, or method another method's builder")
+        return mixmatch  # type: ignore[no-any-return]
+    check_kind("method", method, BatchBuilder, "a builder such as FixMatch")
+    return method  # type: ignore[no-any-return]
+
+
+def _check_arguments(
+    args: TrainingArguments, options: Mapping[str, Any], method: BatchBuilder
+) -> None:
     if args.remove_unused_columns:
         raise ValueError(
             "args.remove_unused_columns must be False, since Trainer would remove the column of "
@@ -189,7 +254,7 @@ def _check_arguments(args: TrainingArguments, options: Mapping[str, Any]) -> Non
     if args.label_smoothing_factor != 0:
         raise ValueError(
             "args.label_smoothing_factor must be 0, got "
-            f"{args.label_smoothing_factor}: pass MixMatch(label_smoothing=...)"
+            f"{args.label_smoothing_factor}: pass {type(method).__name__}(label_smoothing=...)"
         )
     if options.get("compute_loss_func") is not None:
         raise ValueError("compute_loss_func must be None, since criterion is the loss")
@@ -267,7 +332,9 @@ class _Steps(Dataset[dict[str, Any]]):
             self.loader.load_state_dict({**state, "step": step})
             self.batches = iter(self.loader)
         batch = next(self.batches)
-        return {"x": batch.x, "y": batch.y, "u": batch.u, "step": step}
+        # an array, which Trainer leaves where it is
+        ids_u = batch.ids_u.numpy()
+        return {"x": batch.x, "y": batch.y, "u": batch.u, "ids_u": ids_u, "step": step}
 
 
 def _only_one(samples: Sequence[Any]) -> Any:

@@ -3,9 +3,11 @@
 from gpu_mixmatch.methods.alignment import DistributionAlignment
 from gpu_mixmatch.methods.consistency import Consistency
 from gpu_mixmatch.methods.fixmatch import UDA, FixMatch, FlexMatch, FreeMatch, SoftMatch
+from gpu_mixmatch.methods.ict import ICT
 from gpu_mixmatch.methods.mean_teacher import MeanTeacher
 from gpu_mixmatch.methods.mixmatch import MixMatch
 from gpu_mixmatch.methods.passes import interleaved_forward
+from gpu_mixmatch.methods.remixmatch import ReMixMatch
 from gpu_mixmatch.methods.thresholds import (
     FixedThreshold,
     FlexThreshold,
@@ -14,6 +16,7 @@ from gpu_mixmatch.methods.thresholds import (
 )
 
 __all__ = [
+    "ICT",
     "UDA",
     "Consistency",
     "DistributionAlignment",
@@ -25,6 +28,7 @@ __all__ = [
     "FreeThreshold",
     "MeanTeacher",
     "MixMatch",
+    "ReMixMatch",
     "SoftMatch",
     "SoftThreshold",
     "interleaved_forward",

@@ -24,13 +24,21 @@ from gpu_mixmatch._validation import (
     came,
     check_callable,
     check_choice,
+    check_images_alike,
+    check_key_tensor,
     check_kind,
     check_labels,
     is_integer,
 )
 from gpu_mixmatch.impl import implementation, resolve_impl
 from gpu_mixmatch.methods.looks import Looks
-from gpu_mixmatch.methods.passes import GuessBatchNorm, Model, get_logits, guess_mode
+from gpu_mixmatch.methods.passes import (
+    GuessBatchNorm,
+    Model,
+    check_model,
+    get_logits,
+    guess_mode,
+)
 from gpu_mixmatch.types import DrawPlan, Draws, Impl, MixUpParams
 
 
@@ -59,6 +67,8 @@ class BatchBuilder(nn.Module):
         step: Number of batches built, a 0-d int64 tensor on the CPU; the draws of the next batch
             depend on it.
         switches: Names of the attributes that say how a method differs from its defaults.
+        guesses_in_loss: Whether batches may be built without a model: the loss then guesses, by the
+            logits of the batch itself.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -66,6 +76,7 @@ class BatchBuilder(nn.Module):
     """
 
     switches: ClassVar[tuple[str, ...]] = ("num_classes",)
+    guesses_in_loss: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -143,6 +154,14 @@ class BatchBuilder(nn.Module):
         """The model that guesses, or None where the model of the call does."""
         return self._teacher[0]
 
+    def for_loss(self, outputs: Any) -> Any:
+        """Take what the method's loss compares with a batch out of the model's outputs: the logits.
+
+        Raises:
+            TypeError: If there are none.
+        """
+        return get_logits(outputs, self.logits_getter)
+
     def register_guess_hook(self, hook: Callable[[Tensor], None]) -> RemovableHandle:
         """Call ``hook(logits)`` with the logits of all views, ``[K, M, L]``, of every guess.
 
@@ -166,6 +185,38 @@ class BatchBuilder(nn.Module):
         self._looks.judge()
         self._looks.images("x", x)
         self._looks.images("u", u)
+
+    def _taken_in(
+        self,
+        x: Tensor,
+        y: Any,
+        u: Tensor,
+        ids: tuple[Tensor | None, Tensor | None],
+        key: Tensor | CountedKey | None,
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | int, Tensor | int]]:
+        """Check what a call was given: images and labels on this module's device, and ids."""
+        check_images_alike(x, u)
+        if key is None:  # what is built while a graph is captured is made of any images
+            self.look_at(x, u)
+        elif not isinstance(key, CountedKey):
+            check_key_tensor(key)
+        device = self.device
+        x, u = self._moved("x", x, device), self._moved("u", u, device)
+        y = self._labels(y, x.shape[0], device)
+        return x, y, u, as_ids_of_rows(*ids, x.shape[0], u.shape[0])
+
+    def _guesser(self, model: Model | None) -> Model:
+        """The model that guesses, of a method that cannot leave it to the loss."""
+        if model is not None:
+            check_model(model)
+        if self.teacher is not None:
+            return self.teacher
+        if model is None:
+            raise TypeError(
+                f"model must be given, since {type(self).__name__} guesses before it mixes, got "
+                "None: pass the model to the call, or teacher= to the builder"
+            )
+        return model
 
     def _draw(
         self,

@@ -6,30 +6,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpu_mixmatch import _ranks, _streams, _unchecked
+from gpu_mixmatch import _ranks, _unchecked
 from gpu_mixmatch._keys import CountedKey
 from gpu_mixmatch._validation import (
-    MOST_VIEW,
-    as_integer,
     as_smoothing,
     as_temperature,
     check_device,
     check_float,
-    check_images_alike,
-    check_key_tensor,
-    check_kind,
     check_same_images,
 )
-from gpu_mixmatch.augment import as_augment
+from gpu_mixmatch._writes import count_of_writes
 from gpu_mixmatch.methods.alignment import DistributionAlignment
-from gpu_mixmatch.methods.base import BatchBuilder, as_ids_of_rows
+from gpu_mixmatch.methods.base import as_ids_of_rows
 from gpu_mixmatch.methods.passes import GuessBatchNorm, Model, check_model
 from gpu_mixmatch.methods.thresholds import Threshold, as_threshold
-from gpu_mixmatch.methods.views import WeakAndStrong
-from gpu_mixmatch.types import ConsistencyBatch, DrawPlan, Guess, Impl, Weighting
+from gpu_mixmatch.methods.weak_strong import WeakStrongBuilder
+from gpu_mixmatch.types import ConsistencyBatch, Guess, Impl, Weighting
 
 
-class Consistency(BatchBuilder):
+class Consistency(WeakStrongBuilder):
     """Build batches of weak and strong views, whose guesses are weighed and never mixed.
 
     Views → guess → targets and weights: `FixMatch`, `UDA`, `SoftMatch`, `FreeMatch`, `FlexMatch`
@@ -47,7 +42,8 @@ class Consistency(BatchBuilder):
             all views are drawn and built together.
         num_classes: L, at least 2.
         num_strong: S, strong views per unlabelled image.
-        threshold: A number in [0, 1], or an object such as `FreeThreshold()`.
+        threshold: A number in (0, 1], an object such as `FreeThreshold()`, or None: every guess
+            counts.
         temperature: T of the sharpening of guesses; None takes their class as a one-hot target.
         alignment: A `DistributionAlignment` of the guesses, before they are sharpened and weighed;
             None aligns nothing.
@@ -65,7 +61,7 @@ class Consistency(BatchBuilder):
     """
 
     switches = (*("num_classes", "num_strong", "temperature", "guess_bn", "label_smoothing"),)
-    strong_x = False
+    guesses_in_loss = True
 
     def __init__(
         self,
@@ -74,7 +70,7 @@ class Consistency(BatchBuilder):
         num_classes: int,
         *,
         num_strong: int = 1,
-        threshold: float | Threshold = 0.95,
+        threshold: float | Threshold | None = 0.95,
         temperature: float | None = None,
         alignment: DistributionAlignment | None = None,
         guess_bn: GuessBatchNorm = "batch",
@@ -85,8 +81,17 @@ class Consistency(BatchBuilder):
         seed: int = 0,
         impl: Impl = "auto",
     ) -> None:
+        threshold = as_threshold(threshold)
+        if alignment is not None and threshold.aligns:
+            raise ValueError(
+                "alignment must be None for a threshold that aligns guesses itself, got "
+                f"{alignment} beside {threshold}"
+            )
         super().__init__(
-            num_classes,
+            *(weak, strong, num_classes),
+            num_strong=num_strong,
+            temperature=temperature,
+            alignment=alignment,
             guess_bn=guess_bn,
             teacher=teacher,
             label_smoothing=label_smoothing,
@@ -95,51 +100,15 @@ class Consistency(BatchBuilder):
             seed=seed,
             impl=impl,
         )
-        self.num_strong = as_integer("num_strong", num_strong, least=1, most=MOST_VIEW - 1)
-        self.temperature = None if temperature is None else as_temperature(temperature)
-        self.weak = as_augment(weak)
-        self.strong = as_augment(strong)
-        self.threshold = as_threshold(threshold)
-        if alignment is not None:
-            check_kind(
-                "alignment", alignment, DistributionAlignment, "a DistributionAlignment or None"
-            )
-            if self.threshold.aligns:
-                raise ValueError(
-                    "alignment must be None for a threshold that aligns guesses itself, got "
-                    f"{alignment} beside {self.threshold}"
-                )
-        self.alignment = alignment
-        self.threshold.begin("threshold", self.num_classes)
-        if alignment is not None:
-            alignment.begin("alignment", self.num_classes)
+        threshold.begin("threshold", self.num_classes)
+        self.threshold = threshold
         self._finish()
-
-    @property
-    def plan(self) -> DrawPlan:
-        """What is drawn for a batch, here and not by two engines."""
-        return self._views.plan
-
-    @property
-    def engines(self) -> dict[str, Any]:
-        """The engines, as "weak" and "strong"."""
-        return {"weak": self.weak, "strong": self.strong}
 
     @property
     def learns(self) -> bool:
         """Whether guesses change what later ones weigh."""
         threshold = self.threshold
         return threshold.needs_sums or threshold.needs_ids or self.alignment is not None
-
-    @property
-    def _views(self) -> WeakAndStrong:
-        if not torch.compiler.is_compiling():  # else the constructor has looked
-            self._check_engines()
-        num_strong = as_integer("num_strong", self.num_strong, least=1, most=MOST_VIEW - 1)
-        return WeakAndStrong(self.weak, self.strong, num_strong, self.strong_x)
-
-    def _check_engines(self) -> None:
-        """Raise where engines cannot be right for a method."""
 
     def forward(
         self,
@@ -173,20 +142,13 @@ class Consistency(BatchBuilder):
             TypeError: If an argument is of the wrong kind.
             ValueError: If images, labels, ids or the model's logits do not fit each other.
         """
-        check_images_alike(x, u)
         if model is not None:
             check_model(model)
-        if key is None:  # what is built while a graph is captured is made of any images
-            self.look_at(x, u)
-        elif not isinstance(key, CountedKey):
-            check_key_tensor(key)
-        device = self.device
-        x, u = self._moved("x", x, device), self._moved("u", u, device)
-        y = self._labels(y, x.shape[0], device)
-        ids = as_ids_of_rows(ids_x, ids_u, x.shape[0], u.shape[0])
+        x, y, u, ids = self._taken_in(x, y, u, (ids_x, ids_u), key)
         with torch.no_grad():
-            images = self._build(x, u, ids, key)
-            return self._batch(images, len(u), y, self._ids_to_remember(ids_u, device), model)
+            images, _ = self._build(x, u, ids, key)
+            remembered = self._ids_to_remember(ids_u, self.device)
+            return self._batch(images, len(u), y, remembered, model)
 
     def from_views(
         self,
@@ -226,30 +188,6 @@ class Consistency(BatchBuilder):
         with torch.no_grad():
             images = torch.cat((x, strong, weak))
             return self._batch(images, len(weak), y, self._ids_to_remember(ids_u, device), model)
-
-    def _build(
-        self, x: Tensor, u: Tensor, ids: tuple[Any, Any], key: Tensor | CountedKey | None
-    ) -> Tensor:
-        """All views: x, the strong ones, then the weak ones."""
-        views = self._views
-        joint = views.joint
-        if joint is None:
-            if key is not None:
-                raise TypeError(
-                    "key must be None for engines that draw on the host, got one; with a strong "
-                    "engine that is the weak one with a chain the draws are made on the device"
-                )
-            _streams.refuse_capture(
-                self.device,
-                "a CUDA graph would repeat draws that are made on the host: make strong of weak, "
-                "as RandAugment.fixmatch(weak)",
-            )
-            return views.by_two(x, u, ids, self.seed, int(self.step))
-        draws, _ = self._draw(views.plan, ids, key, self.device)
-        assert draws is not None
-        workspace = self._workspaces[int(self.step) % 2] if self._workspaces else None
-        # an alias: whoever asks it for a gradient does not ask the buffer
-        return joint.build(x, u, draws, self.num_strong + 1, workspace).detach()
 
     def _batch(
         self, images: Tensor, num_u: int, y: Tensor, ids: Tensor | None, model: Model | None
@@ -298,7 +236,12 @@ class Consistency(BatchBuilder):
             self.threshold.remember(logits, ids_u, self.impl)
         return Guess(targets, weights, self.threshold.fairness(self.num_classes))
 
-    def _ids_to_remember(self, ids_u: Any, device: torch.device) -> Tensor | None:
+    def check_ids(self, ids_u: Any) -> Tensor | None:
+        """Return the sample ids by which guesses are remembered, None where they are not.
+
+        Raises:
+            ValueError: If there must be some and are none, or, on a CPU, they are out of range.
+        """
         if not self.threshold.needs_ids:
             return None
         if ids_u is None:
@@ -306,8 +249,11 @@ class Consistency(BatchBuilder):
                 "ids_u must be given where guesses are remembered by sample ids, got None: take "
                 "them from the loader's batch"
             )
-        ids = self.threshold.check_ids(ids_u)
-        return self._moved("ids_u", ids, device)
+        return self.threshold.check_ids(ids_u)
+
+    def _ids_to_remember(self, ids_u: Any, device: torch.device) -> Tensor | None:
+        ids = self.check_ids(ids_u)
+        return None if ids is None else self._moved("ids_u", ids, device)
 
 
 class PendingGuess:
@@ -318,14 +264,28 @@ class PendingGuess:
         self.y = y
         self.ids_u = ids_u
         self.was_made = False
+        self._writes = self._count_of_writes()
+
+    def anew(self) -> "PendingGuess":
+        """The guess of another batch, whose labels and ids lie in the same memory."""
+        return PendingGuess(self.builder, self.y, self.ids_u)
+
+    def _count_of_writes(self) -> list[int | None]:
+        return [count_of_writes(held) for held in (self.y, self.ids_u) if held is not None]
 
     def __call__(self, logits: Tensor) -> Guess:
         """Make targets and weights of all rows from the logits of the weak views, ``[M, L]``.
 
         Raises:
             ValueError: If the logits are not of as many classes.
-            RuntimeError: If it was made before, by a builder that learns of guesses.
+            RuntimeError: If it was made before, by a builder that learns of guesses, or if labels
+                or ids were overwritten since, as by the next batch of a captured builder.
         """
+        if self._count_of_writes() != self._writes:
+            raise RuntimeError(
+                "a guess must be made while its labels and ids are there, got ones that were "
+                "overwritten since: give a batch to the loss before the next is built"
+            )
         if self.was_made and self.builder.learns:
             raise RuntimeError(
                 "a guess must be made once, since thresholds and alignments take it in, got a "

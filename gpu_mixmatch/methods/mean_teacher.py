@@ -21,7 +21,7 @@ class MeanTeacher(Consistency):
         teacher: An average of the model over steps, in the caller's hands; None is the model
             itself (Π-model).
         temperature: T; 1 leaves the teacher's probabilities as they are.
-        threshold: Of the teacher's largest probability; 0 keeps every row.
+        threshold: Of the teacher's largest probability; None keeps every row.
         options: See `Consistency`.
 
     References:
@@ -35,7 +35,7 @@ class MeanTeacher(Consistency):
         *,
         teacher: nn.Module | None = None,
         temperature: float = 1.0,
-        threshold: float = 0.0,
+        threshold: float | None = None,
         **options: Any,
     ) -> None:
         super().__init__(

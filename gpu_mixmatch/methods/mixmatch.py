@@ -15,8 +15,6 @@ from gpu_mixmatch._validation import (
     check_choice,
     check_device,
     check_finite,
-    check_images_alike,
-    check_key_tensor,
     check_kind,
     check_not_empty,
     check_tensor,
@@ -169,22 +167,14 @@ class MixMatch(BatchBuilder):
         Warns:
             UserWarning: Once, if the model's logits are probabilities; likewise.
         """
-        check_images_alike(x, u)
         check_model(model)
-        if key is None:  # what is built while a graph is captured is made of any images
-            self.look_at(x, u)
-        elif not isinstance(key, CountedKey):
-            check_key_tensor(key)
-        device = self.device
-        x, u = self._moved("x", x, device), self._moved("u", u, device)
-        y = self._labels(y, x.shape[0], device)
-        ids = as_ids_of_rows(ids_x, ids_u, x.shape[0], u.shape[0])
+        x, y, u, ids = self._taken_in(x, y, u, (ids_x, ids_u), key)
 
         # Algorithm 1: whatever is random, then lines 3-6, the views of x and u; the rest is below
         engine = complete(self.augment)
 
         def draw() -> tuple[Any, MixUpParams]:
-            draws, mixup = self._draw(self._plan_of(engine), ids, key, device)
+            draws, mixup = self._draw(self._plan_of(engine), ids, key, self.device)
             if draws is None:
                 draws = engine.draw_batch(self.seed, int(self.step), *ids, self.num_augmentations)
             return draws, mixup

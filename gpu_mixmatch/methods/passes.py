@@ -3,7 +3,8 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from contextlib import AbstractContextManager
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,14 @@ from gpu_mixmatch import functional
 from gpu_mixmatch._validation import (
     as_flag,
     as_length,
-    check_batch,
+    check_any_batch,
     check_callable,
     check_choice,
     check_groups,
 )
 from gpu_mixmatch.methods.layers import buffers_kept, check_guessable, norm_flags
-from gpu_mixmatch.types import MixMatchBatch
+from gpu_mixmatch.methods.state import GuessState
+from gpu_mixmatch.types import ConsistencyBatch, MixMatchBatch, ReMixMatchBatch
 
 Model = nn.Module | Callable[[Tensor], Any]
 
@@ -29,18 +31,42 @@ GuessBatchNorm = Literal["batch", "update", "eval"]
 GuessForward = Literal["joint", "separate"]
 
 
-RunningStats = Literal["first", "all"]
+RunningStats = Literal["first", "last", "all"]
 
 
+@overload
 def interleaved_forward(
     model: nn.Module,
-    batch: MixMatchBatch,
+    batch: MixMatchBatch | ConsistencyBatch,
     num_groups: int | None = None,
     *,
     swap: bool = True,
     running_stats: RunningStats = "first",
     logits_getter: Callable[[Any], Tensor] | None = None,
-) -> Tensor:
+) -> Tensor: ...
+
+
+@overload
+def interleaved_forward(
+    model: nn.Module,
+    batch: ReMixMatchBatch,
+    num_groups: int | None = None,
+    *,
+    swap: bool = True,
+    running_stats: RunningStats = "first",
+    logits_getter: Callable[[Any], Tensor | tuple[Tensor, Tensor]] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def interleaved_forward(
+    model: nn.Module,
+    batch: MixMatchBatch | ConsistencyBatch | ReMixMatchBatch,
+    num_groups: int | None = None,
+    *,
+    swap: bool = True,
+    running_stats: RunningStats = "first",
+    logits_getter: Callable[[Any], Any] | None = None,
+) -> Any:
     """Run the model on groups of rows that each hold a share of X', as the reference does.
 
     BatchNorm then normalises groups of about B rows, and its running statistics move once a step,
@@ -49,23 +75,26 @@ def interleaved_forward(
 
     Args:
         model: Maps ``[n, C, H, W]`` to logits ``[n, L]``.
-        batch: A batch of N rows.
+        batch: A batch of N rows, of any method. Of ReMixMatch's, its reference interleaves the
+            mixed rows alone and passes the others before; here all rows are.
         num_groups: Number of forward passes; None takes N // B, which is K + 1 for M = B, as in
             the reference.
         swap: Interleave the rows before. False passes X', then U' group by group (USB).
         running_stats: Which groups move BatchNorm's running statistics: the "first" (the
-            reference, USB) or "all" (YU1ut).
-        logits_getter: Takes the logits out of what the model returns; None if it returns them.
+            reference, USB), the "last" (ReMixMatch's reference) or "all" (YU1ut).
+        logits_getter: Takes the logits out of what the model returns, or ReMixMatch's pair of
+            them; None if it returns these.
 
     Returns:
-        Logits in batch order, ``[N, L]``.
+        Logits in batch order, ``[N, L]``; a pair of tensors where the model returns one for turned
+        rows.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
         ValueError: If ``num_groups`` is not in 1 .. N, or ``running_stats`` is unknown.
     """
     check_model(model)
-    check_batch(batch)
+    check_any_batch(batch)
     length = as_length("batch.inputs", batch.inputs)
     if num_groups is None:
         num_groups = max(1, length // max(batch.num_labelled, 1))
@@ -78,18 +107,34 @@ def interleaved_forward(
         check_callable("logits_getter", logits_getter, "a function or None")
     # copies, either way: a model may write into what it is given
     inputs = functional.interleave(batch.inputs, num_groups) if swap else batch.inputs.clone()
-    first, *others = inputs.tensor_split(num_groups)
-    parts = [get_logits(model(first), logits_getter)]
-    with contextlib.ExitStack() as stack:
-        if running_stats == "first":
-            modules = modules_of(model)
-            stack.enter_context(norm_flags(modules, tracking=False))
-            stack.enter_context(buffers_kept(modules))
-        for group in others:
-            parts[-1] = parts[-1].clone()  # a model may return the same memory every time
-            parts.append(get_logits(model(group), logits_getter))
-    rows = torch.cat(parts)
-    return functional.interleave(rows, num_groups) if swap else rows
+    groups = inputs.tensor_split(num_groups)
+    pairs = isinstance(batch, ReMixMatchBatch) and batch.rotations is not None
+    parts: list[tuple[Tensor, ...]] = []
+
+    def run(groups: tuple[Tensor, ...], kept: AbstractContextManager[Any]) -> None:
+        with kept:
+            for group in groups:
+                if parts:  # a model may return the same memory every time
+                    parts[-1] = tuple(logits.clone() for logits in parts[-1])
+                output = model(group)
+                output = logits_getter(output) if logits_getter else output
+                found = output if pairs and isinstance(output, tuple) else (output,)
+                parts.append(tuple(get_logits(logits, None) for logits in found))
+
+    still = _statistics_kept(modules_of(model))
+    split = {"first": 1, "last": num_groups - 1, "all": num_groups}[running_stats]
+    run(groups[:split], still if running_stats == "last" else contextlib.nullcontext())
+    run(groups[split:], still if running_stats == "first" else contextlib.nullcontext())
+    joined = [torch.cat(logits) for logits in zip(*parts, strict=True)]
+    joined = [functional.interleave(rows, num_groups) for rows in joined] if swap else joined
+    return joined[0] if len(joined) == 1 else tuple(joined)
+
+
+@contextlib.contextmanager
+def _statistics_kept(modules: list[nn.Module]) -> Iterator[None]:
+    """Normalise as the layers' modes say, and leave running statistics and buffers alone."""
+    with norm_flags(modules, tracking=False), buffers_kept(modules):
+        yield
 
 
 def check_model(model: Any) -> None:
@@ -121,7 +166,10 @@ def guess_mode(model: Model, guess_bn: GuessBatchNorm) -> Iterator[None]:
 
 
 def modules_of(model: Model) -> list[nn.Module]:
-    """Return all modules behind what is called, as far as they can be seen; a function has none."""
+    """Return all modules behind what is called, as far as they can be seen; a function has none.
+
+    What a builder has learnt, where the model holds the builder, is no part of the model.
+    """
     while isinstance(model, functools.partial):
         model = model.func
     owner = getattr(model, "__self__", model)  # of a bound method, such as model.forward
@@ -132,7 +180,7 @@ def modules_of(model: Model) -> list[nn.Module]:
     left: list[nn.Module | None] = [owner]
     while left:
         module = left.pop()
-        if module is not None and module not in found:
+        if module is not None and module not in found and not isinstance(module, GuessState):
             found[module] = None
             left.extend(reversed(module._modules.values()))
     return list(found)
@@ -151,3 +199,9 @@ def get_logits(output: Any, logits_getter: Callable[[Any], Tensor] | None) -> Te
             "logits_getter=lambda output: output.logits, or the like, to take them out"
         )
     return logits
+
+
+def first_of_pair(output: Any, getter: Callable[[Any], Any] | None = None) -> Any:
+    """Take logits out of what a model returns that may be a pair, with those of quarter turns."""
+    found = getter(output) if getter else output
+    return found[0] if isinstance(found, tuple) and found else found

@@ -1,6 +1,7 @@
 """What guesses weigh: by a fixed threshold, or by what was learnt of the guesses before."""
 
 from numbers import Real
+from types import NoneType
 from typing import Any
 
 import torch
@@ -60,19 +61,19 @@ class FixedThreshold(Threshold):
     """Guesses count whose confidence, the largest probability, is at least ``value``.
 
     Args:
-        value: In [0, 1]; 0 lets every guess count.
+        value: In (0, 1]; None lets every guess count.
 
     References:
         Sohn et al. 2020 (FixMatch), eq. 4.
     """
 
-    def __init__(self, value: float = 0.95) -> None:
+    def __init__(self, value: float | None = 0.95) -> None:
         super().__init__()
-        self.value = as_number("threshold", value, least=0, most=1)
+        self.value = None if value is None else as_number("threshold", value, above=0, most=1)
 
     def weighting(self, sums: Tensor | None, base: Weighting, impl: Impl) -> Weighting:
         """The same at every step; see `Threshold`."""
-        return base._replace(rule="fixed", threshold=self.value)
+        return base._replace(rule="fixed", threshold=self.value or 0.0)
 
     def extra_repr(self) -> str:
         """Show the value."""
@@ -246,18 +247,18 @@ class FlexThreshold(Threshold):
         return f"num_unlabelled={self.num_unlabelled}, value={self.value}"
 
 
-def as_threshold(threshold: object) -> Threshold:
-    """Return a threshold: as it is, or a number as a `FixedThreshold`.
+def as_threshold(threshold: Any) -> Threshold:
+    """Return a threshold: as it is, or a number or None as a `FixedThreshold`.
 
     Raises:
-        TypeError: If it is neither.
-        ValueError: If the number is not in [0, 1].
+        TypeError: If it is none of these.
+        ValueError: If the number is not in (0, 1].
     """
     if isinstance(threshold, Threshold):
         return threshold
-    if isinstance(threshold, bool) or not isinstance(threshold, Real):
+    if isinstance(threshold, bool) or not isinstance(threshold, Real | NoneType):
         raise TypeError(
-            "threshold must be a number in [0, 1] or an object such as FreeThreshold(), got "
+            "threshold must be a number in (0, 1], an object such as FreeThreshold(), or None, got "
             f"{came(threshold)}"
         )
     return FixedThreshold(threshold)  # type: ignore[arg-type]

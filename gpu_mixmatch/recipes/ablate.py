@@ -1,8 +1,9 @@
-"""Compare runs over seeds: the paper's ablation, and MixMatch with supervised training."""
+"""Compare runs over seeds: the paper's ablation, MixMatch with supervised training, methods."""
 
 import dataclasses
 import json
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import torch
 from gpu_mixmatch._machine import header
 from gpu_mixmatch.recipes import plots
 from gpu_mixmatch.recipes.checkpoint import write_atomically
-from gpu_mixmatch.recipes.train import Summary, TrainConfig, train
+from gpu_mixmatch.recipes.train import DivergenceError, Summary, TrainConfig, TrainRun, train
 
 
 class Row(NamedTuple):
@@ -37,7 +38,7 @@ def _builder(**changes: Any) -> dict[str, Any]:
 
 SUPERVISED = Row("supervised", "supervised only", {"supervised": True})
 FULL = Row("full", "MixMatch", {}, (11.80, 6.00))
-# Berthelot et al. 2019, table 4, in its order; ICT, its last row, is another algorithm
+# Berthelot et al. 2019, table 4, in its order
 ABLATION = (
     FULL,
     Row("k1", "no averaging (K = 1)", _builder(num_augmentations=1), (17.09, 8.06)),
@@ -49,14 +50,17 @@ ABLATION = (
     Row("labelled", "MixUp on labelled only", _builder(mix="labelled"), (32.16, 9.22)),
     Row("unlabelled", "MixUp on unlabelled only", _builder(mix="unlabelled"), (12.35, 6.83)),
     Row("separate", "MixUp on each separately", _builder(mix="separate"), (12.26, 6.50)),
+    # another method, which has no ports of MixMatch among its presets
+    Row("ict", "ICT", {"method": "ict", "preset": "fast"}, (38.60, 6.81)),
 )
 
 
 class Result(NamedTuple):
-    """A row's test errors in percent, one per seed, after the last step."""
+    """A row's test errors in percent, one per seed, after the last step, and how its runs ended."""
 
     row: Row
     errors: list[float]
+    summaries: Sequence[Summary] = ()
 
     @property
     def mean(self) -> float:
@@ -74,7 +78,10 @@ def compare(
     rows: Sequence[Row],
     seeds: Sequence[int],
     *,
+    out: Path | None = None,
+    clock: Callable[[], float] = time.perf_counter,
     on_run: Callable[[Row, int], None] | None = None,
+    on_start: Callable[[TrainRun], None] | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> list[Result]:
     """Train every row with every seed on the same data set.
@@ -83,7 +90,12 @@ def compare(
         config: What the rows have in common.
         rows: What differs.
         seeds: Seeds of weights, labelled subset, order and draws.
+        out: Folder of the runs, each in one of its own, ROW-SEED. A run that is there goes on from
+            its checkpoint, or is taken as it is if it has ended; its configuration and data must be
+            the same. None writes nothing.
+        clock: What seconds are read from.
         on_run: Called before each run.
+        on_start: Called before the first step of each run.
         on_step: Called after each step of each run.
 
     Returns:
@@ -99,16 +111,29 @@ def compare(
     data = config.load()
     results = []
     for row in rows:
-        errors = []
+        summaries = []
         for seed in seeds:
             if on_run:
                 on_run(row, seed)
             changes = {**row.changes, "seed": seed}
             changes["builder"] = {**config.builder, **row.changes.get("builder", {})}
             run = dataclasses.replace(config, **changes)
-            summary: Summary = train(run, data=data, on_step=on_step)
-            errors.append(summary.error)
-        results.append(Result(row, errors))
+            folder = None if out is None else out / f"{row.key}-{seed}"
+            try:
+                summary = train(
+                    run,
+                    folder,
+                    resume=True,
+                    data=data,
+                    clock=clock,
+                    on_start=on_start,
+                    on_step=on_step,
+                )
+            except (ValueError, DivergenceError) as error:
+                error.add_note(f"{row.label}, seed {seed}")
+                raise
+            summaries.append(summary)
+        results.append(Result(row, [summary.error for summary in summaries], summaries))
     return results
 
 
@@ -129,7 +154,12 @@ def choose_rows(keys: str | None) -> list[Row]:
 
 
 def save_results(
-    results: Sequence[Result], config: TrainConfig, seeds: Sequence[int], command: str, path: Path
+    results: Sequence[Result],
+    config: TrainConfig,
+    seeds: Sequence[int],
+    command: str,
+    path: Path,
+    more: Callable[[Result], dict[str, Any]] = lambda result: {},
 ) -> Path:
     """Write results as JSON, with the command, the machine and the versions.
 
@@ -141,7 +171,9 @@ def save_results(
         config: What it was given.
         seeds: What it was given, too.
         command: That led here.
-        path: "demo.json" or "ablation.json" in a folder: its stem is the name of the suite.
+        path: "demo.json", "ablation.json" or "compare.json" in a folder: its stem is the name of
+            the suite.
+        more: Returns what else is said of a result.
     """
     common = dataclasses.asdict(config)
     for name in ("seed", "supervised", "root"):
@@ -163,6 +195,7 @@ def save_results(
                 "mean": round(result.mean, 3),
                 "deviation": round(result.deviation, 3),
                 "paper": result.row.paper,
+                **more(result),
             }
             for result in results
         ],

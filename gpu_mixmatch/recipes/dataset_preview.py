@@ -16,6 +16,7 @@ from gpu_mixmatch.data.datasets import FolderData
 from gpu_mixmatch.data.formats.common import ImageData, split_labels
 from gpu_mixmatch.insight.preview import MOST_PREVIEWED, draw_preview
 from gpu_mixmatch.methods.mixmatch import MixMatch
+from gpu_mixmatch.recipes.choices import choose_preset
 from gpu_mixmatch.recipes.models import build_model
 
 CLASS_NAMES = {
@@ -73,7 +74,8 @@ def preview_dataset(
         dataset: The images.
         out: The PNG to write.
         seed: Of the split, the network and the builder.
-        preset: Settings of the builder; None is the paper's for the data set.
+        preset: Settings of the builder; None is the paper's for the data set, for a folder those
+            for CIFAR-10.
         augment: An engine, as for `MixMatch`; None is the preset's.
         num_augmentations: K.
         labels: Number of labelled images; None takes all of a folder's.
@@ -99,7 +101,7 @@ def preview_dataset(
     train_steps = as_integer("train_steps", train_steps, most=MOST_STEP)
     batch_size = as_integer("batch_size", batch_size, least=1, most=MOST_IMAGES)
     rows = as_integer("rows", rows, least=1, most=MOST_PREVIEWED)
-    preset = preset or presets.paper(dataset.name)
+    preset = preset or choose_preset("paper", dataset.name)
     builder = {**preset.builder, "num_augmentations": num_augmentations, "seed": seed}
     engine = preset.augment() if augment is None else augment
     mixmatch = MixMatch(engine, dataset.num_classes, **builder)

@@ -12,6 +12,7 @@ OURS = "#3f8fd2"
 THEIRS = "#d9902f"
 THIRD = "#4aa37c"
 BOUND = "#a3a3a3"  # what no contender can pass
+MANY = (OURS, THEIRS, THIRD, "#c2559d", "#8a6fd1", "#a9803b", "#d0524a", "#3aa6a6", "#7d9a2f")
 _STYLE: Any = {
     "font.size": 10,
     "text.color": INK,

@@ -108,6 +108,21 @@ class MetricsLog:
         write_atomically(self.out / "metrics.jsonl", lines.encode())
 
 
+def _losses_of(metrics: Mapping[str, float]) -> dict[str, str]:
+    """Return the parts of a loss among metrics, and how the curves call them."""
+    if "loss_x" not in metrics:
+        return {"loss": "cross-entropy"}
+    if "loss_kl" in metrics:
+        return {
+            "loss_x": "cross-entropy on X'",
+            "loss_u": "on the other mixed rows",
+            "loss_kl": "on the un-mixed rows",
+        }
+    if "kept" in metrics:
+        return {"loss_x": "cross-entropy on x", "loss_u": "loss of u"}
+    return {"loss_x": "cross-entropy on X'", "loss_u": "squared error on U'"}
+
+
 def _in_line(name: str) -> str:
     return name.translate({ord(character): repr(character)[1:-1] for character in "\t\r\n"})
 
@@ -126,12 +141,13 @@ def draw_curves(
     headline = f"{tested_on.capitalize()} error after the last step: {', '.join(ends)}"
     with plots.picture(path, 11, 4.4, headline) as figure:
         left, right = figure.subplots(1, 2)
-        losses = [("loss_x", "cross-entropy on X'"), ("loss_u", "squared error on U'")]
         for name, metrics in runs.items():
             steps = [entry["step"] for entry in metrics]
             left.plot(steps, [entry["error"] for entry in metrics], marker="o", ms=3, label=name)
-            for key, label in losses if "loss_x" in metrics[0] else [("loss", "cross-entropy")]:
-                right.plot(steps, [entry[key] for entry in metrics], marker="o", ms=3, label=label)
+            for key, label in _losses_of(metrics[0]).items():
+                values = [entry[key] for entry in metrics]
+                if max(values) > 0:  # a part that is off has no place on a logarithmic axis
+                    right.plot(steps, values, marker="o", ms=3, label=label)
             last = metrics[-1]
             left.annotate(
                 f"{last['error']:.1f} %",

@@ -1,10 +1,10 @@
 """The loop behind ``gpu-mixmatch train``: what a run depends on, its steps, and its checkpoints.
 
-Every batch is a function of (seed, step). A checkpoint therefore holds two integers of the loader
-and no generator, and a run that is killed at any moment and resumed ends with the same weights to
-the last bit. It also says what it was taken of, the data and every number that a preset gave, so
-that a run goes on under the same ones or not at all. In a process group every rank takes its part
-of each batch; rank 0 alone writes.
+Every batch is a function of (seed, step), and of what a method has learnt of its guesses. A
+checkpoint therefore holds two integers of the loader and no generator, and a run that is killed at
+any moment and resumed ends with the same weights to the last bit. It also says what it was taken
+of, the data and every number that a preset gave, so that a run goes on under the same ones or not
+at all. In a process group every rank takes its part of each batch; rank 0 alone writes.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -33,8 +33,13 @@ from gpu_mixmatch._version import __version__
 from gpu_mixmatch.data.datasets import FolderData, ImageFiles, load_dataset
 from gpu_mixmatch.data.folder import OnError
 from gpu_mixmatch.data.formats.common import ImageData
-from gpu_mixmatch.insight.guesses import OVERCONFIDENT, GuessWatch, overconfidence
-from gpu_mixmatch.losses import MixMatchLoss
+from gpu_mixmatch.insight.guesses import (
+    OVERCONFIDENT,
+    GuessQuality,
+    GuessWatch,
+    overconfidence,
+)
+from gpu_mixmatch.methods.base import BatchBuilder
 from gpu_mixmatch.methods.mixmatch import MixMatch
 from gpu_mixmatch.recipes import distributed
 from gpu_mixmatch.recipes.checkpoint import (
@@ -47,14 +52,22 @@ from gpu_mixmatch.recipes.checkpoint import (
 )
 from gpu_mixmatch.recipes.choices import (
     AUGMENTS,
+    GUESSES,
     LOADERS,
+    METHODS,
     PRESET_NAMES,
+    WITH_TEACHER,
+    choose_builder,
+    choose_decay,
     choose_filters,
+    choose_guess,
     choose_preset,
     choose_weight,
     make_augment,
+    make_builder,
     make_loader,
     make_weak,
+    name_of_weight,
 )
 from gpu_mixmatch.recipes.models import build_model, fill_statistics_in, kernel_parameters
 from gpu_mixmatch.recipes.run_log import MetricsLog, check_tools
@@ -74,13 +87,18 @@ class TrainConfig:
         size: Height and width that the images of a folder are brought to, in pixels.
         labels: Number of labelled images, balanced over the classes; None takes all there are.
         steps: Length of the run in batches.
-        batch_size: B, and M = B, of each process.
+        batch_size: B, labelled images of a step, of each process.
         model: A name that `build_model` knows. Its BatchNorm's running statistics move by at
             least 10 / steps a step, so that a short run fills them; see `fill_statistics_in`.
         filters: Channels of the network's first stage; None takes the preset's for "wrn-28-2",
             135 for CIFAR-100 and else 32, and for "cnn" its own.
-        preset: "paper", "yu1ut" or "usb"; "fast" is the paper's with one joint guess and one
-            forward pass over the whole batch.
+        method: A name of `METHODS`.
+        ratio: μ, unlabelled images per labelled one; None takes the preset's.
+        guess: "first", or by the "loss", of the same forward pass; None is as the method's
+            reference does it.
+        preset: "paper", or for MixMatch "yu1ut" or "usb"; "fast" is the paper's with one joint
+            guess and one forward pass over the whole batch, and with one optimiser for all methods;
+            see `choose_preset`.
         augment: Engine of the preset's augmentation; see `make_augment`.
         loader: What the batches come from; see `make_loader`.
         num_workers: Processes of the loader "dataloader", for each of its two data sets; 0 fetches
@@ -88,15 +106,16 @@ class TrainConfig:
         seed: Of the initial weights, the labelled subset, the order and all draws.
         device: Where to train, as torch names it; "cuda" is the GPU of each process.
         sync_batchnorm: Take BatchNorm's statistics over the batches of all processes; on CUDA.
-        supervised: Train on the labelled images alone, augmented but not mixed.
+        supervised: Train on the labelled images alone, augmented but not mixed; of the method
+            nothing is taken but its optimiser and averages.
         lr: Learning rate; None takes the preset's.
-        lambda_u: λ_U; None takes the preset's, and less in a run of under 32,768 steps; see
-            `choose_weight`.
+        lambda_u: λ_U; None takes the preset's, and less in a run of under 32,768 steps where the
+            loss is a squared error; see `choose_weight`.
         rampup_steps: Of λ_U; None takes the preset's, and at most half of the run.
         ema_decay: Of the evaluated weights; None takes the preset's, and at most 1 - 10 / steps,
             so that a short run forgets its start.
-        ema_teacher: Let the averaged model guess.
-        builder: Keyword arguments of `MixMatch` that replace the preset's.
+        ema_teacher: Let the averaged model guess, as it does for "mean_teacher" and "ict" anyway.
+        builder: Keyword arguments of the method that replace the preset's.
         eval_every: Steps between evaluations; 0 takes a twentieth of the run.
         planned_steps: Length that BatchNorm's momentum and a default of ``lambda_u``,
             ``rampup_steps`` and ``ema_decay`` are for; None takes ``steps``. A run that is
@@ -115,6 +134,9 @@ class TrainConfig:
     batch_size: int = 64
     model: str = "cnn"
     filters: int | None = None
+    method: str = "mixmatch"
+    ratio: int | None = None
+    guess: str | None = None
     preset: str = "fast"
     augment: str = "weak"
     loader: str = "resident"
@@ -140,6 +162,7 @@ class TrainConfig:
             ("labels", 1),
             ("steps", 1),
             ("batch_size", 1),
+            ("ratio", 1),
             ("filters", 1),
             ("num_workers", 0),
             ("seed", 0),
@@ -151,6 +174,8 @@ class TrainConfig:
         for name, below in (("lr", None), ("lambda_u", None), ("ema_decay", 1.0)):
             self._keep(name, as_number, least=0.0, below=below)
         for name, choices in (
+            ("method", [*METHODS]),
+            ("guess", [*GUESSES, None]),
             ("preset", [*PRESET_NAMES]),
             ("augment", [*AUGMENTS]),
             ("loader", [*LOADERS]),
@@ -191,7 +216,12 @@ class TrainConfig:
 
 
 # of the preset, or derived from the number of steps, where a configuration has None
-_RESOLVED = ("planned_steps", "filters", "lr", "lambda_u", "rampup_steps", "ema_decay")
+_RESOLVED = (
+    *("planned_steps", "filters", "ratio", "guess"),
+    *("lr", "lambda_u", "rampup_steps", "ema_decay"),
+)
+# what all runs did whose checkpoints do not say it
+_FIRST = {"method": "mixmatch", "ratio": 1, "guess": "first"}
 # what the weights after a step do not depend on, or by the data alone, whose digest is compared
 _FREE = frozenset(("root", "steps", "num_workers", "device", "eval_every", "on_error", "list_path"))
 _SAME_BATCHES = frozenset(("resident", "dataloader"))
@@ -199,20 +229,23 @@ _SAME_BATCHES = frozenset(("resident", "dataloader"))
 
 def resolved(config: TrainConfig) -> TrainConfig:
     """Return a configuration with its preset's numbers in place of None."""
-    preset = choose_preset(config.preset, config.dataset)
+    preset = choose_preset(config.preset, config.dataset, config.method)
     planned = config.planned_steps or config.steps
     lambda_u, rampup_steps = choose_weight(preset, planned)
     settings = {
         "planned_steps": planned,
         "filters": choose_filters(config.model, None, preset),
+        "ratio": preset.ratio,
+        "guess": choose_guess(config.method, config.guess),
         "lr": preset.optimizer["lr"],
         "lambda_u": lambda_u,
         "rampup_steps": rampup_steps,
-        "ema_decay": min(preset.ema_decay, max(0.0, 1 - 10 / planned)),
+        "ema_decay": choose_decay(preset.ema_decay, planned),
     }
     own = {name: getattr(config, name) for name in _RESOLVED}
     settings |= {name: value for name, value in own.items() if value is not None}
-    return dataclasses.replace(config, **settings, builder={**preset.builder, **config.builder})
+    builder = {**choose_builder(preset, planned), **config.builder}
+    return dataclasses.replace(config, **settings, builder=builder)
 
 
 def resumed(config: TrainConfig, theirs: Mapping[str, Any], step: int = 0) -> TrainConfig:
@@ -231,6 +264,7 @@ def resumed(config: TrainConfig, theirs: Mapping[str, Any], step: int = 0) -> Tr
         ValueError: If something else differs, of which all is listed, or if ``steps`` is less than
             was taken.
     """
+    theirs = {**_FIRST, **theirs}
     unset = {name: theirs[name] for name in _RESOLVED if name in theirs}
     unset = {name: value for name, value in unset.items() if getattr(config, name) is None}
     builder = {**theirs.get("builder", {}), **config.builder}
@@ -266,6 +300,7 @@ class Summary(NamedTuple):
         seconds: Duration of the steps, without evaluations, in seconds.
         confidence: Mean confidence of the guesses between the last two evaluations; None where
             nothing is guessed. Far above 1 - error / 100 of held images, it is a bad sign.
+        metrics: Of each evaluation: "step", "error", "seconds", and the parts of the loss.
     """
 
     error: float
@@ -273,10 +308,11 @@ class Summary(NamedTuple):
     best_error: float
     seconds: float
     confidence: float | None = None
+    metrics: Sequence[Mapping[str, float]] = ()
 
 
 class TrainRun:
-    """A run's parts: the model, builder, loss, optimizer and loader, and its step.
+    """A run's parts: the model, the method's builder, loss, optimizer and loader, and its step.
 
     In a process group all ranks hold the same model after every step; ``network`` is the model in
     DDP.
@@ -294,7 +330,7 @@ class TrainRun:
     def __init__(self, config: TrainConfig, data: ImageData | FolderData | None = None) -> None:
         data = data or config.load()
         self.config = config = resolved(config)
-        self.preset = choose_preset(config.preset, config.dataset)
+        self.preset = choose_preset(config.preset, config.dataset, config.method)
         self.device = distributed.current_device(config.device)
         self._data = data
         self.left_out = data.left_out if isinstance(data, FolderData) else {}
@@ -305,6 +341,7 @@ class TrainRun:
             labelled,
             unlabelled,
             config.batch_size,
+            ratio=config.ratio or 1,
             steps_per_epoch=config.steps,
             seed=config.seed,
             device=self.device,
@@ -323,21 +360,26 @@ class TrainRun:
         self.weak = weak
         self.normalize = weak.normalize
         self.augment = make_augment(config.augment, weak, height, width)
-        self.mixmatch = MixMatch(
-            self.augment,
+        has_teacher = config.ema_teacher or config.method in WITH_TEACHER
+        self.builder = make_builder(
+            self.preset,
             data.num_classes,
-            teacher=self.ema if config.ema_teacher else None,
+            self.augment,
+            weak,
+            (height, width),
+            len(unlabelled),
+            teacher=self.ema if has_teacher else None,
             seed=config.seed,
             **config.builder,
         ).to(self.device)
-        self.watch = None if config.supervised else GuessWatch(self.mixmatch)
-        assert config.lambda_u is not None  # resolved
-        assert config.rampup_steps is not None
-        self.criterion = MixMatchLoss(config.lambda_u, config.rampup_steps)
+        self.watch = _watch(self.builder) if not config.supervised else None
+        weight = {name_of_weight(config.method): config.lambda_u}
+        self.criterion = self.preset.criterion(**weight, rampup_steps=config.rampup_steps)
         self.kernels = kernel_parameters(self.model)
         self.optimizer = self._optimizer()
         self.network = distributed.replicate(self.model, self.device)
         self.step = 0
+        self._set_lr(0)
         self.metrics: list[dict[str, float]] = []
 
     def _new_model(self, num_classes: int, channels: int) -> nn.Module:
@@ -365,18 +407,25 @@ class TrainRun:
             groups, lr=lr, momentum=settings["momentum"], nesterov=settings["nesterov"]
         )
 
+    def _set_lr(self, step: int) -> None:
+        """Give the optimizer the learning rate of a step."""
+        lr, planned = self.config.lr, self.config.planned_steps
+        assert lr is not None  # resolved
+        assert planned is not None
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * self.preset.lr_factor(step, planned)
+
     def train_step(self, batch: SemiSupervisedBatch) -> dict[str, Tensor]:
         """Take one step; return its losses, still on the device."""
         self.network.train()
         if self.config.supervised:
             losses = {"loss": self._supervised_loss(batch.x, batch.y.to(self.device))}
         else:
-            mixed = self.mixmatch(batch.x, batch.y, batch.u, self.model)
-            if self.preset.name == "fast":
-                logits = self.network(mixed.inputs)
-            else:
-                logits = self.preset.forward(self.network, mixed)
-            losses = self.criterion(logits, mixed)._asdict()
+            guesser = self.model if self.config.guess == "first" else None
+            # else rows are told apart by their places, so that copies of one image differ
+            ids = {"ids_u": batch.ids_u} if self.config.method == "flexmatch" else {}
+            built = self.builder(batch.x, batch.y, batch.u, guesser, **ids)
+            losses = self.criterion(self.preset.forward(self.network, built), built)._asdict()
         self.optimizer.zero_grad()
         losses["loss"].backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
@@ -386,6 +435,7 @@ class TrainRun:
         distributed.average_buffers(self.model)
         self.ema.update_parameters(self.model)
         self.step += 1
+        self._set_lr(self.step)
         return {name: value.detach() for name, value in losses.items()}
 
     def _supervised_loss(self, x: Tensor, y: Tensor) -> Tensor:
@@ -416,13 +466,15 @@ class TrainRun:
         It is said where the gap is above 0.1 and more than chance explains, which counts where
         there are fewer than about 100 test images. It is said of the second half of a run alone:
         before, averaged weights lag behind those that guess. It is not said of labelled images,
-        since the model is trained on them.
+        since the model is trained on them; nor of other methods than MixMatch, of which it is not
+        known what a gap means.
         """
         latest = self.metrics[-1]
         confidence, accuracy = latest.get("confidence", 0.0), 1 - latest["error"] / 100
         too_early = 2 * latest["step"] < self.config.steps
         most = max(accuracy + OVERCONFIDENT, _upper_bound(accuracy, len(self.test_labels)))
-        if self.tested_on != "test" or too_early or confidence <= most:
+        known = self.config.method == "mixmatch" and self.tested_on == "test"
+        if not known or too_early or confidence <= most:
             return None
         return overconfidence(confidence, accuracy, "test images")
 
@@ -481,7 +533,7 @@ class TrainRun:
         - "config": the fields of `TrainConfig`, `resolved`, and "world_size";
         - "data": as `data`; "normalisation": "mean" and "std", a number per channel;
         - "step"; "model", "ema" (its network below "module."), "optimizer", "mixmatch", "loader":
-          the states of these;
+          the states of these; that of the builder of any method is called "mixmatch";
         - "metrics": of each evaluation.
         """
         return {
@@ -494,7 +546,7 @@ class TrainRun:
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "mixmatch": dict(self.mixmatch.state_dict()),
+            "mixmatch": dict(self.builder.state_dict()),
             "loader": self.loader.state_dict(),
             "metrics": self.metrics,
         }
@@ -512,10 +564,15 @@ class TrainRun:
         check_state(state)
         resumed(self.config, state["config"], state["step"])
         self._check_data(state)
-        weights = (("model", self.model), ("ema", self.ema), ("mixmatch", self.mixmatch))
+        weights = (("model", self.model), ("ema", self.ema), ("mixmatch", self.builder))
         for name, module in weights:
             check_weights(name, module.state_dict(), state[name], type(self.model).__name__)
-        check_optimizer(self.optimizer, state["optimizer"])
+        self._set_lr(state["step"])  # the checkpoint's optimizer has that of its next step
+        try:
+            check_optimizer(self.optimizer, state["optimizer"])
+        except ValueError:
+            self._set_lr(self.step)
+            raise
         place = {"seed": self.config.seed, "step": state["step"]}
         for name, value in place.items():
             if state["loader"].get(name) != value:
@@ -575,6 +632,39 @@ class TrainRun:
         )
 
 
+class GuessConfidence:
+    """How sure a builder's guesses are, whoever makes them; only `read` waits for the device.
+
+    Args:
+        builder: Of any method.
+    """
+
+    def __init__(self, builder: BatchBuilder) -> None:
+        self._means: list[Tensor] = []
+        self._num_guesses = 0
+        builder.register_guess_hook(self._look)
+
+    def read(self) -> GuessQuality | None:
+        """Return the mean confidence since the last call, or None if nothing was guessed."""
+        if not self._means:
+            return None
+        mean = torch.stack(self._means).mean().item()
+        quality = GuessQuality(mean, None, self._num_guesses)
+        self._means.clear()
+        self._num_guesses = 0
+        return quality
+
+    def _look(self, logits: Tensor) -> None:
+        self._num_guesses += logits.shape[1]
+        self._means.append(logits.float().softmax(dim=-1).mean(dim=0).amax(dim=-1).mean())
+
+
+def _watch(builder: BatchBuilder) -> GuessWatch | GuessConfidence:
+    if isinstance(builder, MixMatch):
+        return GuessWatch(builder)
+    return GuessConfidence(builder)
+
+
 def _digest(part: TensorDataset | ImageFiles, root: str | None) -> str:
     """Return the SHA-256 of the samples of a part and their order, files by their names."""
     found = hashlib.sha256(f"{len(part)}\n".encode())
@@ -625,6 +715,7 @@ def train(
     *,
     resume: bool = False,
     data: ImageData | FolderData | None = None,
+    clock: Callable[[], float] = time.perf_counter,
     on_check: Callable[[int, int], None] | None = None,
     on_start: Callable[[TrainRun], None] | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
@@ -642,6 +733,7 @@ def train(
         resume: Continue from the checkpoint in ``out``, or begin if there is none yet; see
             `resumed` for what may differ.
         data: The data set, if it is loaded already.
+        clock: What seconds are read from; ``time.process_time`` for those of a CPU that is shared.
         on_check: Called with the number of files decoded so far and of all, while those that do not
             decode are looked for.
         on_start: Called before the first step, when all that can be checked has been.
@@ -687,13 +779,13 @@ def train(
     eval_every = config.eval_every or max(1, config.steps // 20)
     seconds = metrics[-1]["seconds"] if metrics else 0.0
     warned = False
-    began = time.perf_counter()
+    began = clock()
     for batch in islice(run.loader, config.steps - run.step):
         losses = run.train_step(batch)
         if run.step % eval_every == 0 or run.step == config.steps:
             # waits for the device
             values = distributed.average_values({**losses, **run.confidence()}, run.device)
-            seconds += time.perf_counter() - began
+            seconds += clock() - began
             if not run.is_finite(values):
                 raise DivergenceError(run.step, values, _last_checkpoint(metrics, out))
             # every rank has the same weights and finds the same error
@@ -706,7 +798,7 @@ def train(
             if notice and not warned and rank() == 0:
                 warnings.warn(f"step {run.step}: {notice}", UserWarning, stacklevel=2)
             warned = warned or notice is not None
-            began = time.perf_counter()
+            began = clock()
         if on_step:
             on_step(run.step, metrics[-1] if metrics else {})
     errors = [entry["error"] for entry in metrics]
@@ -718,6 +810,7 @@ def train(
         min(errors),
         seconds,
         metrics[-1].get("confidence"),
+        metrics,
     )
 
 

@@ -8,7 +8,6 @@ from gpu_mixmatch.sampling.draws import (
     draw_regions,
     epoch_order,
     split_order,
-    strong_rows,
 )
 from gpu_mixmatch.sampling.packing import augment_to_device, pack, unpack, words_per_row
 from gpu_mixmatch.sampling.philox import (
@@ -40,7 +39,6 @@ __all__ = [
     "shuffle_grid",
     "shuffled_parts",
     "split_order",
-    "strong_rows",
     "unpack",
     "words_per_row",
 ]

@@ -53,8 +53,14 @@ def consistency_loss(
     loss_u: UnlabelledLoss,
     tsa: Tensor | None,
     out: Tensor,
+    count_x: Tensor | None = None,
 ) -> None:
     out.copy_(consistency_losses(logits, targets, weights, parts, weight_u, share_v, loss_u, tsa))
+    if count_x is not None and tsa is None:
+        count_x.fill_(parts[0])
+    elif count_x is not None and tsa is not None:
+        log_probs = F.log_softmax(wide(logits[: parts[0]]), dim=-1)
+        torch.sum(_unknown(log_probs, targets[: parts[0]], tsa), dim=0, out=count_x)
 
 
 def consistency_loss_backward(
@@ -67,19 +73,21 @@ def consistency_loss_backward(
     share_v: float,
     loss_u: UnlabelledLoss,
     tsa: Tensor | None,
+    count_x: Tensor | None,
     out: Tensor,
 ) -> None:
     num_x, end_u = parts
     log_probs = F.log_softmax(wide(logits), dim=-1)
     probs = log_probs.exp()
-    of_rows = probs * targets.sum(dim=-1, keepdim=True) - targets
+    of_rows = probs * targets.sum(dim=-1, keepdim=True, dtype=probs.dtype) - targets
     factors = weights.to(probs.dtype).clone()
     grad_loss, grad_x, grad_u, grad_v = grads[:4].to(probs.dtype)
     if tsa is None:
         factors[:num_x] *= (grad_loss + grad_x) / max(num_x, 1)
     else:
+        assert count_x is not None
         unknown = _unknown(log_probs[:num_x], targets[:num_x], tsa)
-        factors[:num_x] *= unknown * (grad_loss + grad_x) / unknown.sum().clamp(min=1)
+        factors[:num_x] *= unknown * (grad_loss + grad_x) / count_x.clamp(min=1)
     weight = weight_u.to(probs.device) * grad_loss
     factors[num_x:end_u] *= (weight + grad_u) / max(end_u - num_x, 1)
     factors[end_u:] *= (share_v * weight + grad_v) / max(len(logits) - end_u, 1)

@@ -27,7 +27,7 @@ def consistency_targets(
         guessed.copy_(one_hot(shown.argmax(dim=-1), num_classes))
     else:
         guessed.copy_(sharpen(shown, weighting.temperature))
-    weights[: len(y)] = 1
+    weights[: len(y)].fill_(1)
     weights[len(y) :].view(num_strong, num_u).copy_(confidence_weights(aligned, weighting))
 
 

@@ -1,4 +1,6 @@
-"""Every view of a batch in one launch: reads a byte, writes a value. `resample` has zoom and blur.
+"""Every view of a batch in one launch: reads a byte, writes a value.
+
+`resample` has what is weighed between pixels: zoom, resized cuts and blur.
 
 A program builds a tile of lines: an output line is a row of pixels (NCHW) or of pixels with their
 channels (channels_last), so that what belongs to a line or to a column is computed once. With
@@ -18,6 +20,8 @@ from gpu_mixmatch.impl.triton.launch import blocks, launch
 from gpu_mixmatch.impl.triton.resample import resample
 from gpu_mixmatch.impl.triton.rows import (
     by_pixels,
+    cut_draws,
+    cut_kind,
     drawn,
     image_of,
     inverse,
@@ -52,7 +56,10 @@ def _tile(
     inverse_u,
     draws_ptr,
     pitch,
+    chain_ptr,
     CHANNELS: tl.constexpr,
+    IN_HEIGHT: tl.constexpr,
+    IN_WIDTH: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     BY_PIXELS: tl.constexpr,
@@ -64,16 +71,16 @@ def _tile(
     image_ptr = u.ptr
     if from_x:
         image_ptr = x.ptr
-    top, left, flip = drawn(draws_ptr, pitch, row)
-    line, line_inside = padded(down, top, HEIGHT, PADDING, MODE)
+    top, left, flip = drawn(draws_ptr, pitch, row, chain_ptr, IN_HEIGHT, IN_WIDTH, HEIGHT, WIDTH)
+    line, line_inside = padded(down, top, IN_HEIGHT, PADDING, MODE)
     pixel = tl.where(flip, WIDTH - 1 - across, across)
-    pixel, pixel_inside = padded(pixel, left, WIDTH, PADDING, MODE)
+    pixel, pixel_inside = padded(pixel, left, IN_WIDTH, PADDING, MODE)
     if x.stride_image is None:
-        image_ptr += place.to(tl.int64) * (CHANNELS * HEIGHT * WIDTH)
+        image_ptr += place.to(tl.int64) * (CHANNELS * IN_HEIGHT * IN_WIDTH)
         if BY_PIXELS:
-            pixel_ptr = image_ptr + line * (WIDTH * CHANNELS) + (pixel * CHANNELS + channel)
+            pixel_ptr = image_ptr + line * (IN_WIDTH * CHANNELS) + (pixel * CHANNELS + channel)
         else:
-            pixel_ptr = image_ptr + (channel * (HEIGHT * WIDTH) + line * WIDTH) + pixel
+            pixel_ptr = image_ptr + (channel * (IN_HEIGHT * IN_WIDTH) + line * IN_WIDTH) + pixel
     else:
         stride_image = tl.where(from_x, x.stride_image, u.stride_image).to(tl.int64)
         stride_channel = tl.where(from_x, x.stride_channel, u.stride_channel).to(tl.int64)
@@ -116,7 +123,7 @@ def _line_and_column(
 # A batch of another size must not be another kernel: its counts may be 1 or divisible by 16, and
 # its images and draws, slices often, may begin anywhere. Strides within an image are its layout's.
 _NUMBERS = ["num_x", "num_u", "inverse_u", "stride_x_image", "stride_u_image", "pitch"]
-_ANYWHERE = ["x_ptr", "u_ptr", "draws_ptr", "lam_ptr", "index_ptr", "scale", "bias"]
+_ANYWHERE = ["x_ptr", "u_ptr", "draws_ptr", "chain_ptr", "lam_ptr", "index_ptr", "scale", "bias"]
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_ANYWHERE)
@@ -137,11 +144,14 @@ def augment_kernel(
     stride_u_pixel,
     draws_ptr,
     pitch,
+    chain_ptr,
     lam_ptr,
     index_ptr,
     scale,
     bias,
     CHANNELS: tl.constexpr,
+    IN_HEIGHT: tl.constexpr,
+    IN_WIDTH: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     BY_PIXELS: tl.constexpr,
@@ -158,15 +168,15 @@ def augment_kernel(
         tl.program_id(0), CHANNELS, HEIGHT, WIDTH, CHANNELS_LAST, LINES, COLUMNS
     )
     value = _tile(
-        row, down, across, channel, mask, x, u, inverse_u, draws_ptr, pitch,
-        CHANNELS, HEIGHT, WIDTH, BY_PIXELS, PADDING, MODE,
+        row, down, across, channel, mask, x, u, inverse_u, draws_ptr, pitch, chain_ptr,
+        CHANNELS, IN_HEIGHT, IN_WIDTH, HEIGHT, WIDTH, BY_PIXELS, PADDING, MODE,
     )  # fmt: skip
     if index_ptr is not None:
         # the rest is linear and per pixel, so that both rows can be blended before it
         partner = _tile(
             tl.load(index_ptr + row).to(tl.int32),
-            down, across, channel, mask, x, u, inverse_u, draws_ptr, pitch,
-            CHANNELS, HEIGHT, WIDTH, BY_PIXELS, PADDING, MODE,
+            down, across, channel, mask, x, u, inverse_u, draws_ptr, pitch, chain_ptr,
+            CHANNELS, IN_HEIGHT, IN_WIDTH, HEIGHT, WIDTH, BY_PIXELS, PADDING, MODE,
         )  # fmt: skip
         value = partner + tl.load(lam_ptr + row) * (value - partner)
     value = normalised(value, channel, scale, bias, PER_CHANNEL, CHANNELS)
@@ -198,14 +208,23 @@ def augment(
         )
         return
     first, last = sources[0], sources[-1]
+    in_height, in_width = first.shape[1:3] if channels_last_in else first.shape[2:]
     pixels_in = by_pixels(sources, channels_last_in)
-    in_words = pixels_in is not None and packed.fits(first.dtype, out, pixels_in)
-    if in_words and not geometry.blur_radius and not (geometry.zoom and mixup):
+    in_words = pixels_in is not None and packed.fits(first.dtype, in_width, out, pixels_in)
+    cut = cut_kind(geometry)
+    if in_words and not (geometry.blur_radius or cut == 2 or (cut == 3 and mixup)):
         packed.augment(
-            sources, params, geometry, scaling, by_pixels=bool(pixels_in), out=out, mixup=mixup
+            sources,
+            params,
+            geometry,
+            scaling,
+            in_size=(in_height, in_width),
+            by_pixels=bool(pixels_in),
+            out=out,
+            mixup=mixup,
         )
         return
-    if geometry.zoom or geometry.blur_radius:
+    if cut > 1 or geometry.blur_radius:
         resample(
             sources,
             params,
@@ -242,11 +261,14 @@ def augment(
         *(_NO_STRIDES if pixels_in is not None else _strides((first, last), channels_last_in)),
         draws,
         pitch,
+        cut_draws(params, geometry),
         mixup.lam if mixup else None,
         mixup.index if mixup else None,
         scale,
         bias,
         CHANNELS=channels,
+        IN_HEIGHT=in_height,
+        IN_WIDTH=in_width,
         HEIGHT=height,
         WIDTH=width,
         BY_PIXELS=bool(pixels_in),

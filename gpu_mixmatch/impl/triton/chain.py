@@ -9,6 +9,9 @@ Operations that need more than a pixel are events. The statistics of a view give
 and sharpness a whole image of pixels, which what follows reads. A program that holds a whole view
 runs its events itself. Larger views have a launch for each event that one of them may have, at most
 as many as there are slots: two for RandAugment, one for ColorJitter.
+
+A blur follows in launches of its own: views are written as bytes, `resample` makes values of them,
+and what is hidden, outside or cut out, is painted over those.
 """
 
 from functools import lru_cache
@@ -23,8 +26,11 @@ from gpu_mixmatch._buffers import Workspace
 from gpu_mixmatch._chain import columns, slots_of
 from gpu_mixmatch.impl.tables import Kind, chain_tables, kind_of, kinds_of, root_of_area
 from gpu_mixmatch.impl.triton.launch import blocks, launch
-from gpu_mixmatch.impl.triton.mixup import mixup as mix_rows
+from gpu_mixmatch.impl.triton.mixup import blend
+from gpu_mixmatch.impl.triton.resample import resample
 from gpu_mixmatch.impl.triton.rows import (
+    cut_kind,
+    cut_out,
     image_of,
     inverse,
     normalisation,
@@ -55,6 +61,8 @@ _OUTSIDE = tl.constexpr(1 << 24)
 _PIXELS = 1024  # of a tile
 _MOST_IN_ONE = 2048  # pixels of a tile that may hold a whole view
 _TILES = 4  # that a program runs an event on, at most: fewer counts to add up
+# NVIDIA's assembler, if it may choose how few registers events have, takes 48 or 64 and spills some
+_OF_EVENTS = {} if torch.version.hip else {"maxnreg": 255}
 _MOST_SIZE = 2**14 - 1  # coordinates in 16.16 are int32
 _MOST_CHANNELS = 3
 
@@ -102,7 +110,7 @@ def _view_of(
     CUT: tl.constexpr, ROOT: tl.constexpr,
     SLOTS: tl.constexpr, FIRST_SLOT: tl.constexpr, DRAWN: tl.constexpr,
 ):  # fmt: skip
-    """Read the draws of a row. CUT: 0 none, 1 of the views' size, 2 by area, 3 a zoom."""
+    """Read the draws of a row. CUT is a `cut_kind`."""
     from_x, place = image_of(row, num_x, num_u, inverse_u)
     image_ptr = u_ptr + place * stride_u.to(tl.int64)
     if from_x:
@@ -122,16 +130,9 @@ def _view_of(
         cut_height = tl.maximum(IN_HEIGHT - cut_top - tl.load(zoom_ptr + 1), 1)
         cut_width = tl.maximum(IN_WIDTH - cut_left - tl.load(zoom_ptr + 3), 1)
     elif CUT > 0:
-        cut_height, cut_width = HEIGHT, WIDTH
-        if CUT == 2:
-            height = (tl.load(chain_ptr).to(tl.int64) * ROOT + (1 << 23)) >> 24
-            width = (tl.load(chain_ptr + 1).to(tl.int64) * ROOT + (1 << 23)) >> 24
-            cut_height = tl.minimum(tl.maximum(height.to(tl.int32), 1), IN_HEIGHT)
-            cut_width = tl.minimum(tl.maximum(width.to(tl.int32), 1), IN_WIDTH)
-        room = IN_HEIGHT - cut_height + 1
-        cut_top = ((tl.load(chain_ptr + 2).to(tl.int64) * room) >> 24).to(tl.int32)
-        room = IN_WIDTH - cut_width + 1
-        cut_left = ((tl.load(chain_ptr + 3).to(tl.int64) * room) >> 24).to(tl.int32)
+        cut_top, cut_left, cut_height, cut_width = cut_out(
+            chain_ptr, IN_HEIGHT, IN_WIDTH, HEIGHT, WIDTH, CUT == 2, ROOT
+        )
     if CUT > 0 and flip > 0:  # windows are mirrored first, and what is cut out of them with them
         cut_left = IN_WIDTH - cut_left - cut_width
     return _View(
@@ -618,6 +619,23 @@ def event_kernel(
             _store_tables((red, green, blue), kind, view, memory, slot, COUNT, CHANNELS, SLOTS)
 
 
+@triton.jit
+def _normalising(channel, scale, bias, PER_CHANNEL: tl.constexpr):
+    """Scale and bias of a channel."""
+    if PER_CHANNEL:
+        scale, bias = tl.load(scale + channel), tl.load(bias + channel)
+    return scale, bias
+
+
+@triton.jit
+def _painted(channel, scale, bias, COLOR: tl.constexpr):
+    """The value of a channel that a cutout has."""
+    value = 0.0
+    if COLOR >= 0:
+        value = tl.full([], (COLOR >> (8 * channel)) & 255, tl.float32) * scale + bias
+    return value
+
+
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_ANYWHERE)
 def chain_kernel(
     out_ptr, made_ptr, stage_ptr, x_ptr, u_ptr, num_x, num_u, inverse_u, num_rows,
@@ -632,6 +650,9 @@ def chain_kernel(
     LINES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of a view; first, where the tile is all of it, run the view's events.
+
+    A tile of bytes is written as planes: of each channel and, where a pixel may be hidden, one that
+    says how: 0 not at all, 1 outside, 2 cut out.
 
     CUTOUT: 0 none, 1 with a side in pixels, 2 in 2^-16 of the width.
     """
@@ -676,9 +697,12 @@ def chain_kernel(
         STRIDE_CHANNEL, STRIDE_LINE, STRIDE_PIXEL, PADDING, MODE, SLOTS, KINDS,
     )  # fmt: skip
 
+    MOVES: tl.constexpr = TO_MEAN and (_HAS_WARP & KINDS) > 0
+    hidden = tl.zeros_like(pixel)
     kept = mask
-    if TO_MEAN and (_HAS_WARP & KINDS):
+    if MOVES:
         kept = pixel < _OUTSIDE
+        hidden = tl.where(kept, 0, 1)
     if CUTOUT > 0:
         cutout_ptr = chain_ptr + row.to(tl.int64) * DRAWN + (DRAWN - 3)
         side = tl.load(cutout_ptr + 2)
@@ -687,25 +711,45 @@ def chain_kernel(
         top = ((tl.load(cutout_ptr).to(tl.int64) * HEIGHT) >> 24).to(tl.int32) - side // 2
         left = ((tl.load(cutout_ptr + 1).to(tl.int64) * WIDTH) >> 24).to(tl.int32) - side // 2
         cut_out = (down >= top) & (down < top + side) & (across >= left) & (across < left + side)
-    out_ptr += row.to(tl.int64) * (CHANNELS * COUNT)
+        hidden = tl.where(cut_out, 2, hidden)
+    offset = down * WIDTH + across
+    if out_ptr.dtype.element_ty == tl.uint8:
+        PLANES: tl.constexpr = CHANNELS + (1 if MOVES or CUTOUT > 0 else 0)
+        out_ptr += row.to(tl.int64) * (PLANES * COUNT)
+        for channel in tl.static_range(PLANES):
+            plane = pixel >> (8 * channel) if channel < CHANNELS else hidden
+            tl.store(out_ptr + (offset + channel * COUNT), (plane & 255).to(tl.uint8), mask=mask)
+    else:
+        out_ptr += row.to(tl.int64) * (CHANNELS * COUNT)
+        for channel in tl.static_range(CHANNELS):
+            of_scale, of_bias = _normalising(channel, scale, bias, PER_CHANNEL)
+            value = ((pixel >> (8 * channel)) & 255).to(tl.float32) * of_scale + of_bias
+            if MOVES:
+                value = tl.where(kept, value, 0.0)
+            if CUTOUT > 0:
+                value = tl.where(cut_out, _painted(channel, of_scale, of_bias, COLOR), value)
+            at = offset * CHANNELS + channel if CHANNELS_LAST else offset + channel * COUNT
+            tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize_on_alignment=["scale", "bias"])
+def cover_kernel(
+    out_ptr, bytes_ptr, scale, bias,
+    COUNT: tl.constexpr, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    PER_CHANNEL: tl.constexpr, COLOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Paint over values that are there what the last plane of a view's bytes says is hidden."""
+    BLOCKS: tl.constexpr = (COUNT + BLOCK - 1) // BLOCK
+    row = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    place = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    bytes_ptr += row * ((CHANNELS + 1) * COUNT) + CHANNELS * COUNT
+    hidden = tl.load(bytes_ptr + place, mask=place < COUNT, other=0)
+    out_ptr += row * (CHANNELS * COUNT)
     for channel in tl.static_range(CHANNELS):
-        of_scale, of_bias = scale, bias
-        if PER_CHANNEL:
-            of_scale, of_bias = tl.load(scale + channel), tl.load(bias + channel)
-        value = ((pixel >> (8 * channel)) & 255).to(tl.float32) * of_scale + of_bias
-        if TO_MEAN and (_HAS_WARP & KINDS):
-            value = tl.where(kept, value, 0.0)
-        if CUTOUT > 0:
-            painted = 0.0
-            if COLOR >= 0:
-                byte = tl.full([], (COLOR >> (8 * channel)) & 255, tl.float32)
-                painted = byte * of_scale + of_bias
-            value = tl.where(cut_out, painted, value)
-        if CHANNELS_LAST:
-            offset = down * (WIDTH * CHANNELS) + across * CHANNELS + channel
-        else:
-            offset = down * WIDTH + across + channel * COUNT
-        tl.store(out_ptr + offset, value.to(out_ptr.dtype.element_ty), mask=mask)
+        of_scale, of_bias = _normalising(channel, scale, bias, PER_CHANNEL)
+        value = tl.where(hidden == 2, _painted(channel, of_scale, of_bias, COLOR), 0.0)
+        at = place * CHANNELS + channel if CHANNELS_LAST else place + channel * COUNT
+        tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=hidden > 0)
 
 
 def augment(
@@ -731,8 +775,10 @@ def augment(
     if num_rows == 0:
         return
     target = out
-    if mixup is not None:  # two rows of values are read faster than two rows are built
-        target = _like(out, scratch)
+    # two rows of values are read as fast as two rows are built: see `mixing_rows` of benchmarks
+    if mixup is not None:
+        target = scratch.empty("unmixed", tuple(out.shape), out.dtype, device)
+        target = target.as_strided(out.shape, out.stride())
 
     slots, count = slots_of(chain), height * width
     kinds = kinds_of(chain)
@@ -762,7 +808,7 @@ def augment(
         "HEIGHT": height,
         "WIDTH": width,
         "CHANNELS": channels,
-        "CUT": (2 if cut.area else 1) if cut else 3 if geometry.zoom else 0,
+        "CUT": cut_kind(geometry),
         "ROOT": root_of_area(in_height, in_width),
         "STRIDE_CHANNEL": first.stride(1),
         "STRIDE_LINE": first.stride(2),
@@ -784,35 +830,45 @@ def augment(
         for number in range(events):
             launch(
                 event_kernel, num_rows * parts, device, made, stage, counts, *read, number,
-                **shape, TILES=blocks(tiles, parts), num_warps=8, **compiled,
+                **shape, TILES=blocks(tiles, parts), num_warps=8, **compiled, **_OF_EVENTS,
             )  # fmt: skip
     scale, bias, per_channel = normalisation(scaling, channels, device)
     color = chain.cutout_color
+    to_mean = chain.outside == "mean"
+    hides = bool(chain.cutout) or (to_mean and Kind.WARP in kinds)
+    written = target
+    if geometry.blur_radius:
+        planes = (num_rows, channels + hides, height, width)
+        written = scratch.empty("bytes", planes, torch.uint8, device)
+    of_values = {
+        "CHANNELS_LAST": not out.is_contiguous(),
+        "PER_CHANNEL": per_channel,
+        "COLOR": -1 if color is None else _packed(color, channels),
+    }
     launch(
         chain_kernel, num_rows * tiles, device,
-        target, made, stage, *read, scale, bias,
+        written, made, stage, *read, scale, bias,
         **shape,
+        **of_values,
         EVENTS=events if in_one else 0,
-        CHANNELS_LAST=not out.is_contiguous(),
-        PER_CHANNEL=per_channel,
-        TO_MEAN=chain.outside == "mean",
+        TO_MEAN=to_mean,
         CUTOUT=(1 if isinstance(chain.cutout, int) else 2) if chain.cutout else 0,
-        COLOR=-1 if color is None else _packed(color, channels),
         num_warps=8 if in_one else 4,  # events need more registers than a thread has for 8 pixels
         **compiled,
     )  # fmt: skip
+    if geometry.blur_radius:
+        resample(
+            (written[:, :channels],), params, Geometry(blur_radius=geometry.blur_radius), scaling,
+            channels_last_in=False, out=target, workspace=scratch, moves=False,
+        )  # fmt: skip
+        if hides:
+            launch(
+                cover_kernel, num_rows * blocks(count, _PIXELS), device,
+                target, written, scale, bias,
+                **of_values, COUNT=count, CHANNELS=channels, BLOCK=_PIXELS, num_warps=4,
+            )  # fmt: skip
     if mixup is not None:
-        no_targets = torch.empty((num_rows, 0), dtype=torch.float32, device=device)
-        mix_rows(target, no_targets, mixup, out, torch.empty_like(no_targets))
-
-
-def _like(out: Tensor, scratch: Workspace) -> Tensor:
-    """Scratch memory for views, in the memory format of ``out``."""
-    rows, channels, height, width = out.shape
-    if out.is_contiguous():
-        return scratch.empty("unmixed", tuple(out.shape), out.dtype, out.device)
-    shape = (rows, height, width, channels)
-    return scratch.empty("unmixed", shape, out.dtype, out.device).permute(0, 3, 1, 2)
+        blend(target, mixup, out)
 
 
 def _alike(sources: tuple[Tensor, ...], channels_last_in: bool) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from gpu_mixmatch.impl.constants import constant
 from gpu_mixmatch.impl.triton.launch import blocks, launch
 from gpu_mixmatch.impl.triton.rows import divided, inverse
 from gpu_mixmatch.sampling.chain import NUM_ASPECTS, area_limits, aspect_factors, shuffles
+from gpu_mixmatch.sampling.draws import strong_rows
 from gpu_mixmatch.types import AugmentPolicy, Chain, Cut, DrawPlan
 
 _BLOCK = 32
@@ -404,7 +405,7 @@ def draw_batch(
     degree, of_power, beta = _beta(plan.alpha, device)
     padding, (least_zoom, most_zoom), flip, sigmas = (plan.policy or AugmentPolicy())[:4]
     low, high = sigmas or (0.0, 0.0)
-    strong = sampling.strong_rows(num_rows, num_x, plan)
+    strong = strong_rows(num_rows, num_x, plan)
     shuffled = blocks(boundary, _BLOCK) + blocks(num_rows - boundary, _BLOCK)
     chain, tables = _NO_CHAIN, _ChainTables(None, None, None)
     if plan.policy and (plan.policy.cut or plan.policy.chain):

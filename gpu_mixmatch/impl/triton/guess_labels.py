@@ -20,7 +20,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _known(
+def known_labels(
     row, cls, mask, y_ptr, stride_y, stride_y_class, smoothing, num_classes,
     SOFT_LABELS: tl.constexpr,
 ):  # fmt: skip
@@ -105,12 +105,12 @@ def guess_labels_kernel(
         at_2, guessed_2 = logits_ptr + image.to(tl.int64) * stride_image, mask & (partner >= num_x)
         most_2, total_2 = most, total
     if y_ptr is not None:
-        known = _known(
+        known = known_labels(
             row, cls, inside & labelled, y_ptr, stride_y, stride_y_class, smoothing, num_classes,
             SOFT_LABELS,
         )  # fmt: skip
         if index_ptr is not None:
-            known_2 = _known(
+            known_2 = known_labels(
                 partner, cls, inside & labelled_2, y_ptr, stride_y, stride_y_class, smoothing,
                 num_classes, SOFT_LABELS,
             )  # fmt: skip

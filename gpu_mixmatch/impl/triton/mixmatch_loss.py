@@ -4,25 +4,15 @@ Forward, each program sums its rows; the one that finishes last adds up the sums
 order, so that the result does not depend on timing.
 """
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpu_mixmatch import _streams
+from gpu_mixmatch.impl.triton.classes import log_softmax_rows, strides_of
 from gpu_mixmatch.impl.triton.guess_labels import row_tile
 from gpu_mixmatch.impl.triton.launch import blocks, launch
-
-
-@triton.jit
-def _place(row, cls, stride_row, stride_class, num_classes):
-    if stride_row is None:  # contiguous
-        at = row * num_classes + cls
-    else:
-        at = row * stride_row + cls * stride_class
-    return at
+from gpu_mixmatch.impl.triton.zeros import zeros
 
 
 @triton.jit
@@ -30,25 +20,6 @@ def _means(num_labelled, num_rows, num_classes):
     """Of how many values the two parts of the loss are means, at least one."""
     unlabelled = (num_rows - num_labelled).to(tl.int64)
     return tl.maximum(num_labelled, 1), tl.maximum(unlabelled * num_classes, 1)
-
-
-@triton.jit
-def _rows(
-    row, cls, mask, logits_ptr, targets_ptr, stride_row, stride_class,
-    stride_targets_row, stride_targets_class, num_classes,
-):  # fmt: skip
-    """Log-probabilities, probabilities and targets of some rows, ``[ROWS, CLASSES]``."""
-    WIDE: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
-    row, cls = row.to(tl.int64), cls.to(tl.int64)
-    at = _place(row, cls, stride_row, stride_class, num_classes)
-    logits = tl.load(logits_ptr + at, mask=mask, other=0.0)
-    logits = tl.where(cls < num_classes, logits.to(WIDE), float("-inf"))
-    at = _place(row, cls, stride_targets_row, stride_targets_class, num_classes)
-    targets = tl.load(targets_ptr + at, mask=mask, other=0.0).to(WIDE)
-    logits -= tl.max(logits, axis=1)[:, None]
-    log_probs = logits - tl.log(tl.sum(tl.exp(logits), axis=1))[:, None]
-    # where there is no class: finite, so that its product with no target is 0
-    return tl.where(cls < num_classes, log_probs, 0.0), tl.exp(log_probs), targets
 
 
 # A batch of another size must not be another kernel: its counts may be 1 or divisible by 16.
@@ -87,7 +58,7 @@ def mixmatch_loss_kernel(
     row = (program * ROWS + tl.arange(0, ROWS))[:, None]
     cls = tl.arange(0, CLASSES)[None, :]
     mask = (row < num_rows) & (cls < num_classes)
-    log_probs, probs, targets = _rows(
+    log_probs, probs, targets = log_softmax_rows(
         row, cls, mask, logits_ptr, targets_ptr, stride_row, stride_class,
         stride_targets_row, stride_targets_class, num_classes,
     )  # fmt: skip
@@ -143,7 +114,7 @@ def mixmatch_loss_backward_kernel(
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     cls = tl.arange(0, CLASSES)[None, :]
     mask = (row < num_rows) & (cls < num_classes)
-    _, probs, targets = _rows(
+    _, probs, targets = log_softmax_rows(
         row, cls, mask, logits_ptr, targets_ptr, stride_row, stride_class,
         stride_targets_row, stride_targets_class, num_classes,
     )  # fmt: skip
@@ -182,7 +153,7 @@ def mixmatch_loss(
         logits.device,
         *out,
         sums,
-        _arrivals(logits.device),
+        zeros(logits.device),  # where programs count themselves in
         *_arguments(logits, targets, num_labelled, weight_u),
         ROWS=rows,
         CLASSES=classes,
@@ -222,31 +193,10 @@ def _arguments(
         logits,
         targets,
         None if on_host else weight_u,
-        *_strides(logits),
-        *_strides(targets),
+        *strides_of(logits),
+        *strides_of(targets),
         num_labelled,
         num_rows,
         num_classes,
         float(weight_u) if on_host else 0.0,
     )
-
-
-def _strides(rows: Tensor) -> tuple[int, ...] | tuple[None, None]:
-    return (None, None) if rows.is_contiguous() else rows.stride()
-
-
-def _arrivals(device: torch.device) -> Tensor:
-    """Where programs count themselves in: 0 before a launch."""
-    if _streams.is_capturing(device):
-        # the graph's own, which every replay sets to zero: a kept one would be shared by graphs,
-        # and one that is made here would be filled by this graph's replays alone
-        return torch.zeros((), dtype=torch.int32, device=device)
-    return _kept_arrivals(device, _streams.current_stream(device))
-
-
-# What is evicted was only used in the stream that it was made in, so that it may be freed there.
-@lru_cache(maxsize=64)
-def _kept_arrivals(device: torch.device, stream: int) -> Tensor:
-    """A counter that launches of one stream leave at 0 for the next."""
-    with torch.inference_mode(False):
-        return torch.zeros((), dtype=torch.int32, device=device)

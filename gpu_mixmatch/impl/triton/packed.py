@@ -1,4 +1,4 @@
-"""Shift, flip and zoom of large uint8 images, four bytes at a time: writes a value of each byte.
+"""Shift, crop, flip and zoom of large uint8 images in words of bytes: writes a value of each byte.
 
 A thread holds `PIXELS` pixels with their channels of each of `LINES` lines. What it needs of a line
 lies in words of four bytes: four pixels of a plane (NCHW), or the channels of a pixel (NHWC). Such
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from gpu_mixmatch.impl.triton.launch import blocks, launch
 from gpu_mixmatch.impl.triton.rows import (
+    cut_draws,
+    cut_kind,
     drawn,
     image_of,
     inverse,
@@ -44,6 +46,7 @@ class _Rows(NamedTuple):
     draws_ptr: Any
     pitch: Any
     to_zoom: Any
+    chain_ptr: Any
 
 
 @triton.jit
@@ -101,6 +104,7 @@ def _between(position, before, after, SIZE: tl.constexpr, ZOOM: tl.constexpr):
 def _column(
     pixel,
     across,
+    IN_WIDTH: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDING: tl.constexpr,
     MODE: tl.constexpr,
@@ -110,9 +114,9 @@ def _column(
     left, flip, before, after = across
     pixel = tl.where(flip, WIDTH - 1 - pixel, pixel)
     first, second, distance = _between(pixel, before, after, WIDTH, ZOOM)
-    first, in_first = padded(first, left, WIDTH, PADDING, MODE)
+    first, in_first = padded(first, left, IN_WIDTH, PADDING, MODE)
     if ZOOM:
-        second, in_second = padded(second, left, WIDTH, PADDING, MODE)
+        second, in_second = padded(second, left, IN_WIDTH, PADDING, MODE)
     else:
         second, in_second = first, in_first
     return first, in_first, second, in_second, distance
@@ -131,6 +135,7 @@ def _of_plane(
     across,
     begin,
     last,
+    IN_WIDTH: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDING: tl.constexpr,
     MODE: tl.constexpr,
@@ -141,10 +146,18 @@ def _of_plane(
     Returns the first of the two words that hold them, ``last`` at most; selectors of their bytes
     and of their neighbours', each with a mask of those that are within the image; and distances.
     """
-    a, in_a, a_next, in_a_next, a_distance = _column(pixel, across, WIDTH, PADDING, MODE, ZOOM)
-    b, in_b, b_next, in_b_next, b_distance = _column(pixel + 1, across, WIDTH, PADDING, MODE, ZOOM)
-    c, in_c, c_next, in_c_next, c_distance = _column(pixel + 2, across, WIDTH, PADDING, MODE, ZOOM)
-    d, in_d, d_next, in_d_next, d_distance = _column(pixel + 3, across, WIDTH, PADDING, MODE, ZOOM)
+    a, in_a, a_next, in_a_next, a_distance = _column(
+        pixel, across, IN_WIDTH, WIDTH, PADDING, MODE, ZOOM
+    )
+    b, in_b, b_next, in_b_next, b_distance = _column(
+        pixel + 1, across, IN_WIDTH, WIDTH, PADDING, MODE, ZOOM
+    )
+    c, in_c, c_next, in_c_next, c_distance = _column(
+        pixel + 2, across, IN_WIDTH, WIDTH, PADDING, MODE, ZOOM
+    )
+    d, in_d, d_next, in_d_next, d_distance = _column(
+        pixel + 3, across, IN_WIDTH, WIDTH, PADDING, MODE, ZOOM
+    )
     # padding folds an interval into one that is no longer: all of them lie in two words
     least = tl.minimum(tl.minimum(a, b), tl.minimum(c, d))
     if ZOOM:
@@ -192,6 +205,8 @@ def _words(
     plane,
     rows,
     CHANNELS: tl.constexpr,
+    IN_HEIGHT: tl.constexpr,
+    IN_WIDTH: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     BY_PIXELS: tl.constexpr,
@@ -208,12 +223,14 @@ def _words(
     """
     from_x, place = image_of(row, rows.num_x, rows.num_u, rows.inverse_u)
     image = tl.where(from_x, rows.x_ptr.to(tl.int64), rows.u_ptr.to(tl.int64))
-    image += place.to(tl.int64) * (CHANNELS * HEIGHT * WIDTH) + plane * (HEIGHT * WIDTH)
+    image += (place.to(tl.int64) * CHANNELS + plane) * (IN_HEIGHT * IN_WIDTH)
     # Images may begin anywhere. Their first and last words may hold bytes of others, too; those lie
     # in the same page of memory, so that they can be read, and no selector chooses them.
     begin = (image & 3).to(tl.int32)
     image_ptr = (image - begin).to(tl.pointer_type(tl.uint32))
-    top, left, flip = drawn(rows.draws_ptr, rows.pitch, row)
+    top, left, flip = drawn(
+        rows.draws_ptr, rows.pitch, row, rows.chain_ptr, IN_HEIGHT, IN_WIDTH, HEIGHT, WIDTH
+    )
     above, below, before, after = 0, 0, 0, 0
     if ZOOM:
         cuts_ptr = rows.draws_ptr + rows.to_zoom + row.to(tl.int64) * 4
@@ -221,10 +238,10 @@ def _words(
         before, after = tl.load(cuts_ptr + 2), tl.load(cuts_ptr + 3)
     across = (left, flip, before, after)
     line, next_line, down_distance = _between(down, above, below, HEIGHT, ZOOM)
-    line, line_inside = padded(line, top, HEIGHT, PADDING, MODE)
-    next_line, next_inside = padded(next_line, top, HEIGHT, PADDING, MODE)
-    PITCH: tl.constexpr = WIDTH * (CHANNELS if BY_PIXELS else 1)
-    PLANE: tl.constexpr = HEIGHT * WIDTH // 4
+    line, line_inside = padded(line, top, IN_HEIGHT, PADDING, MODE)
+    next_line, next_inside = padded(next_line, top, IN_HEIGHT, PADDING, MODE)
+    PITCH: tl.constexpr = IN_WIDTH * (CHANNELS if BY_PIXELS else 1)
+    PLANE: tl.constexpr = IN_HEIGHT * IN_WIDTH // 4
     last = ((begin + PITCH - 1) >> 2) - 1  # so that the second word holds bytes of the line, too
     line_ptr = image_ptr + line * (PITCH // 4)
     next_ptr = image_ptr + next_line * (PITCH // 4)
@@ -233,7 +250,7 @@ def _words(
     for k in tl.static_range(PIXELS if BY_PIXELS else PIXELS // 4):
         if BY_PIXELS:
             column, inside, beside, beside_inside, distance = _column(
-                pixel + k, across, WIDTH, PADDING, MODE, ZOOM
+                pixel + k, across, IN_WIDTH, WIDTH, PADDING, MODE, ZOOM
             )
             distances += (distance,)
             at, selector, keep = _of_pixel(column, inside, begin, last, CHANNELS)
@@ -258,7 +275,7 @@ def _words(
                 words += (word,)
         else:
             at, selector, keep, selector_next, keep_next, of_four = _of_plane(
-                pixel + 4 * k, across, begin, last, WIDTH, PADDING, MODE, ZOOM
+                pixel + 4 * k, across, begin, last, IN_WIDTH, WIDTH, PADDING, MODE, ZOOM
             )
             distances += of_four
             for c in tl.static_range(PLANES):
@@ -330,7 +347,7 @@ def _joined(values, COUNT: tl.constexpr):
 @triton.jit(
     do_not_specialize=["num_x", "num_u", "inverse_u", "pitch", "to_zoom"],
     do_not_specialize_on_alignment=[
-        *("x_ptr", "u_ptr", "draws_ptr", "lam_ptr", "index_ptr", "scale", "bias"),
+        *("x_ptr", "u_ptr", "draws_ptr", "chain_ptr", "lam_ptr", "index_ptr", "scale", "bias"),
     ],
 )
 def packed_kernel(
@@ -343,11 +360,14 @@ def packed_kernel(
     draws_ptr,
     pitch,
     to_zoom,
+    chain_ptr,
     lam_ptr,
     index_ptr,
     scale,
     bias,
     CHANNELS: tl.constexpr,
+    IN_HEIGHT: tl.constexpr,
+    IN_WIDTH: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     BY_PIXELS: tl.constexpr,
@@ -371,20 +391,22 @@ def packed_kernel(
     line = item // GROUPS * LINES + tl.arange(0, LINES)[:, None]
     pixel = item % GROUPS * PIXELS
     down = tl.minimum(line, HEIGHT - 1)
-    rows = _Rows(x_ptr, u_ptr, num_x, num_u, inverse_u, draws_ptr, pitch, to_zoom)
+    rows = _Rows(x_ptr, u_ptr, num_x, num_u, inverse_u, draws_ptr, pitch, to_zoom, chain_ptr)
     MIXES: tl.constexpr = index_ptr is not None
     lam, partner = 1.0, row
     if MIXES:
         lam, partner = tl.load(lam_ptr + row), tl.load(index_ptr + row).to(tl.int32)
     words, distances, down_distance = _words(
         row, down, pixel, plane, rows,
-        CHANNELS, HEIGHT, WIDTH, BY_PIXELS, PADDING, MODE, ZOOM, PLANES, PIXELS,
+        CHANNELS, IN_HEIGHT, IN_WIDTH, HEIGHT, WIDTH,
+        BY_PIXELS, PADDING, MODE, ZOOM, PLANES, PIXELS,
     )  # fmt: skip
     partner_words = words
     if MIXES:
         partner_words, _, _ = _words(
             partner, down, pixel, plane, rows,
-            CHANNELS, HEIGHT, WIDTH, BY_PIXELS, PADDING, MODE, ZOOM, PLANES, PIXELS,
+            CHANNELS, IN_HEIGHT, IN_WIDTH, HEIGHT, WIDTH,
+            BY_PIXELS, PADDING, MODE, ZOOM, PLANES, PIXELS,
         )  # fmt: skip
     if CHANNELS_LAST:
         at = (line * WIDTH + pixel) * CHANNELS
@@ -412,8 +434,8 @@ _MOST_HELD = 48  # values of a thread; more of them take registers from other th
 _ITEMS = 128
 
 
-def fits(dtype: torch.dtype, out: Tensor, by_pixels: bool) -> bool:
-    """Whether `augment` here should make ``out`` of images of a dtype that have no gaps.
+def fits(dtype: torch.dtype, in_width: int, out: Tensor, by_pixels: bool) -> bool:
+    """Whether `augment` here should make ``out`` of images of a dtype and width without gaps.
 
     Neither the number of images nor where they begin enters: a batch that differs in these alone
     must not compile another kernel.
@@ -423,8 +445,8 @@ def fits(dtype: torch.dtype, out: Tensor, by_pixels: bool) -> bool:
     return (
         dtype == torch.uint8
         and channels * height * width >= _LEAST_VALUES
-        and width % 4 == 0
-        and width >= 8  # two words
+        and width % 4 == in_width % 4 == 0
+        and in_width >= 8  # two words
         and (any_channels or channels <= _MOST_CHANNELS)
     )
 
@@ -435,14 +457,16 @@ def augment(
     geometry: Geometry,
     scaling: Scaling,
     *,
+    in_size: tuple[int, int],
     by_pixels: bool,
     out: Tensor,
     mixup: MixUpParams | None,
 ) -> None:
-    """Shift, flip, zoom, scale and, asked and without zoom, mix images that `fits` fits.
+    """Shift, crop, flip, zoom, scale and, asked and without zoom, mix images that `fits` fits.
 
     Args:
         sources, params, geometry, scaling, out, mixup: As for the implementation's ``augment``.
+        in_size: Height and width of the images.
         by_pixels: Whether memory holds the images pixel by pixel, not plane by plane.
     """
     num_rows, channels, height, width = out.shape
@@ -452,7 +476,8 @@ def augment(
     # 16 bytes of a line, if lines are so long
     pixels = 8 if out.itemsize == 2 and width % 8 == 0 else 4
     planes = max(n for n in range(1, _MOST_CHANNELS + 1) if channels % n == 0)
-    most = _MOST_HELD // 2 if geometry.zoom else _MOST_HELD
+    zoom = cut_kind(geometry) == 3
+    most = _MOST_HELD // 2 if zoom else _MOST_HELD
     lines = 2 ** (max(most // (pixels * planes), 1).bit_length() - 1)
     tiles = blocks(blocks(height, lines) * (width // pixels), _ITEMS)
     launch(
@@ -468,18 +493,21 @@ def augment(
         draws,
         pitch,
         to_zoom,
+        cut_draws(params, geometry),
         mixup.lam if mixup else None,
         mixup.index if mixup else None,
         scale,
         bias,
         CHANNELS=channels,
+        IN_HEIGHT=in_size[0],
+        IN_WIDTH=in_size[1],
         HEIGHT=height,
         WIDTH=width,
         BY_PIXELS=by_pixels,
         CHANNELS_LAST=not out.is_contiguous(),
         PADDING=geometry.padding,
         MODE=geometry.padding_mode,
-        ZOOM=geometry.zoom,
+        ZOOM=zoom,
         PER_CHANNEL=per_channel,
         PLANES=planes,
         PIXELS=pixels,

@@ -1,6 +1,6 @@
-"""Zoom and blur: a small matrix product across and one down per tile, reads a byte, writes a value.
+"""Zoom, resized cuts and blur: two small matrix products a tile, reads a byte, writes a value.
 
-Padding, shift, zoom, flip and blur move and weigh the pixels of one axis at a time: a view is
+Padding, shift, zoom, cuts, flip and blur move and weigh the pixels of one axis at a time: a view is
 ``down · image · acrossᵀ`` with a banded matrix per axis. `weights_kernel` writes the bands once per
 view, `resample_kernel` multiplies them by the images of all channels. A band is as wide as a tile's
 sources, so that blur costs no more than zoom, and reflection costs nothing.
@@ -20,9 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from gpu_mixmatch._buffers import Workspace
+from gpu_mixmatch.impl.tables import root_of_area
 from gpu_mixmatch.impl.triton.launch import blocks, launch
 from gpu_mixmatch.impl.triton.mixup import blend
 from gpu_mixmatch.impl.triton.rows import (
+    cut_draws,
+    cut_kind,
+    cut_out,
     image_of,
     inverse,
     normalisation,
@@ -50,14 +54,16 @@ class _Axis(NamedTuple):
     """What moves the pixels of one axis of a view, in a kernel: whole numbers as float32.
 
     Attributes:
-        size: Pixels of the axis.
+        in_size: Pixels of the image.
+        size: Pixels of the view.
         slope: By how much a pixel further on reads further, in units of 1 / (2 · size).
         start: Where the first pixel reads, in these units.
         most: Where the last source is read, in these units.
         unit: 1 / (2 · size).
-        shift: Where the window, or what zoom leaves of it, begins in the image.
+        shift: Where the window, or what is cut out of it, begins in the image.
     """
 
+    in_size: Any
     size: Any
     slope: Any
     start: Any
@@ -67,21 +73,21 @@ class _Axis(NamedTuple):
 
 
 @triton.jit
-def _axis(size, shift, flip, before, after, ZOOM: tl.constexpr):
+def _axis(in_size, size, shift, flip, before, kept, RESIZED: tl.constexpr):
     direction = tl.where(flip > 0, -1, 1)
     start = tl.where(flip > 0, size - 1, 0)
     slope, most = direction.to(tl.float32), 0.0
-    if ZOOM:
-        before = tl.minimum(before, size - 1)  # at least one pixel is left
-        kept = size - before - tl.minimum(after, size - 1 - before)
+    if RESIZED:
         # (position + 1/2) · kept / size - 1/2
         slope = (2 * direction * kept).to(tl.float32)
         start = (2 * start + 1) * kept - size
         most = ((kept - 1) * 2 * size).to(tl.float32)
-        shift += before
+    shift += before
     width = size.to(tl.float32)
     unit = 1.0 / (2.0 * width)
-    return _Axis(width, slope, start.to(tl.float32), most, unit, shift.to(tl.float32))
+    return _Axis(
+        in_size.to(tl.float32), width, slope, start.to(tl.float32), most, unit, shift.to(tl.float32)
+    )
 
 
 @triton.jit
@@ -97,17 +103,17 @@ def _padded(position, weight, size, MODE: tl.constexpr):
 
 
 @triton.jit
-def _read(position, axis, MODE: tl.constexpr, ZOOM: tl.constexpr):
+def _read(position, axis, MODE: tl.constexpr, RESIZED: tl.constexpr):
     """The two sources of pixels before blur, and their weights."""
     read = position.to(tl.float32) * axis.slope + axis.start
     distance = tl.zeros_like(read)
-    if ZOOM:
+    if RESIZED:
         units = tl.minimum(tl.maximum(read, 0.0), axis.most)
         # half a unit keeps whole pixels on the right side of rounding
         read = tl.floor((units + 0.5) * axis.unit)
         distance = (units - read * (2.0 * axis.size)) * axis.unit
-    first, of_first = _padded(read + axis.shift, 1.0 - distance, axis.size, MODE)
-    second, of_second = _padded(read + (axis.shift + 1.0), distance, axis.size, MODE)
+    first, of_first = _padded(read + axis.shift, 1.0 - distance, axis.in_size, MODE)
+    second, of_second = _padded(read + (axis.shift + 1.0), distance, axis.in_size, MODE)
     return first, of_first, second, of_second
 
 
@@ -160,18 +166,23 @@ def _gathered(weights, source, sources, total):
     return tl.dot(high, ones, tl.dot(low, ones, total))
 
 
-@triton.jit(do_not_specialize=_DRAWS, do_not_specialize_on_alignment=["draws_ptr"])
+@triton.jit(do_not_specialize=_DRAWS, do_not_specialize_on_alignment=["draws_ptr", "chain_ptr"])
 def weights_kernel(
     table_ptr,
     first_ptr,
     draws_ptr,
     pitch,
     to_zoom,
+    chain_ptr,
+    IN_HEIGHT: tl.constexpr,
+    IN_WIDTH: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    MOVES: tl.constexpr,
     PADDING: tl.constexpr,
     MODE: tl.constexpr,
-    ZOOM: tl.constexpr,
+    CUT: tl.constexpr,
+    ROOT: tl.constexpr,
     RADIUS: tl.constexpr,
     TILE: tl.constexpr,
     SOURCES: tl.constexpr,
@@ -181,7 +192,11 @@ def weights_kernel(
     PARTS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """The weights of one tile of lines or of columns of a view, and the first of its sources."""
+    """The weights of one tile of lines or of columns of a view, and the first of its sources.
+
+    CUT is a `cut_kind`. Without MOVES images are views already, and only blurred.
+    """
+    RESIZED: tl.constexpr = CUT >= 2
     DOWN: tl.constexpr = (HEIGHT + TILE - 1) // TILE
     ACROSS: tl.constexpr = (WIDTH + TILE - 1) // TILE
     # nearly all blurs reach less far than an image: then no pixel is reflected twice
@@ -196,13 +211,21 @@ def weights_kernel(
     is_down = tile < DOWN
     size = tl.where(is_down, HEIGHT, WIDTH)
     start = (tile - tl.where(is_down, 0, DOWN)) * TILE
-    shift = tl.load(draws_ptr + tl.where(is_down, 0, pitch)) - PADDING
-    flip = tl.where(is_down, 0, tl.load(draws_ptr + 2 * pitch))
-    before, after = 0, 0
-    if ZOOM:
+    in_size = tl.where(is_down, IN_HEIGHT, IN_WIDTH)
+    shift, flip, before, kept = 0 * start, 0 * start, 0, in_size
+    if MOVES:
+        shift = tl.load(draws_ptr + tl.where(is_down, 0, pitch)) - PADDING
+        flip = tl.where(is_down, 0, tl.load(draws_ptr + 2 * pitch))
+    if CUT == 3:
         cuts_ptr += tl.where(is_down, 0, 2)
-        before, after = tl.load(cuts_ptr), tl.load(cuts_ptr + 1)
-    axis = _axis(size, shift, flip, before, after, ZOOM)
+        before = tl.minimum(tl.load(cuts_ptr), in_size - 1)  # at least one pixel is left
+        kept = in_size - before - tl.minimum(tl.load(cuts_ptr + 1), in_size - 1 - before)
+    elif CUT > 0:
+        top, left, tall, wide = cut_out(
+            chain_ptr + row.to(tl.int64) * 4, IN_HEIGHT, IN_WIDTH, HEIGHT, WIDTH, CUT == 2, ROOT
+        )
+        before, kept = tl.where(is_down, top, left), tl.where(is_down, tall, wide)
+    axis = _axis(in_size, size, shift, flip, before, kept, RESIZED)
     falloff, share = 0.0, _OF_ONE
     if RADIUS > 0:
         sigma = tl.load(draws_ptr + 7 * pitch).to(tl.float32, bitcast=True)
@@ -214,16 +237,16 @@ def weights_kernel(
     # the pixels before blur that a tile is made of; reflection folds them back into these
     lowest = tl.maximum(start - RADIUS, 0)
     highest = tl.minimum(start + (TILE - 1 + RADIUS), size - 1)
-    least = size.to(tl.float32)
+    least = in_size.to(tl.float32)
     for behind in tl.range(0, POSITIONS, POSITIONS_AT_ONCE, num_stages=1):
         position = tl.minimum(lowest + behind + tl.arange(0, POSITIONS_AT_ONCE), highest)
-        read = _read(position, axis, MODE, ZOOM)
-        nearest = tl.minimum(read[0], read[2]) if ZOOM else read[0]
+        read = _read(position, axis, MODE, RESIZED)
+        nearest = tl.minimum(read[0], read[2]) if RESIZED else read[0]
         least = tl.minimum(least, tl.min(nearest, axis=0))
     first = least.to(tl.int32)
     if WORDS:
         first = first // 4 * 4
-    first = tl.maximum(tl.minimum(first, size - SOURCES), 0)
+    first = tl.maximum(tl.minimum(first, in_size - SOURCES), 0)
     tl.store(first_ptr, first)
 
     column = tl.arange(0, AT_ONCE)
@@ -236,19 +259,19 @@ def weights_kernel(
         sources = (first + behind + source).to(tl.float32)
         weight = tl.zeros([TILE, AT_ONCE], tl.float32)
         if RADIUS == 0:
-            read = _read(start + in_tile, axis, MODE, ZOOM)
+            read = _read(start + in_tile, axis, MODE, RESIZED)
             of_first, of_second = (read[1] * share)[:, None], (read[3] * share)[:, None]
             weight = tl.where(sources[None, :] == read[0][:, None], of_first, 0.0)
-            if ZOOM:
+            if RESIZED:
                 weight += tl.where(sources[None, :] == read[2][:, None], of_second, 0.0)
         else:
             for further in tl.range(0, POSITIONS, POSITIONS_AT_ONCE, num_stages=1):
                 position = lowest + further + tl.arange(0, POSITIONS_AT_ONCE)
                 taps = _taps(start, position, falloff, axis.size, TILE, RADIUS, NEAR)
-                read = _read(position, axis, MODE, ZOOM)
+                read = _read(position, axis, MODE, RESIZED)
                 shares = (read[1] * share)[None, :]
                 weight = _gathered(taps * shares, read[0], sources, weight)
-                if ZOOM:
+                if RESIZED:
                     shares = (read[3] * share)[None, :]
                     weight = _gathered(taps * shares, read[2], sources, weight)
         at = in_tile[:, None] * (PARTS * SOURCES) + (behind + column)[None, :]
@@ -451,6 +474,8 @@ def resample_kernel(
     scale,
     bias,
     CHANNELS: tl.constexpr,
+    IN_HEIGHT: tl.constexpr,
+    IN_WIDTH: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -472,7 +497,8 @@ def resample_kernel(
     place = place.to(tl.int64)
     image_ptr = x_ptr if from_x else u_ptr
     if stride_x_image is None:
-        image = _Image(image_ptr + place * VALUES, HEIGHT * WIDTH, WIDTH, 1)
+        IN_PLANE: tl.constexpr = IN_HEIGHT * IN_WIDTH
+        image = _Image(image_ptr + place * (CHANNELS * IN_PLANE), IN_PLANE, IN_WIDTH, 1)
     else:
         stride_image = tl.where(from_x, stride_x_image, stride_u_image).to(tl.int64)
         image = _Image(
@@ -507,7 +533,7 @@ def resample_kernel(
         for channel in tl.static_range(3):
             value = _tile(
                 image, channel, held, lines_ptr, columns_ptr, line, column,
-                HEIGHT, WIDTH, TILE, SOURCES, AT_ONCE, PARTS, WORDS,
+                IN_HEIGHT, IN_WIDTH, TILE, SOURCES, AT_ONCE, PARTS, WORDS,
             )  # fmt: skip
             value = normalised(value, channel, scale, bias, PER_CHANNEL, CHANNELS)
             red, green, blue = green, blue, value.to(element)
@@ -531,7 +557,7 @@ def resample_kernel(
                 channel = first_channel + next_channel
                 value = _tile(
                     image, channel, held, lines_ptr, columns_ptr, line, column,
-                    HEIGHT, WIDTH, TILE, SOURCES, AT_ONCE, PARTS, WORDS,
+                    IN_HEIGHT, IN_WIDTH, TILE, SOURCES, AT_ONCE, PARTS, WORDS,
                 )  # fmt: skip
                 value = normalised(value, channel, scale, bias, PER_CHANNEL, CHANNELS)
                 if CHANNELS_LAST:
@@ -556,14 +582,20 @@ class _Shape(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _shape(height: int, width: int, zoom: bool, radius: int, words: bool) -> _Shape:
-    size = max(height, width)
-    tile = 32 if size > 16 else 16
+def _shape(
+    in_size: tuple[int, int], size: tuple[int, int], cut: int, radius: int, words: bool
+) -> _Shape:
+    longest, longest_in = max(size), max(in_size)
+    tile = 32 if longest > 16 else 16
     reach = tile + 2 * radius
-    # zoom reads between two pixels, and words may begin up to three before the first. What is not
-    # read in words takes more registers: fewer pixels at once
-    sources = _in_products(min(reach + zoom + 3 * words, size), 64 if words else 32)
-    return _Shape(tile, *sources, *_in_products(min(reach, size), 64))
+    span = reach
+    if cut >= 2:  # between pixels that lie at most this much further apart than those of the view
+        stretch = zip(in_size if cut == 2 else size, size, strict=True)
+        span = max(blocks((reach - 1) * most, out) for most, out in stretch) + 2
+    # words may begin up to three pixels before the first. What is not read in words takes more
+    # registers: fewer pixels at once
+    sources = _in_products(min(span + 3 * words, longest_in), 64 if words else 32)
+    return _Shape(tile, *sources, *_in_products(min(reach, longest), 64))
 
 
 def _in_products(count: int, most: int) -> tuple[int, int]:
@@ -590,18 +622,29 @@ def resample(
     out: Tensor,
     workspace: Workspace | None,
     mixup: MixUpParams | None = None,
+    moves: bool = True,
 ) -> None:
+    """Resize what is cut out of windows, and blur it.
+
+    Args:
+        sources, params, geometry, scaling, out, workspace, mixup: As for the implementation's
+            ``augment``.
+        channels_last_in: Likewise.
+        moves: Whether rows are shifted and flipped; else sources are views already.
+    """
     num_rows, channels, height, width = out.shape
     first, last = sources[0], sources[-1]
     num_x, num_u = (len(first) if len(sources) > 1 else 0), len(last)
     views = tuple(
         source.permute(0, 3, 1, 2) if channels_last_in else source for source in (first, last)
     )
+    in_height, in_width = views[0].shape[2:]
+    cut = cut_kind(geometry)
     plain = all(view.is_contiguous() for view in views)
     of_bytes = first.dtype == torch.uint8
-    words = of_bytes and width % 4 == 0 and (plain or all(map(_is_of_words, views)))
+    words = of_bytes and in_width % 4 == 0 and (plain or all(map(_is_of_words, views)))
     split = of_bytes and out.dtype != torch.bfloat16
-    shape = _shape(height, width, geometry.zoom, geometry.blur_radius, words)
+    shape = _shape((in_height, in_width), (height, width), cut, geometry.blur_radius, words)
     parts = {"PARTS": 2 if split else 1, "WORDS": words}
 
     scratch = workspace or Workspace()
@@ -616,6 +659,8 @@ def resample(
     )
     starts = scratch.empty("starts", (num_rows, tiles), torch.int32, out.device)
     sizes = {
+        "IN_HEIGHT": in_height,
+        "IN_WIDTH": in_width,
         "HEIGHT": height,
         "WIDTH": width,
         "TILE": tile,
@@ -630,9 +675,12 @@ def resample(
         table,
         starts,
         *packed_draws(params),
+        cut_draws(params, geometry),
+        MOVES=moves,
         PADDING=geometry.padding,
         MODE=geometry.padding_mode,
-        ZOOM=geometry.zoom,
+        CUT=cut,
+        ROOT=root_of_area(in_height, in_width),
         RADIUS=geometry.blur_radius,
         POSITIONS=shape.positions,
         POSITIONS_AT_ONCE=shape.positions_at_once,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpu_mixmatch.types import Draws, Scaling
+from gpu_mixmatch.types import ChainParams, Draws, Geometry, Scaling
 
 _WORDS_BEFORE_SIGMA = 7  # of a row: top, left, flip and four of zoom
 _FARTHEST = 2**28  # words between fields that kernels may count in int32
@@ -88,14 +88,58 @@ def packed_draws(params: Draws) -> PackedDraws:
     return PackedDraws(words, len(top), 3 * len(top))
 
 
+def cut_kind(geometry: Geometry) -> int:
+    """What windows are cut down to, as kernels are told it.
+
+    0 is nothing, 1 as many pixels as a view has, 2 a part by its area, 3 what a zoom leaves.
+    """
+    if geometry.cut:
+        return 2 if geometry.cut.area else 1
+    return 3 if geometry.zoom else 0
+
+
+def cut_draws(params: Draws, geometry: Geometry) -> Tensor | None:
+    """What was drawn for a cut without a chain, four words a row; None where there is no cut."""
+    if geometry.cut is None:
+        return None
+    assert isinstance(params, ChainParams)
+    return params.chain.contiguous()
+
+
 @triton.jit
-def drawn(draws_ptr, pitch, row):
-    """The top and the left edge of a row's window, and whether it is flipped."""
-    return (
-        tl.load(draws_ptr + row),
-        tl.load(draws_ptr + pitch + row),
-        tl.load(draws_ptr + 2 * pitch + row) > 0,
-    )
+def cut_out(
+    chain_ptr, IN_HEIGHT: tl.constexpr, IN_WIDTH: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BY_AREA: tl.constexpr, ROOT: tl.constexpr,
+):  # fmt: skip
+    """What a row's window is cut down to, before it is mirrored: top, left, height and width."""
+    height, width = HEIGHT, WIDTH
+    if BY_AREA:
+        height = ((tl.load(chain_ptr).to(tl.int64) * ROOT + (1 << 23)) >> 24).to(tl.int32)
+        width = ((tl.load(chain_ptr + 1).to(tl.int64) * ROOT + (1 << 23)) >> 24).to(tl.int32)
+        height = tl.minimum(tl.maximum(height, 1), IN_HEIGHT)
+        width = tl.minimum(tl.maximum(width, 1), IN_WIDTH)
+    top = tl.load(chain_ptr + 2).to(tl.int64) * (IN_HEIGHT - height + 1)
+    left = tl.load(chain_ptr + 3).to(tl.int64) * (IN_WIDTH - width + 1)
+    return (top >> 24).to(tl.int32), (left >> 24).to(tl.int32), height, width
+
+
+@triton.jit
+def drawn(
+    draws_ptr, pitch, row, chain_ptr, IN_HEIGHT: tl.constexpr, IN_WIDTH: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The top and the left edge of a row's window, and whether it is flipped.
+
+    Where ``chain_ptr`` is not None, they are those of what is cropped to the views' size.
+    """
+    top, left = tl.load(draws_ptr + row), tl.load(draws_ptr + pitch + row)
+    if chain_ptr is not None:
+        down, across, _, _ = cut_out(
+            chain_ptr + row.to(tl.int64) * 4, IN_HEIGHT, IN_WIDTH, HEIGHT, WIDTH, False, 0
+        )
+        top += down
+        left += across
+    return top, left, tl.load(draws_ptr + 2 * pitch + row) > 0
 
 
 @triton.jit
