@@ -26,7 +26,9 @@ from gpu_mixmatch.recipes.train import TrainConfig
 SEEDS = (0, 1, 2)
 SETS = {
     "digits": TrainConfig(steps=800),
-    "fashion-mnist": TrainConfig("fashion-mnist", labels=100, steps=800, batch_size=32),
+    "fashion-mnist": TrainConfig(
+        "fashion-mnist", labels=100, steps=800, batch_size=32, eval_every=80
+    ),
 }
 
 

@@ -91,6 +91,8 @@ _PAPER: dict[str, tuple[str, dict[str, float], int]] = {
     "digits": ("digits", {"lambda_u": 75.0, "alpha": 0.75}, 32),  # not in the paper
 }
 
+USB_GREY = (123,)  # the luma of the colour that its cutout has
+
 Loss = MixMatchLoss | ConsistencyLoss | ReMixMatchLoss
 
 
@@ -143,8 +145,14 @@ class Preset(NamedTuple):
         """
         if self.strong is None:
             raise ValueError(f"method must have strong views, got {self.method!r}, which has none")
-        engine: RandAugment = getattr(RandAugment, self.strong)(weak or self.augment())
+        colour = {"cutout_color": USB_GREY} if self.strong == "usb" and self.is_grey else {}
+        engine: RandAugment = getattr(RandAugment, self.strong)(weak or self.augment(), **colour)
         return engine
+
+    @property
+    def is_grey(self) -> bool:
+        """Whether the data set's images have one channel."""
+        return self.dataset in ("fashion-mnist", "mnist", "digits")
 
     def build(
         self, num_classes: int, *, weak: Any = None, strong: Any = None, **more: Any

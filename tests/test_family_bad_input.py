@@ -569,7 +569,7 @@ def test_labels_are_looked_at_before_the_guess(order, y, error, text):
             "model must return a tensor of logits, got tup",
         ),
     ],
-    ids=str,
+    ids=["a number", "a class", "too few rows", "too few classes", "a tuple"],
 )
 def test_models_give_logits_of_the_weak_views(model, error, text):
     x, y, u, _ = data_of()

@@ -255,6 +255,11 @@ def test_the_methods_have_the_switches_of_their_code():
     assert isinstance(remixmatch.alignment, DistributionAlignment)
     assert remixmatch.alignment.window == 128
     assert presets.remixmatch("stl10").builder["num_strong"] == 4
+    colours = {
+        name: presets.flexmatch(name).strong_augment().chain.cutout_color for name in DATASETS
+    }
+    assert colours["cifar10"] == (125, 123, 114)
+    assert colours["mnist"] == colours["digits"] == colours["fashion-mnist"] == (123,)
 
 
 @pytest.mark.parametrize("name", METHODS)

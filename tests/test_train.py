@@ -257,7 +257,7 @@ def test_remixmatch_has_a_short_window_and_few_views_in_a_short_run():
 def test_strong_views_are_of_the_preset_and_fit_small_images():
     for preset, factory in (("fast", "fixmatch"), ("paper", "usb")):
         run = TrainRun(TrainConfig(method="softmatch", preset=preset))
-        expected = make_strong(run.weak, 8, 8, factory).chain
+        expected = make_strong(run.weak, 8, 8, factory, 1).chain
         assert run.builder.strong.chain == expected
         assert run.builder.strong.weak is run.weak
 

@@ -1,6 +1,7 @@
 """What the names on the command line mean: presets, networks, engines and loaders."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -185,7 +186,7 @@ def make_augment(name: str, weak: WeakAugment, height: int, width: int) -> Augme
 
 
 def make_strong(
-    weak: WeakAugment, height: int, width: int, factory: str = "fixmatch"
+    weak: WeakAugment, height: int, width: int, factory: str = "fixmatch", channels: int = 3
 ) -> RandAugment:
     """Return FixMatch's RandAugment behind ``weak``, or another's, for images of a size.
 
@@ -199,8 +200,10 @@ def make_strong(
         height: Of the images, in pixels.
         width: Likewise.
         factory: The name of that of `RandAugment`.
+        channels: Of the images; USB's cutout has a colour where there are three.
     """
-    make = getattr(RandAugment, factory)
+    colour = {"cutout_color": presets.USB_GREY} if factory == "usb" and channels == 1 else {}
+    make = partial(getattr(RandAugment, factory), **colour)
     whole: RandAugment = make(weak)
     least = min(height, width)
     if least >= FIXMATCH_SIDE:
@@ -221,7 +224,7 @@ def make_builder(
     num_classes: int,
     engine: Augment,
     weak: WeakAugment,
-    size: tuple[int, int],
+    image: tuple[int, int, int],
     num_unlabelled: int,
     **options: Any,
 ) -> BatchBuilder:
@@ -232,7 +235,7 @@ def make_builder(
         num_classes: L.
         engine: Of all views, or of the weak ones where the method has strong ones.
         weak: What the strong ones have before them.
-        size: Height and width of the images, in pixels.
+        image: Channels, height and width of the images.
         num_unlabelled: Unlabelled images.
         options: Switches of the method.
 
@@ -248,7 +251,8 @@ def make_builder(
         )
     if preset.method == "flexmatch":
         options["num_unlabelled"] = num_unlabelled
-    strong = make_strong(weak, *size, preset.strong)
+    channels, height, width = image
+    strong = make_strong(weak, height, width, preset.strong, channels)
     return preset.build(num_classes, weak=engine, strong=strong, **options)
 
 

@@ -52,11 +52,13 @@ def mean_seconds(result: Result) -> float:
 def described(result: Result, config: TrainConfig) -> dict[str, Any]:
     """Return what a file of results says of a row beside its errors: its settings and curves.
 
-    Lists of "curves" have an entry for each evaluation, and one in it for each seed; "kept",
-    "mean_weight" and "confidence" are those of the last evaluation, a mean over the seeds.
+    Lists of "curves" have an entry for each evaluation that all seeds have, and one in it for each
+    seed; "kept", "mean_weight" and "confidence" are those of the last, a mean over the seeds.
     """
     run = resolved(dataclasses.replace(config, **result.row.changes))
-    evaluations = list(zip(*(summary.metrics for summary in result.summaries), strict=True))
+    by_step = [{entry["step"]: entry for entry in summary.metrics} for summary in result.summaries]
+    shared = [step for step in by_step[0] if all(step in entries for entries in by_step)]
+    evaluations = [[entries[step] for entries in by_step] for step in shared]
     last = evaluations[-1]
     means = {
         name: round(statistics.fmean(entry[name] for entry in last), 4)

@@ -366,7 +366,7 @@ class TrainRun:
             data.num_classes,
             self.augment,
             weak,
-            (height, width),
+            (channels, height, width),
             len(unlabelled),
             teacher=self.ema if has_teacher else None,
             seed=config.seed,
