@@ -595,9 +595,10 @@ def as_policy(
         as_cut(cut),
         as_chain(chain),
     )
-    if policy.zoom_px[1] and policy.cut and policy.cut.area:
+    if policy.zoom_px[1] and policy.cut:
         raise ValueError(
-            f"zoom_px must be (0, 0) where there is an area to cut out, got {policy.zoom_px}"
+            "zoom_px must be (0, 0) where there is a size or an area, which cut in its place, got "
+            f"{policy.zoom_px}"
         )
     return policy
 

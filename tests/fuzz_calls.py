@@ -135,7 +135,7 @@ def weak_fields() -> dict[str, Any]:
     return {
         "padding": 1,
         "padding_mode": "edge",
-        "zoom_px": (0, 1),
+        "zoom_px": (0, 0),
         "flip": 0.5,
         "blur_sigma": (0.0, 1.0),
         "mean": 0.5,

@@ -828,6 +828,8 @@ def test_neither_engine_nor_callable_is_refused(value):
         ({"flip": 1.5}, r"flip must be in \[0, 1\], got 1.5"),
         ({"flip": -0.1}, r"flip must be in \[0, 1\], got -0.1"),
         ({"flip": NAN}, r"flip must be in \[0, 1\], got nan"),
+        ({"zoom_px": (0, 2), "size": 4}, r"zoom_px must be \(0, 0\) where there is a size"),
+        ({"zoom_px": (0, 2), "area": (0.5, 1)}, r"zoom_px must be \(0, 0\) where there is a size"),
         ({"zoom_px": (3, 1)}, r"zoom_px must be two integers, .*got \(3, 1\)"),
         ({"zoom_px": (-1, 1)}, r"zoom_px\[0\] must be in 0 \.\. 32768, got -1"),
         ({"blur_sigma": (-1, 1)}, r"blur_sigma\[0\] must be in \[0, 1000\], got -1"),
