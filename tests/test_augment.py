@@ -683,9 +683,10 @@ def test_repr_shows_every_field():
         "aspect": (0.5, 2.0),
     }
     assert fields.keys() == inspect.signature(WeakAugment).parameters.keys()
-    text = repr(WeakAugment(**fields))
-    for name, value in fields.items():
-        assert f"{name}={value!r}" in text
+    for given in ({**fields, "zoom_px": (0, 0)}, {**fields, "size": None}):  # never both
+        text = repr(WeakAugment(**given))
+        for name, value in given.items():
+            assert f"{name}={value!r}" in text
 
 
 def test_there_is_no_state_to_save():
