@@ -70,6 +70,8 @@ def came(value: object) -> str:
         return f"{_shown(value)}"
     if isinstance(value, type):
         return f"the class {value.__name__}"
+    if isinstance(value, tuple) and any(isinstance(part, Tensor) for part in value):
+        return f"a {type(value).__name__}"  # whose values would fill the page, read from a device
     try:
         text = " ".join(map(str.strip, repr(value).splitlines()))  # of a module, one line
     except Exception:  # of an object that is broken in more than one way
@@ -806,6 +808,39 @@ def check_weights(weights: Any, logits: Tensor) -> None:
     check_device("weights", weights, "logits", logits)
 
 
+def check_tsa(tsa: Any, logits: Tensor) -> None:
+    """Raise if the probability from which labelled rows are left out is no 0-d float."""
+    check_tensor("tsa", tsa)
+    if tsa.dim() or not tsa.is_floating_point():
+        raise ValueError(f"tsa must be a 0-d floating point tensor, got {came(tsa)}")
+    if tsa.device.type != "cpu":
+        check_device("tsa", tsa, "logits", logits)
+    check_scalar("tsa", tsa)
+
+
+def check_fairness(fairness: Any, logits: Tensor) -> None:
+    """Raise if there is not a floating point share for each class of logits ``[N, L]``."""
+    check_tensor("fairness", fairness)
+    if logits.dim() != 2 or fairness.shape != logits.shape[1:]:
+        raise ValueError(
+            f"fairness must be [L] like logits [N, L], got {list(fairness.shape)} and "
+            f"{list(logits.shape)}"
+        )
+    check_float("fairness", fairness)
+    check_device("fairness", fairness, "logits", logits)
+
+
+def check_ids_of(name: str, ids: Tensor, count_name: str, count: int) -> None:
+    """Raise if ids are not those of ``count`` samples. On a device that cannot be told at once."""
+    if not _is_seen(ids) or not ids.numel():
+        return
+    low, high = (int(end) for end in ids.aminmax())
+    if low < 0 or high >= count:
+        raise ValueError(
+            f"{name} must be in 0 .. {count_name} - 1 = {count - 1}, got {low} .. {high}"
+        )
+
+
 def as_weighting(weighting: Any, logits: Tensor) -> Weighting:
     """Return a weighting of which every field fits logits ``[M, L]``."""
     check_kind("weighting", weighting, Weighting, "a Weighting")
@@ -822,6 +857,11 @@ def as_weighting(weighting: Any, logits: Tensor) -> Weighting:
         check_tensor(name, tensor)
         if tuple(tensor.shape) != (length,):
             raise ValueError(f"{name} must be [{length}] for {rule!r}, got {list(tensor.shape)}")
+        wanted = torch.int32 if name == "state" and rule == "flex" else torch.float32
+        if tensor.dtype != wanted:
+            raise ValueError(
+                f"{name} must be {dtype_name(wanted)} for {rule!r}, got {dtype_name(tensor.dtype)}"
+            )
         check_device(name, tensor, "logits", logits)
     return Weighting(
         as_number("temperature", temperature, least=0),
@@ -871,9 +911,11 @@ def check_consistency_batch(batch: Any) -> None:
     for name in ("inputs", "targets", "step"):
         check_tensor(f"batch.{name}", getattr(batch, name))
     as_integer("batch.num_labelled", batch.num_labelled)
-    as_integer("batch.num_weak", batch.num_weak, most=len(batch.inputs))
     if batch.guess is None:
         check_tensor("batch.weights", batch.weights)
+        return
+    check_callable("batch.guess", batch.guess, "what labels a batch, or None")
+    as_integer("batch.num_weak", batch.num_weak, least=1, most=len(batch.inputs))
 
 
 def check_remixmatch_batch(batch: Any) -> None:
@@ -1309,7 +1351,9 @@ def check_same_images(x: Any, weak: Any, strong: Any, num_strong: int) -> Tensor
         raise ValueError(
             f"weak must be [M, C, H, W] with {list(x.shape[1:])} like x, got {list(weak.shape)}"
         )
-    check_not_empty(x, weak)
+    for name, images in (("x", x), ("weak", weak)):
+        if len(images) == 0:
+            raise ValueError(f"{name} must hold at least one image, got {list(images.shape)}")
     flat: Tensor = strong.flatten(0, 1) if strong.dim() == 5 else strong
     views = strong.shape[0] if strong.dim() == 5 else 1
     if views != num_strong or flat.shape != (views * len(weak), *weak.shape[1:]):

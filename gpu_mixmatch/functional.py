@@ -23,6 +23,7 @@ from gpu_mixmatch._validation import (
     check_batch_logits,
     check_choice,
     check_device,
+    check_fairness,
     check_float,
     check_groups,
     check_key_tensor,
@@ -33,8 +34,8 @@ from gpu_mixmatch._validation import (
     check_mixup_rows,
     check_no_grad,
     check_out,
-    check_scalar,
     check_tensor,
+    check_tsa,
     check_weights,
 )
 from gpu_mixmatch.impl import eager, resolve_impl
@@ -408,10 +409,7 @@ def consistency_loss(
     check_choice("loss_u", loss_u, UnlabelledLoss)
     check_choice("impl", impl, Impl)
     if tsa is not None:
-        check_tensor("tsa", tsa)
-        if tsa.dim():
-            raise ValueError(f"tsa must be 0-d, got {list(tsa.shape)}")
-        check_scalar("tsa", tsa)
+        check_tsa(tsa, logits)
         tsa = tsa.detach().float()
     weight = _as_weight(weight_u)
     arguments = (
@@ -448,12 +446,7 @@ def fairness_loss(logits: Tensor, weights: Tensor, fairness: Tensor) -> Tensor:
     check_tensor("logits", logits)
     check_float("logits", logits)
     check_weights(weights, logits)
-    check_tensor("fairness", fairness)
-    if fairness.shape != logits.shape[1:]:
-        raise ValueError(
-            f"fairness must be [L] = {list(logits.shape[1:])} like logits, got "
-            f"{list(fairness.shape)}"
-        )
+    check_fairness(fairness, logits)
     return eager.fairness_loss(logits, weights.detach(), fairness.detach())
 
 

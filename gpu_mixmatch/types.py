@@ -409,10 +409,13 @@ class ConsistencyBatch(NamedTuple):
             What has its guess already is returned as it is.
 
         Raises:
+            TypeError: If logits are no tensor.
             ValueError: If there is not a row of logits for each input.
         """
         if self.guess is None:
             return logits, self
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
         if logits.dim() != 2 or len(logits) != len(self.inputs):
             raise ValueError(
                 f"logits must be [{len(self.inputs)}, L], a row for each of batch.inputs, "

@@ -798,6 +798,7 @@ NOT_CALLED = {
     "ReMixMatchBatch",
     "ReMixMatchLossOutput",
     "SemiSupervisedBatch",
+    "WeighedGuessQuality",
     "Words",
     "__version__",
     "functional",

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
+from gpu_mixmatch import FlexMatch, RandAugment, WeakAugment
 from gpu_mixmatch.data.collate import Indexed, collate
 from tests.skips import skip_without
 
@@ -514,3 +515,21 @@ def test_indices_stay_with_their_samples_whatever_a_data_set_does_to_its_list():
             return [found[place] for place in range(len(indices))]
 
     assert Indexed(Sorting([10, 11, 12, 13])).__getitems__([3, 0, 2]) == [(13, 3), (10, 0), (12, 2)]
+
+
+def test_two_loaders_of_one_to_seven_give_a_method_its_ids():
+    weak = WeakAugment.digits()
+    flexmatch = FlexMatch(weak, RandAugment.fixmatch(weak, cutout=3), 3, num_unlabelled=28)
+    images = torch.from_numpy(pixels(28, 8, 8))
+    labelled = DataLoader(
+        TensorDataset(images[:8], torch.arange(8) % 3), batch_size=2, collate_fn=collate
+    )
+    unlabelled = DataLoader(Indexed(images), batch_size=14, shuffle=True, collate_fn=collate)
+    seen = []
+    for (x, y), (u, ids_u) in zip(labelled, unlabelled, strict=False):
+        assert (len(x), len(u)) == (2, 14)
+        batch = flexmatch(x, y, u, lambda images: 50 * images[:, 0, 3, 3:6], ids_u=ids_u)
+        seen += ids_u.tolist()
+    assert len(batch.weights) == 16
+    assert sorted(seen) == list(range(28))
+    assert (flexmatch.threshold.classes >= 0).sum() > 14

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gpu_mixmatch import MixMatch, WeakAugment
+from gpu_mixmatch import MixMatch, WeakAugment, sampling
 from gpu_mixmatch.augment.dali import DaliAugment
 from gpu_mixmatch.data.dali import AugmentedBatch, DaliLoader, mixmatch_pipeline
 from gpu_mixmatch.data.images import ImageIndex, image_folder
@@ -568,7 +568,16 @@ def test_labels_are_wanted_of_the_labelled_source_alone(folders, tmp_path):
     index = image_folder(tmp_path)
     with pytest.raises(ValueError, match="source must have labels, got none"):
         loader_of((index, folders[1]))
-    assert len(batches_of((folders[0], tmp_path), steps_per_epoch=1)) == 1
+    assert len(batches_of((folders[0], tmp_path), ratio=1, steps_per_epoch=1)) == 1
+
+
+def test_seven_unlabelled_images_come_with_each_labelled_one_and_no_more_than_there_are(folders):
+    (batch,) = batches_of(folders, ratio=7, steps_per_epoch=1)
+    assert list(batch.u.shape) == [21, 3, HEIGHT, WIDTH]
+    twins = sampling.epoch_order(4, 0, 60, view=1)[:21]
+    assert torch.equal(batch.ids_u, twins)
+    with pytest.raises(ValueError, match="ratio must be at most 20 for batch_size = 3"):
+        loader_of(folders, ratio=21)
 
 
 # CUDA

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from gpu_mixmatch import UDA, DistributionAlignment, FixMatch, FlexMatch, FreeMatch
+from gpu_mixmatch import UDA, ConsistencyLoss, DistributionAlignment, FixMatch, FlexMatch, FreeMatch
 from tests.family import (
     ADAPTIVE,
     ENGINES,
@@ -16,7 +16,9 @@ from tests.family import (
     assert_equal_batches,
     assert_equal_states,
     buffers_of,
+    data_of,
     labelled_batch,
+    net,
 )
 
 each_adaptive = pytest.mark.parametrize("method", ADAPTIVE)
@@ -153,3 +155,61 @@ def test_classes_of_samples_that_there_are_not_are_refused(wrong):
     with pytest.raises(RuntimeError, match=re.escape(text)):
         builder.load_state_dict(state)
     assert_equal_states(builder, ADAPTIVE["FlexMatch"]())
+
+
+# Compiled
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def trained(builder, order, backend):
+    """Losses, weights and parameters of some steps, built and trained on."""
+    model = net()
+    criterion = ConsistencyLoss(2.0, 3, lambda_fair=float(isinstance(builder, FreeMatch)))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def step(x, y, u, ids_u):
+        batch = builder(x, y, u, model if order == "first" else None, ids_u=ids_u)
+        output = criterion(model(batch.inputs), batch)
+        return output.loss, output.kept, output.loss_fair
+
+    if backend:
+        step = torch.compile(step, fullgraph=True, backend=backend)
+    history = []
+    for number in range(3):
+        parts = step(*data_of(number))
+        parts[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(torch.stack(parts).detach())
+    return torch.stack(history), model.dense.weight.detach()
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize(
+    ("method", "order"),
+    [
+        ("FixMatch", "first"),
+        ("FixMatch", "one pass"),
+        ("FreeMatch", "first"),
+        ("FreeMatch", "one pass"),
+        ("FlexMatch", "one pass"),
+        ("window", "one pass"),
+    ],
+)
+def test_a_step_is_one_graph(method, order):
+    build = ADAPTIVE.get(method, lambda: FixMatch(*ENGINES, threshold=0.4))
+    plain, compiled = build(), build()
+    expected = trained(plain, order, None)
+    found = trained(compiled, order, "aot_eager")
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    assert int(compiled.step) == 3
+    if method != "FixMatch":
+        for mine, theirs in zip(buffers_of(compiled), buffers_of(plain), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)

@@ -477,7 +477,8 @@ def test_an_iterator_ends_with_an_error_when_another_takes_over(interrupt, num_w
 @pytest.mark.parametrize(("labelled", "unlabelled"), [(7, 23), (2, 3), (50, 24)])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_make_up_the_batch_of_one_process(world_size, labelled, unlabelled):
-    sizes = {"labelled": labelled, "unlabelled": unlabelled, "ratio": 2}
+    ratio = 1 if unlabelled < 4 else 2  # a greater one may not take samples twice
+    sizes = {"labelled": labelled, "unlabelled": unlabelled, "ratio": ratio}
     whole = loader_of(batch_size=2 * world_size, **sizes)
     ranks = [
         loader_of(batch_size=2, rank=rank, world_size=world_size, **sizes)
@@ -641,6 +642,12 @@ def test_a_killed_worker_gives_an_error_in_seconds_and_the_loader_can_go_on(side
     [
         ({"batch_size": 0}, ValueError, r"batch_size must be in 1 \.\. 2\*\*24, got 0"),
         ({"ratio": 0.5}, TypeError, "ratio must be an integer, got 0.5"),
+        ({"ratio": 0}, ValueError, r"ratio must be in 1 \.\. 2\*\*24, got 0"),
+        (
+            {"ratio": 7},
+            ValueError,
+            r"ratio must be at most 5 for batch_size = 4, since there are 23",
+        ),
         ({"ratio": 2**70}, ValueError, r"ratio must be in 1 \.\. 2\*\*24, got"),
         ({"batch_size": 2**20, "ratio": 2**5}, ValueError, r"ratio · batch_size must be at most"),
         ({"steps_per_epoch": 0}, ValueError, "steps_per_epoch must be in 1 .*, got 0"),

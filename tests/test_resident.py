@@ -25,7 +25,7 @@ def resident_of(batch_size=4, **options):
     return ResidentLoader(IMAGES, LABELS, batch_size, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"ratio": 3, "seed": 7}, {"steps_per_epoch": 13}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"ratio": 7, "seed": 7}, {"steps_per_epoch": 13}], ids=str)
 @pytest.mark.parametrize("ranks", [{}, {"rank": 1, "world_size": 3}], ids=str)
 @pytest.mark.parametrize("indices", [None, SPLIT])
 @pytest.mark.parametrize("others", [None, OTHERS], ids=["same images", "other images"])
@@ -41,6 +41,12 @@ def test_batches_are_those_of_the_other_loader(others, indices, ranks, options):
     loader = resident_of(labelled_indices=indices, unlabelled=others, **ranks, **options)
     assert len(loader) == len(semi)
     assert_same_loaded(take(loader, 30), take(semi, 30))
+
+
+def test_a_ratio_that_takes_images_twice_is_refused():
+    with pytest.raises(ValueError, match=r"at most 7 for batch_size = 4, since .* 30"):
+        resident_of(ratio=8)
+    assert len(next(iter(resident_of(40))).u) == 40  # a batch that is too large by itself repeats
 
 
 @pytest.mark.parametrize("stop", [0, 3, resident._STEPS_AT_ONCE, resident._STEPS_AT_ONCE + 9])

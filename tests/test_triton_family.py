@@ -15,6 +15,7 @@ from gpu_mixmatch import ColorJitter, RandAugment, WeakAugment, _streams, functi
 from gpu_mixmatch.impl import eager
 from gpu_mixmatch.impl.library import FusedConsistencyLoss
 from gpu_mixmatch.types import DrawPlan, Weighting
+from tests.no_sync import NoSync
 from tests.skips import skip_without
 from tests.tolerances import KERNEL_TOLERANCES
 
@@ -476,6 +477,24 @@ def test_each_operation_takes_one_launch(launches):
         "consistency_loss_kernel",
         "consistency_loss_backward_kernel",
     ]
+
+
+def test_nothing_is_read_back_from_the_device(monkeypatch):
+    monkeypatch.setattr(launching, "run", lambda *_, **__: None)
+    logits, y, ids = logits_of(4, 3), labels_of(2, 3), torch.arange(4, device=DEVICE)
+    sums, averages, counts = ids.new_zeros(13), nan(11), torch.zeros(4, dtype=torch.int32)
+    table, out, factors = torch.zeros(9, dtype=torch.int16), (nan(6, 3), nan(6)), nan(3)
+    weight, tsa = torch.tensor(1.0), torch.tensor(0.5)  # on the host, which may read them
+    arguments = nan(6, 3), *out, (2, 6), weight, 1.0, "kl", tsa
+    with NoSync(weight, tsa):
+        kernels.guess_statistics(logits, y, sums)
+        kernels.update_averages(sums, averages, 0.9, None, factors)
+        kernels.update_window(sums, nan(2, 3), ids[0], nan(3), 0.9, factors)
+        kernels.confident_classes(logits, 0.5, ids)
+        kernels.update_labels(ids, ids, table, counts)
+        kernels.consistency_targets(y, logits, Weighting(0.5, "soft", 0.0, averages), 0.1, out)
+        kernels.consistency_loss(*arguments, nan(6), nan(1)[0])
+        kernels.consistency_loss_backward(nan(6), *arguments, nan(1)[0], nan(6, 3))
 
 
 # Machine code

@@ -158,7 +158,7 @@ class DaliLoader(KeyedLoader):
         unlabelled: Unlabelled images, likewise; labels are not looked at.
         batch_size: B, labelled images per step (and rank).
         size: Of the images, one number or height and width, in pixels.
-        ratio: Unlabelled images per labelled one; M = ratio · B.
+        ratio: Unlabelled images per labelled one; M = ratio · B. FixMatch's μ is 7.
         crop_area: Least and most of an image's area that a random window covers before it is
             resized, keyed by (seed, step, id); its aspect ratio lies between 3/4 and 4/3. All
             views of an image share the window. None takes the largest centred window.

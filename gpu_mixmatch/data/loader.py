@@ -54,7 +54,7 @@ class SemiSupervisedLoader(KeyedLoader):
             are made here. Samples are (image, label, ...) or dicts.
         unlabelled: Likewise; samples may also be images alone, and labels are not looked at.
         batch_size: B, labelled images per step (and rank).
-        ratio: Unlabelled images per labelled one; M = ratio · B.
+        ratio: Unlabelled images per labelled one; M = ratio · B. FixMatch's μ is 7.
         steps_per_epoch: Steps in an epoch; None takes one pass over the unlabelled data set.
         image: Name of the image in samples that are dicts.
         label: Name of the label in samples that are dicts.

@@ -31,7 +31,8 @@ class BatchOrder:
     `sampling.epoch_order` with view 0 for the labelled and view 1 for the unlabelled one. A step
     takes the next world_size · batch_size labelled and ratio times as many unlabelled samples, and
     a rank its slice of them. A batch may reach into the next permutation, so that none is
-    incomplete and no sample is left out; a data set smaller than a batch repeats within it.
+    incomplete and no sample is left out; a data set smaller than a batch repeats within it, unless
+    it is a ``ratio`` above 1 that makes it so.
 
     An epoch is a number of steps: ``steps_per_epoch``, or as many whole batches as the unlabelled
     data set has, at least one. What a step takes does not depend on it.
@@ -40,7 +41,7 @@ class BatchOrder:
         num_labelled: Samples of the labelled data set.
         num_unlabelled: Samples of the unlabelled data set.
         batch_size: B, labelled samples per step and rank.
-        ratio: Unlabelled samples per labelled one in a step; M = ratio · B.
+        ratio: Unlabelled samples per labelled one in a step; M = ratio · B. FixMatch's μ is 7.
         steps_per_epoch: Steps in an epoch; None takes them from the unlabelled data set.
         seed: The key of the order, 0 ≤ seed < 2^63.
         rank: Of this process; None asks torch.distributed, where it is initialised.
@@ -80,6 +81,12 @@ class BatchOrder:
             raise ValueError(
                 f"ratio · batch_size must be at most {MOST_IMAGES} images of a step and rank, got "
                 f"{self.ratio} · {self.batch_size}"
+            )
+        if self.ratio > 1 and self.ratio * self.batch_size > self.num_unlabelled:
+            raise ValueError(
+                f"ratio must be at most {max(1, self.num_unlabelled // self.batch_size)} for "
+                f"batch_size = {self.batch_size}, since there are {self.num_unlabelled} unlabelled "
+                f"samples, got {self.ratio}: a step would take some of them twice"
             )
         if steps_per_epoch is None:
             per_step = self.ratio * self.batch_size * world_size

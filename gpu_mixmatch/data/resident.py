@@ -40,7 +40,7 @@ class ResidentLoader(KeyedLoader):
             of them. Ids of labelled samples are places in this list.
         unlabelled: The unlabelled images, like ``images``; None takes all of ``images``, as the
             paper does, the labelled ones among them.
-        ratio: Unlabelled images per labelled one; M = ratio · B.
+        ratio: Unlabelled images per labelled one; M = ratio · B. FixMatch's μ is 7.
         steps_per_epoch: Steps in an epoch; None takes one pass over the unlabelled images.
         seed: The key of the order, 0 ≤ seed < 2^63.
         device: Where the images go; None leaves tensors where they are.

@@ -77,7 +77,7 @@ class TensorBoardInsight:
         self._write_quality()
         self._watch.paused = True
         try:
-            self._write_preview(call_arguments(args, kwargs))
+            self._write_preview(call_arguments(self.mixmatch, args, kwargs))
         finally:
             self._watch.paused = False
 

@@ -52,7 +52,7 @@ class MixMatchTrainer(Trainer):
         criterion: The method's loss; its ramp counts micro-batches.
         train_dataset: Labelled samples, for instance a ``datasets.Dataset``.
         unlabelled_dataset: Unlabelled samples, likewise; labels are not read.
-        ratio: Unlabelled images per labelled one.
+        ratio: Unlabelled images per labelled one. FixMatch's μ is 7.
         guess_first: Whether guesses are made before the batch, by a pass of their own; False leaves
             them to the loss, where the method can. None is the order of the method's reference.
         image: Name of the image in samples that are dicts.

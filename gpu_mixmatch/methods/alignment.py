@@ -24,9 +24,9 @@ class DistributionAlignment(GuessState):
     Args:
         window: Number of batches.
         momentum: Of the average in place of a window, in [0, 1); None takes the window.
-        target: What is wanted: "labels" is an average of the labelled rows' classes with a momentum
-            of 0.999, uniform to begin with (ReMixMatch), "uniform" is 1/L (USB), or shares of the
-            classes, ``[L]``.
+        target: What is wanted: "labels" is an average of the labelled rows' classes, uniform to
+            begin with, with a momentum of 0.999 (ReMixMatch) or the one given; "uniform" is 1/L
+            (USB); or a list of the classes' shares.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -89,12 +89,12 @@ def _as_target(target: Target) -> str | tuple[float, ...]:
     if isinstance(target, str):
         if target not in ("labels", "uniform"):
             raise ValueError(
-                f"target must be 'labels', 'uniform' or shares of the classes, got {target!r}"
+                f"target must be 'labels', 'uniform' or a list of shares, got {target!r}"
             )
         return target
     if not isinstance(target, Sequence):
         raise TypeError(
-            f"target must be 'labels', 'uniform' or shares of the classes, got {came(target)}"
+            f"target must be 'labels', 'uniform' or a list of shares, got {came(target)}"
         )
     shares = tuple(
         as_number(f"target[{place}]", share, least=0, most=1) for place, share in enumerate(target)

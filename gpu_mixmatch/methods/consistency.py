@@ -12,6 +12,7 @@ from gpu_mixmatch._validation import (
     as_smoothing,
     as_temperature,
     check_device,
+    check_float,
     check_same_images,
 )
 from gpu_mixmatch.methods.alignment import DistributionAlignment
@@ -255,7 +256,6 @@ class PendingGuess:
         self.ids_u = ids_u
         self.was_made = False
 
-    @torch.no_grad()
     def __call__(self, logits: Tensor) -> Guess:
         """Make targets and weights of all rows from the logits of the weak views, ``[M, L]``.
 
@@ -269,7 +269,9 @@ class PendingGuess:
                 "second one for the same batch: keep `logits, batch = batch.complete(logits)` and "
                 "give these to the loss"
             )
-        self.builder.look_at_guess(logits)
-        check_device("y", self.y, "logits", logits)
-        self.was_made = True
-        return self.builder.label(self.y, logits, self.ids_u)
+        check_float("logits", logits)
+        with torch.no_grad():  # as a decorator it is nothing that a compiler can trace
+            self.builder.look_at_guess(logits)
+            check_device("y", self.y, "logits", logits)
+            self.was_made = True
+            return self.builder.label(self.y, logits, self.ids_u)

@@ -5,7 +5,7 @@ from typing import Any
 from gpu_mixmatch._validation import came, check_kind
 from gpu_mixmatch.methods.consistency import Consistency
 from gpu_mixmatch.methods.thresholds import FlexThreshold, FreeThreshold, SoftThreshold
-from gpu_mixmatch.methods.views import WeakAndStrong, builds_by_policy
+from gpu_mixmatch.methods.views import builds_by_policy
 
 
 class FixMatch(Consistency):
@@ -22,15 +22,13 @@ class FixMatch(Consistency):
         Confidence", NeurIPS 2020; google-research/fixmatch.
     """
 
-    @property
-    def _views(self) -> WeakAndStrong:
+    def _check_engines(self) -> None:
         if self.strong is self.weak or _changes_little(self.strong):
             raise ValueError(
                 "strong must change images more than weak does, as RandAugment.fixmatch(weak) "
                 f"does, got {came(self.strong)}: a model that agrees with itself on weak views "
                 "learns nothing from them"
             )
-        return super()._views
 
 
 def _changes_little(engine: Any) -> bool:

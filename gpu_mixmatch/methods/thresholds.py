@@ -15,6 +15,7 @@ from gpu_mixmatch._validation import (
     as_labels,
     as_number,
     came,
+    check_ids_of,
 )
 from gpu_mixmatch.impl.library import running
 from gpu_mixmatch.methods.state import GuessState, unit_momentum
@@ -88,7 +89,7 @@ class SoftThreshold(Threshold):
 
     Args:
         momentum: Of the averages, which begin at 1/L and 1.
-        spread: The deviation of the Gaussian is 1/spread of σ.
+        spread: The deviation of the Gaussian is 1/spread of σ; at most 1000.
         uniform: Whether guesses are aligned for their weights.
 
     References:
@@ -102,7 +103,7 @@ class SoftThreshold(Threshold):
     ) -> None:
         super().__init__()
         self.momentum = unit_momentum(momentum)
-        self.spread = as_number("spread", spread, above=0)
+        self.spread = as_number("spread", spread, above=0, most=1000)
         self.uniform = as_flag("uniform", uniform)
         self.aligns = self.uniform
 
@@ -209,13 +210,7 @@ class FlexThreshold(Threshold):
     def check_ids(self, ids: Any) -> Tensor:
         """Return sample ids that are in the table; on a device they are not looked at."""
         found = as_labels("ids_u", ids)
-        if found.device.type == "cpu" and len(found):
-            low, high = found.aminmax()
-            if low < 0 or high >= self.num_unlabelled:
-                raise ValueError(
-                    f"ids_u must be in 0 .. num_unlabelled - 1 = {self.num_unlabelled - 1}, got "
-                    f"{int(low)} .. {int(high)}"
-                )
+        check_ids_of("ids_u", found, "num_unlabelled", self.num_unlabelled)
         return found
 
     def weighting(self, sums: Tensor | None, base: Weighting, impl: Impl) -> Weighting:
@@ -266,4 +261,4 @@ def as_threshold(threshold: Any) -> Threshold:
             "threshold must be a number in (0, 1], an object such as FreeThreshold(), or None, got "
             f"{came(threshold)}"
         )
-    return FixedThreshold(None if threshold is None else float(threshold))
+    return FixedThreshold(threshold)  # type: ignore[arg-type]

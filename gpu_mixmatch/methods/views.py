@@ -86,10 +86,12 @@ def builds_by_policy(engine: Any) -> TypeGuard[KeyedAugment]:
     """Whether an engine's views are its policy's, and not what a class of the user's makes."""
     if not isinstance(engine, KeyedAugment):
         return False
-    names = ("build", "apply", "draw", "draw_batch")
-    methods = (getattr(getattr(engine, name), "__func__", None) for name in names)
-    return all(
-        method is getattr(KeyedAugment, name) for method, name in zip(methods, names, strict=True)
+    kind, plain = type(engine), KeyedAugment
+    return (
+        kind.build is plain.build
+        and kind.apply is plain.apply
+        and kind.draw is plain.draw
+        and kind.draw_batch is plain.draw_batch
     )
 
 

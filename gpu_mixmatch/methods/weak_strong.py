@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gpu_mixmatch import _streams
@@ -68,8 +69,13 @@ class WeakStrongBuilder(BatchBuilder):
 
     @property
     def _views(self) -> WeakAndStrong:
+        if not torch.compiler.is_compiling():  # else the constructor has looked
+            self._check_engines()
         num_strong = as_integer("num_strong", self.num_strong, least=1, most=MOST_VIEW - 1)
         return WeakAndStrong(self.weak, self.strong, num_strong, self.strong_x)
+
+    def _check_engines(self) -> None:
+        """Raise where engines cannot be right for a method."""
 
     def _build(
         self, x: Tensor, u: Tensor, ids: tuple[Any, Any], key: Tensor | CountedKey | None

@@ -17,7 +17,8 @@ def consistency_targets(
 ) -> None:
     targets, weights = out
     num_u, num_classes = logits.shape
-    known, guessed = targets[: len(y)], targets[len(y) :].view(-1, num_u, num_classes)
+    num_strong = (len(targets) - len(y)) // max(num_u, 1)
+    known, guessed = targets[: len(y)], targets[len(y) :].view(num_strong, num_u, num_classes)
     label_targets(y, label_smoothing, known)
     probs = F.softmax(wide(logits), dim=-1)
     aligned = probs if weighting.ratio is None else align(probs, weighting.ratio)
@@ -27,7 +28,7 @@ def consistency_targets(
     else:
         guessed.copy_(sharpen(shown, weighting.temperature))
     weights[: len(y)] = 1
-    weights[len(y) :].view(-1, num_u).copy_(confidence_weights(aligned, weighting))
+    weights[len(y) :].view(num_strong, num_u).copy_(confidence_weights(aligned, weighting))
 
 
 def align(probs: Tensor, ratio: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from gpu_mixmatch.impl.triton.launch import blocks, launch
 from gpu_mixmatch.types import Weighting
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+_TINY = tl.constexpr(2.0**-126)
 
 
 @triton.jit
@@ -23,7 +24,9 @@ def _weights(probs, cls, state_ptr, num_classes, threshold, variances, RULE: tl.
     if RULE == "soft":
         below = tl.minimum(confidence - tl.load(state_ptr), 0.0)
         below = tl.where(confidence == confidence, below, confidence)
-        return tl.exp(-below * below / (2.0 * tl.load(state_ptr + 1) / variances)).to(tl.float32)
+        # of no variance: what lies at the mean weighs 1, what lies below 0
+        width = tl.maximum(2.0 * tl.load(state_ptr + 1) / variances, _TINY)
+        return tl.exp(-below * below / width).to(tl.float32)
     if RULE == "fixed":
         least = threshold
     elif RULE == "free":

@@ -22,7 +22,8 @@ _FLOOR = tl.constexpr(1e-6)  # of both sides of an alignment's quotient
 
 @triton.jit
 def _whole(values, mask):
-    return tl.where(mask, values * _UNIT, 0.0).to(tl.int64)
+    """Values in 2^-32; what is not a number is none of them."""
+    return tl.where(mask & (values == values), values * _UNIT, 0.0).to(tl.int64)
 
 
 @triton.jit
@@ -66,7 +67,8 @@ def guess_statistics_kernel(
     of_rows = _whole(confidence * confidence, place < num_u)
     tl.atomic_add(sums_ptr + 2, tl.sum(of_rows, axis=0), sem="relaxed")
     _add(sums_ptr + 3, classes, _whole(probs, guessed), num_classes)
-    counts = (guessed & (cls == label[:, None])).to(tl.int64)
+    is_number = (confidence == confidence)[:, None]
+    counts = (guessed & is_number & (cls == label[:, None])).to(tl.int64)
     _add(sums_ptr + 3 + num_classes, classes, counts, num_classes)
     labelled = row < num_x
     row = tl.where(labelled, row, 0)
