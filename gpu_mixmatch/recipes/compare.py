@@ -135,5 +135,5 @@ def draw_comparison(rows: Sequence[dict[str, Any]], title: str, path: Path) -> P
         for panel in panels:
             panel.set_ylim(0, min(100.0, best))
             panel.grid()
-        by_seconds.legend(loc="upper right")
+        by_seconds.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0)
     return path
