@@ -368,7 +368,7 @@ def test_a_batch_of_many_epochs_is_one_permutation_after_the_other(length, size)
 
 
 def test_a_large_batch_of_a_small_data_set_takes_each_sample_as_often():
-    order = BatchOrder(10, 10, 2**18, ratio=4, rank=1, world_size=2)
+    order = BatchOrder(10, 10, 2**20, rank=1, world_size=2)
     counts = order.indices_u(0)[0].bincount(minlength=10)
     assert counts.sum() == 2**20
     assert (counts - 2**20 / 10).abs().max() < 2
