@@ -271,4 +271,4 @@ def _draw_papers(panel: Any, results: Sequence[Result]) -> None:
         bars = panel.barh(places, values, height=0.38, label=label, color=colour)
         panel.bar_label(bars, fmt=lambda value: f"{value:.2f}" if value else "", padding=4)
     panel.set_title("the paper's: CIFAR-10, WRN-28-2, one split")
-    panel.legend(loc="lower right")
+    panel.legend(loc="upper right")
