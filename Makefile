@@ -58,6 +58,7 @@ results: $(VENV)/.installed
 learning: export OMP_NUM_THREADS = 1
 learning: $(VENV)/.installed
 	$(RUN)/python -m benchmarks.learning --fashion $(FASHION)
+	$(RUN)/python -m benchmarks.methods --fashion $(FASHION)
 	$(RUN)/python -m benchmarks.report
 
 # Everything that wants a CUDA device, within nine minutes: predictions beside what is measured,
@@ -69,7 +70,7 @@ gpu: $(VENV)/.installed
 # What the documents show of speed, and what they promise of it; suites set their own threads.
 .PHONY: benchmarks
 benchmarks: $(VENV)/.installed
-	for suite in augment strong batch loader scaling ops claims kernels; do $(RUN)/python -m benchmarks.$$suite || exit 1; done
+	for suite in augment strong batch loader scaling ops orders claims kernels; do $(RUN)/python -m benchmarks.$$suite || exit 1; done
 	$(RUN)/python -m benchmarks.report
 
 # The kernels under the oldest Triton that they are held to. Its interpreter needs a numpy before

@@ -48,8 +48,7 @@ class WeakAugment(KeyedAugment):
         dtype: Of the views: float32, float16 or bfloat16.
         channels_last: Memory format of the views.
         layout: Of the images, "NCHW" or "NHWC"; None tells it by their shape.
-        impl: Implementation of `functional.augment`; with ``size`` or ``area`` it has
-            no kernels yet: on a GPU "auto" takes plain torch.
+        impl: Implementation of `functional.augment`.
 
     Raises:
         TypeError: If a field is of the wrong kind.
